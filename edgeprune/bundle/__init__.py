@@ -1,0 +1,1 @@
+"""Bundles: the folder (and zip) that an app ships, written, verified and loaded."""

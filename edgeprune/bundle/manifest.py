@@ -1,0 +1,286 @@
+"""What a bundle says about itself: ``manifest.json`` and the two small files that sample programs read.
+
+Paths inside a bundle are POSIX, relative and safe on every file system that a bundle may be unpacked on; :func:`check_path` is the rule.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from edgeprune.errors import SpecError
+from edgeprune.records import Record
+from edgeprune.results import Artifact, Sha256, TensorSpec
+from edgeprune.specs import Name, Preprocess, Stamp
+
+MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+RECIPE = "preprocess.json"
+LABELS = "labels.txt"
+README = "README.md"
+GOLDEN_INPUTS = "golden/inputs.npy"
+GOLDEN_OUTPUTS = "golden/outputs.npy"
+TOLERANCE = "golden/tolerance.json"
+SAMPLE = "samples/python/predict.py"
+REQUIRED = (RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE, SAMPLE)
+
+MIN_GOLDEN = 8
+MAX_PATH = 240
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?$", re.IGNORECASE)
+_SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}$"
+
+
+def check_path(path: str) -> str:
+    """The path itself, when it is safe inside a bundle on Linux, macOS and Windows.
+
+    Raises:
+        ValueError: the path is absolute, climbs, or has a name that some file system refuses or changes.
+    """
+    if not path or len(path) > MAX_PATH:
+        raise ValueError(f"a path must have 1 to {MAX_PATH} characters, but has {len(path)}")
+    if _FORBIDDEN.search(path) or unicodedata.normalize("NFC", path) != path:
+        raise ValueError(f"path {path!r} must be plain NFC text without backslash, colon or control")
+    for part in path.split("/"):
+        if part in ("", ".", ".."):
+            raise ValueError(f"path {path!r} must be relative, without empty, '.' or '..' parts")
+        if part.endswith((".", " ")) or _RESERVED.match(part):
+            raise ValueError(f"path {path!r} has a part that Windows cannot hold")
+    return path
+
+
+def path_key(path: str) -> str:
+    """What two paths share when a case-folding file system takes them for the same file."""
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def check_distinct(paths: Iterable[str]) -> None:
+    """Nothing, when no two paths are the same file on any file system.
+
+    Raises:
+        ValueError: two paths are equal, or differ only in case.
+    """
+    seen: dict[str, str] = {}
+    for path in paths:
+        other = seen.setdefault(path_key(path), path)
+        if other is not path:
+            raise ValueError(f"paths {other!r} and {path!r} are the same file where case is ignored")
+
+
+def _check_line(text: str) -> str:
+    if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text):
+        raise ValueError(f"{text!r} must be one line without control characters")
+    return text
+
+
+SafePath = Annotated[str, AfterValidator(check_path)]
+Line = Annotated[str, Field(max_length=1000), AfterValidator(_check_line)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Milliseconds = Annotated[float, Field(gt=0)]
+Role = Literal["model", "recipe", "labels", "golden", "sample", "readme", "report"]
+
+
+class BundleFile(Record):
+    """One file of the bundle, by content."""
+
+    path: SafePath
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+    role: Role
+
+
+class RuntimeNeed(Record):
+    """What must be installed on the board to run the model. ``min_version`` is the oldest one that was tried."""
+
+    name: Literal["litert", "tflite-runtime", "onnxruntime", "tensorrt", "executorch", "coreml"]
+    min_version: Line
+    threads: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class Tolerance(Record):
+    """How far a runtime may be from the golden outputs: exactly one of steps (of the quantised output) and ``atol`` (output units)."""
+
+    max_abs_error_steps: Annotated[int, Field(ge=0, le=255)] | None = None
+    atol: Annotated[float, Field(gt=0)] | None = None
+    min_argmax_agreement: Ratio
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Tolerance:
+        if (self.max_abs_error_steps is None) == (self.atol is None):
+            raise ValueError("a tolerance must have either max_abs_error_steps or atol")
+        return self
+
+    def limit(self, output: TensorSpec) -> float:
+        """The largest allowed absolute error, in units of the output."""
+        if self.atol is not None:
+            return self.atol
+        assert self.max_abs_error_steps is not None
+        return self.max_abs_error_steps * (output.scale or 0.0)
+
+
+class Golden(Record):
+    """Real samples (as the data had them) and what the shipped file answered on the host."""
+
+    inputs: SafePath = GOLDEN_INPUTS
+    outputs: SafePath = GOLDEN_OUTPUTS
+    n: Annotated[int, Field(ge=MIN_GOLDEN)]
+    tolerance: Tolerance
+
+
+class Quality(Record):
+    """Quality of the shipped file against the dense model it came from, on one named split."""
+
+    metric: Literal["accuracy", "agreement"]
+    split: Line
+    n: Annotated[int, Field(ge=1)]
+    dense: Ratio
+    shipped: Ratio
+
+
+class Latency(Record):
+    """Latency of the shipped file, with the stamp that says what kind of machine it was measured on."""
+
+    device: Line
+    fingerprint_key: Line
+    stamp: Stamp
+    median_ms: Milliseconds
+    p90_ms: Milliseconds
+    limit_ms: Milliseconds
+    budget: Line
+
+
+class Provenance(Record):
+    """What the bundle was made from, and how to make it again."""
+
+    seed: Annotated[int, Field(ge=0)]
+    data_digest: Line
+    model_digest: Line
+    plan_digest: Line
+    command: Line
+
+
+class Facts(Record):
+    """What the maker of a bundle states about it; the files say the rest."""
+
+    name: Name
+    edgeprune_version: Line
+    target: Name
+    profile: Name
+    task: Literal["classification"] = "classification"
+    license: Annotated[str, Field(pattern=_SPDX)] | None = None
+    failed_gates: tuple[Line, ...] = ()
+    runtime: RuntimeNeed
+    preprocess: Preprocess
+    labels: Annotated[tuple[Line, ...], Field(min_length=1, max_length=100_000)]
+    quality: Quality
+    latency: Latency
+    provenance: Provenance
+
+
+class Recipe(Record):
+    """``preprocess.json``: all that a program needs to feed the model, so that no sample repeats a constant.
+
+    Raw ``uint8`` images ``[H, W, C]`` (or ``[H, W]``) become ``(raw / 255 - mean) / std`` in the ``layout`` of ``input``; when ``kind`` is
+    ``none`` float samples go in unchanged. ``limit`` is the allowed absolute error of the golden check, in units of the output.
+    """
+
+    schema_version: Literal[1] = 1
+    preprocess: Preprocess
+    model: SafePath
+    runtime: RuntimeNeed
+    input: TensorSpec
+    output: TensorSpec
+
+
+class GoldenFile(Record):
+    """``golden/tolerance.json``: the tolerance, also as an absolute error so that a program needs no arithmetic."""
+
+    tolerance: Tolerance
+    max_abs_error: Annotated[float, Field(ge=0)]
+
+
+class Manifest(Facts):
+    """``manifest.json``. ``files`` lists every file but the manifest itself and ``SHA256SUMS``."""
+
+    schema_version: Literal[1] = 1
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    status: Literal["passed", "best-effort"]
+    model: Artifact
+    golden: Golden
+    files: tuple[BundleFile, ...]
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, model: Artifact) -> Artifact:
+        check_path(model.path)
+        if len(model.inputs) != 1 or len(model.outputs) != 1:
+            raise ValueError("a classification model must have one input and one output")
+        return model
+
+    @field_validator("files")
+    @classmethod
+    def _check_files(cls, files: tuple[BundleFile, ...]) -> tuple[BundleFile, ...]:
+        paths = [file.path for file in files]
+        check_distinct([*paths, MANIFEST, SUMS])
+        missing = [path for path in REQUIRED if path not in paths]
+        if missing:
+            raise ValueError(f"files must list {', '.join(missing)}")
+        return files
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Manifest:
+        if (self.status == "best-effort") != bool(self.failed_gates):
+            raise ValueError("status must be best-effort exactly when failed_gates is not empty")
+        listed = {file.path: file for file in self.files}
+        model = listed.get(self.model.path)
+        if model is None or model.sha256 != self.model.sha256:
+            raise ValueError(f"files must list {self.model.path} with the digest of the model")
+        if not {self.golden.inputs, self.golden.outputs} <= set(listed):
+            raise ValueError("files must list the golden inputs and outputs")
+        return self
+
+    def recipe(self) -> Recipe:
+        """What ``preprocess.json`` must say."""
+        return Recipe(
+            preprocess=self.preprocess,
+            model=self.model.path,
+            runtime=self.runtime,
+            input=self.model.inputs[0],
+            output=self.model.outputs[0],
+        )
+
+    def golden_file(self) -> GoldenFile:
+        """What ``golden/tolerance.json`` must say."""
+        tolerance = self.golden.tolerance
+        return GoldenFile(
+            tolerance=tolerance, max_abs_error=tolerance.limit(self.model.outputs[0])
+        )
+
+
+def created_text(environ: Mapping[str, str] | None = None) -> str:
+    """Now, as UTC text; or the moment in ``SOURCE_DATE_EPOCH`` (seconds), so that a bundle can be made again byte for byte.
+
+    Raises:
+        SpecError: ``SOURCE_DATE_EPOCH`` is not a count of seconds.
+
+    Source: the reproducible-builds specification of SOURCE_DATE_EPOCH.
+    """
+    given = (os.environ if environ is None else environ).get("SOURCE_DATE_EPOCH")
+    try:
+        moment = (
+            datetime.now(timezone.utc)
+            if given is None
+            else datetime.fromtimestamp(int(given), timezone.utc)
+        )
+    except (ValueError, OverflowError, OSError) as error:
+        raise SpecError(
+            f"SOURCE_DATE_EPOCH must be a count of seconds, but got {given!r}",
+            hint="unset it or give for example 1735689600",
+        ) from error
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

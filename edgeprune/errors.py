@@ -1,0 +1,130 @@
+"""Every error that edgeprune raises on purpose; the family says who must act and fixes the exit code.
+
+::
+
+    EdgepruneError
+     |- SpecError       2   your file or flag
+     |   |- UnknownName       a name that no file defines, with the nearest one that exists
+     |   `- NoSpace           the disk that holds the run or the bundle is full
+     |- ModelError      3   your model, weights or data for it
+     |- DeviceError     4   your board, or the way to it
+     |   |- Unreachable       no answer within the deadline
+     |   |- HostKeyMismatch   the board's key is unknown, or not the pinned one
+     |   `- DeadlineExceeded  an operation outlasted its total deadline
+     |- FormatError     5   the toolchain, or a format that is not there
+     |   `- MissingTool       a package of an optional extra is not installed
+     |- BudgetError     6   physics: the budget is out of reach, or too much accuracy was lost
+     `- IntegrityError  7   a bundle, checkpoint or record that is not what its digest says
+
+Messages state the rule, show the values and offer the next step: lower-case start, no full stop, one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgepruneError(Exception):
+    """Base of all intended errors.
+
+    Args:
+        message: one line: the rule that was broken and the values that broke it.
+        hint: one line: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}; {self.hint}"
+
+
+class SpecError(EdgepruneError):
+    """A file or flag that the user wrote is wrong."""
+
+    exit_code = 2
+
+
+class UnknownName(SpecError, KeyError):
+    """A name that no file defines.
+
+    Args:
+        kind: what the name should have been: ``target``, ``profile``, ``device``, ``key`` ...
+        name: what was given.
+        known: what exists.
+        where: the file it stood in, when there is one.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, where: str = "") -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        place = f" in {where}" if where else ""
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        super().__init__(
+            f"unknown {kind} {name!r}{place}", hint=f"{guess}known: {', '.join(names) or 'none'}"
+        )
+
+
+class NoSpace(SpecError):
+    """The disk that holds the run folder or the bundle is full."""
+
+
+class ModelError(EdgepruneError):
+    """The model, its weights or its data cannot be used."""
+
+    exit_code = 3
+
+
+class DeviceError(EdgepruneError):
+    """The board, or the way to it, failed."""
+
+    exit_code = 4
+
+
+class Unreachable(DeviceError):
+    """The board did not answer within the deadline."""
+
+
+class HostKeyMismatch(DeviceError):
+    """The board's host key is not pinned, or is not the pinned one."""
+
+
+class DeadlineExceeded(DeviceError):
+    """An operation on the board outlasted its total deadline."""
+
+
+class FormatError(EdgepruneError):
+    """The export toolchain failed, or the format is not available."""
+
+    exit_code = 5
+
+
+class MissingTool(FormatError):
+    """A package of an optional extra is not installed.
+
+    Args:
+        package: the import that failed.
+        extra: the extra that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed", hint=f"run: pip install 'edgeprune[{extra}]'"
+        )
+
+
+class BudgetError(EdgepruneError):
+    """The budget cannot be met, or the accuracy gate was missed."""
+
+    exit_code = 6
+
+
+class IntegrityError(EdgepruneError):
+    """A file is not what its digest or schema says."""
+
+    exit_code = 7

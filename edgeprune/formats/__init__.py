@@ -1,0 +1,141 @@
+"""The format seam: one module a format, found by its file name. See :class:`Format`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edgeprune.errors import UnknownName
+from edgeprune.results import Artifact
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class FormatInfo:
+    """Facts about a format: its file suffix, the runtimes that can run it, and the extra that installs its toolchain."""
+
+    name: str
+    suffix: str
+    runtimes: tuple[str, ...]
+    extra: str
+    layout: str  # layout of image inputs inside the file: NHWC or NCHW
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of an exported file: the unit that the runtime runs and that is timed alone.
+
+    ``variables`` names the channel groups whose width changes this kernel's shape, in the order the file's tensors show them;
+    ``signature`` is equal for two kernels that are the same computation at equal widths. ``layer`` is the torch layer it came from,
+    or ``""``.
+    """
+
+    index: int
+    name: str
+    op: str
+    layer: str
+    signature: str
+    variables: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+class Resizable(Protocol):
+    """An exported file whose channel widths can be changed without converting again.
+
+    Made from two exports of one model: dense, and a variant in which each group has another width. The dimensions that differ tell
+    which group each belongs to, so any structure can be written in milliseconds. Weights are the leading channels of the dense
+    file: right for timing, meaningless for accuracy.
+    """
+
+    kernels: tuple[Kernel, ...]
+
+    def resized(self, widths: Mapping[str, int]) -> bytes:
+        """The whole file at these widths (groups not named keep their full width)."""
+        ...
+
+    def kernel(self, index: int, widths: Mapping[str, int]) -> bytes:
+        """A file that holds only kernel ``index``, at these widths."""
+        ...
+
+
+class Format(Protocol):
+    """What a format module offers; ends with ``FORMAT: Format = ...``."""
+
+    info: FormatInfo
+
+    def export(self, model: nn.Module, example: np.ndarray, path: Path) -> Artifact:
+        """Write the FP32 file of ``model``.
+
+        Args:
+            model: in eval mode; not changed.
+            example: one real input, ``float32 [1, C, H, W]`` (or the model's own shape).
+            path: where the file goes; written atomically.
+
+        Raises:
+            FormatError: the toolchain refused the model; names the op and layer where it can.
+            MissingTool: the extra is not installed.
+        """
+        ...
+
+    def quantize(self, fp32: Path, calibration: np.ndarray, path: Path) -> Artifact:
+        """Write the static INT8 file (per-channel weights) of an FP32 file.
+
+        Args:
+            fp32: a file that :meth:`export` wrote.
+            calibration: real inputs as the torch model sees them, ``float32 [N, C, H, W]``.
+            path: where the file goes; written atomically.
+        """
+        ...
+
+    def describe(self, path: Path) -> Artifact:
+        """The record of a file: digest, tensors, op counts."""
+        ...
+
+    def resizable(
+        self,
+        dense: Path,
+        variant: Path,
+        full: Mapping[str, int],
+        changed: Mapping[str, int],
+        model: nn.Module,
+    ) -> Resizable:
+        """Pair two exports of the same precision. ``full`` and ``changed`` are the group widths of each.
+
+        Raises:
+            FormatError: the two files are not the same graph, or a dimension fits no group.
+        """
+        ...
+
+
+def names() -> list[str]:
+    """Names of the formats that have a module here."""
+    import edgeprune.formats as package
+
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
+    )
+
+
+def load(name: str) -> Format:
+    """The format with this name.
+
+    Raises:
+        UnknownName: no module of that name.
+    """
+    if name not in names():
+        raise UnknownName("format", name, names())
+    module = importlib.import_module(f"edgeprune.formats.{name}")
+    found: Format = module.FORMAT
+    return found
+
+
+__all__ = ["Format", "FormatInfo", "Kernel", "Resizable", "Sequence", "load", "names"]

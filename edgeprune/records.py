@@ -1,0 +1,231 @@
+"""The base of everything that crosses a file: strict, frozen records, read and written atomically.
+
+A record refuses unknown keys, wrong types and (for YAML) duplicate keys, and says which key of which file is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edgeprune.errors import EdgepruneError, IntegrityError, NoSpace, SpecError, UnknownName
+
+MAX_TEXT_BYTES = 256 * 1024 * 1024
+MAX_YAML_BYTES = 1024 * 1024
+
+
+class Record(BaseModel):
+    """Plain, immutable data with checked types; what edgeprune reads from and writes to files."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+R = TypeVar("R", bound=Record)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a repeated key is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path) -> Any:
+    """The plain data in a YAML file.
+
+    Raises:
+        SpecError: the file is missing, too large (1 MiB), not YAML, uses aliases or tags, or repeats a key.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror}") from error
+    if len(raw) > MAX_YAML_BYTES:
+        raise SpecError(f"{path} must be at most {MAX_YAML_BYTES} bytes, but has {len(raw)}")
+    try:
+        text = raw.decode("utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise SpecError(f"{path} must not use YAML aliases")
+        # The loader derives from SafeLoader, so no tag can build a Python object.
+        return yaml.load(text, _UniqueKeyLoader)  # noqa: S506
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path} is not UTF-8 text") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "too deeply nested"
+        raise SpecError(f"{path}{line} is not valid: {problem}") from error
+
+
+def parse(cls: type[R], value: Any, *, where: str) -> R:
+    """A record from plain data, checked in strict JSON mode, so that YAML's ``no`` or ``1e-3`` never changes type.
+
+    Raises:
+        UnknownName: a key that the record does not have; names the nearest one.
+        SpecError: any other broken rule; names the field, the value and the file.
+    """
+    try:
+        return cls.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise _spec_error(cls, error, where) from error
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{where} must be plain data with text keys: {error}") from error
+
+
+def _spec_error(cls: type[Record], error: ValidationError, where: str) -> EdgepruneError:
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    name = ".".join(location) or "the document"
+    if first["type"] == "extra_forbidden":
+        return UnknownName("key", name, _known_keys(cls, location[:-1]), where=where)
+    if first["type"] == "missing":
+        return SpecError(f"{where} must have the key {name!r}")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return SpecError(f"{name} in {where}: {message}, but got {first['input']!r:.200}")
+
+
+def _known_keys(cls: type[Record], path: list[str]) -> list[str]:
+    """Keys of the record at a dotted path, prefixed so that suggestions read like the wrong key."""
+    current: Any = cls
+    for part in path:
+        field = getattr(current, "model_fields", {}).get(part)
+        found = [field.annotation] if field is not None else []
+        nested = [a for f in found for a in (f, *getattr(f, "__args__", ()))]
+        current = next((a for a in nested if hasattr(a, "model_fields")), current)
+    prefix = "".join(f"{part}." for part in path)
+    return [prefix + key for key in getattr(current, "model_fields", {})]
+
+
+def read_yaml(cls: type[R], path: Path) -> R:
+    """Read one record from a YAML file. Raises as :func:`load_yaml` and :func:`parse`."""
+    value = load_yaml(path)
+    if not isinstance(value, dict):
+        raise SpecError(f"{path} must hold a mapping of keys to values")
+    return parse(cls, value, where=str(path))
+
+
+def read_json(cls: type[R], path: Path) -> R:
+    """Read one record that the program wrote.
+
+    Raises:
+        IntegrityError: the file is missing, truncated, or not such a record.
+    """
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise IntegrityError(f"{path} is larger than {MAX_TEXT_BYTES} bytes")
+        return cls.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise IntegrityError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise IntegrityError(
+            f"{path} is not a valid {cls.__name__}: {place} {first['msg']}"
+        ) from error
+
+
+def to_json(record: Record) -> bytes:
+    """Canonical bytes of a record: sorted keys, two spaces, one newline at the end."""
+    value = record.model_dump(mode="json")
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(record: Record, path: Path) -> None:
+    """Write a record atomically. Raises as :func:`write_bytes`."""
+    write_bytes(path, to_json(record))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        NoSpace: the disk is full; nothing is left behind.
+        SpecError: the folder cannot be written.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``; synced and renamed to it when the block ends well, removed when it does not.
+
+    Raises:
+        NoSpace, SpecError: as :func:`write_bytes`.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(
+                f"no space left on the disk of {path.parent}", hint="free some and run again"
+            ) from error
+        raise SpecError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_bytes(content: bytes) -> str:
+    """Hexadecimal SHA-256 of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """A stable 16-digit digest of plain data or records, for cache keys."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, Record):
+            return item.model_dump(mode="json")
+        if isinstance(item, Path):
+            return str(item)
+        raise TypeError(f"cannot take the digest of {type(item).__name__}")
+
+    text = json.dumps(value, sort_keys=True, default=plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

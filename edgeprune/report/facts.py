@@ -1,0 +1,197 @@
+"""What a report implies: who is compared with whom, what each stage lost, where the time went. No formatting here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeprune.results import (
+    Comparison,
+    Gate,
+    LedgerEntry,
+    Measurement,
+    Report,
+    StageCost,
+    VariantRow,
+)
+from edgeprune.specs import Precision
+
+KINDS = ("training", "conversion", "measuring", "other")
+
+
+@dataclass(frozen=True)
+class LedgerStep:
+    """A ledger line with the line it is judged against.
+
+    ``change`` is the difference to ``against`` (a ratio in [-1, 1]); ``None`` where the metric or the model is another.
+    """
+
+    entry: LedgerEntry
+    against: LedgerEntry | None
+    change: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The shipped file against the dense models, as far as they were timed.
+
+    ``ratio`` is latency over dense latency in the same precision; ``quality_change`` is against dense in the same precision,
+    ``quality_change_fp32`` against dense FP32. ``interval`` is the order-statistics comparison behind ``ratio``.
+    """
+
+    row: VariantRow
+    ratio: float
+    interval: Comparison | None
+    quality_change: float | None
+    quality_change_fp32: float | None
+    size_ratio: float | None
+
+
+def variant(report: Report, name: str, precision: Precision) -> VariantRow | None:
+    """One of the four variants, if it is there."""
+    found = (r for r in report.variants if r.variant == name and r.precision == precision)
+    return next(found, None)
+
+
+def outcome(report: Report) -> Outcome | None:
+    """The shipped variant and what it is compared with; ``None`` when it was not timed."""
+    row = variant(report, "pruned", report.shipped)
+    if row is None:
+        return None
+    same = variant(report, "dense", report.shipped)
+    fp32 = variant(report, "dense", "fp32")
+    return Outcome(
+        row=row,
+        ratio=row.ratio_to_dense,
+        interval=interval(report, row),
+        quality_change=None if same is None else row.quality - same.quality,
+        quality_change_fp32=None if fp32 is None else row.quality - fp32.quality,
+        size_ratio=None if same is None or same.size_bytes == 0 else row.size_bytes / same.size_bytes,
+    )
+
+
+def interval(report: Report, row: VariantRow) -> Comparison | None:
+    """The interleaved comparison of a pruned row with the dense row of the same precision."""
+    dense = variant(report, "dense", row.precision)
+    if dense is None or row.variant == "dense":
+        return None
+    names = {row.measurement: {row.measurement}, dense.measurement: {dense.measurement}}
+    for key in names:
+        if key in report.measurements:
+            names[key].add(report.measurements[key].name)
+    pairs = (
+        c
+        for c in report.comparisons
+        if c.candidate in names[row.measurement] and c.reference in names[dense.measurement]
+    )
+    return next(pairs, None)
+
+
+def timed_variants(report: Report) -> list[tuple[VariantRow, Measurement]]:
+    """The variants whose samples are in the report and were not all rejected."""
+    pairs = [(row, report.measurements.get(row.measurement)) for row in report.variants]
+    return [(row, m) for row, m in pairs if m is not None and m.samples_ns()]
+
+
+def ledger_steps(ledger: Sequence[LedgerEntry]) -> tuple[LedgerStep, ...]:
+    """Each line with its predecessor: the last earlier line of the same metric, in the same precision if there is one.
+
+    A second ``dense`` line is a reference (say, the dense INT8 file), not a stage: it has no predecessor and is none.
+    """
+    chain: list[LedgerEntry] = []
+    steps = []
+    for entry in ledger:
+        if entry.stage == "dense" and chain:
+            steps.append(LedgerStep(entry, None, None))
+            continue
+        comparable = [e for e in chain if e.metric == entry.metric]
+        same = [e for e in comparable if e.precision == entry.precision]
+        against = (same or comparable or [None])[-1]
+        change = None if against is None else entry.value - against.value
+        steps.append(LedgerStep(entry, against, change))
+        chain.append(entry)
+    return tuple(steps)
+
+
+def worst_step(steps: Sequence[LedgerStep]) -> LedgerStep | None:
+    """The step that lost most; ``None`` when no step lost anything."""
+    losses = [s for s in steps if s.change is not None and s.change < 0]
+    return min(losses, key=lambda s: s.change or 0.0, default=None)
+
+
+def best_step(steps: Sequence[LedgerStep]) -> LedgerStep | None:
+    """The step that won most back; ``None`` when no step gained."""
+    gains = [s for s in steps if s.change is not None and s.change > 0]
+    return max(gains, key=lambda s: s.change or 0.0, default=None)
+
+
+def net_change(steps: Sequence[LedgerStep]) -> float | None:
+    """The last stage against the first line, when both show the same metric."""
+    stages = [s.entry for s in steps if s.against is not None]
+    if not stages or not steps or steps[0].entry.metric != stages[-1].metric:
+        return None
+    return stages[-1].value - steps[0].entry.value
+
+
+def seconds_by_kind(stages: Sequence[StageCost]) -> dict[str, float]:
+    """Seconds of each kind of work, in a fixed order, kinds without any left out."""
+    totals = {kind: sum(s.seconds for s in stages if s.kind == kind) for kind in KINDS}
+    return {kind: seconds for kind, seconds in totals.items() if seconds > 0}
+
+
+def missed_gates(report: Report) -> list[Gate]:
+    """The gates that were not met."""
+    return [gate for gate in report.gates if not gate.met]
+
+
+def ledger_n(report: Report) -> int:
+    """Samples behind the quality figures (0 when the ledger is empty)."""
+    return max((entry.n for entry in report.ledger), default=0)
+
+
+def metric(report: Report) -> str:
+    """What quality means in this report."""
+    return report.ledger[0].metric if report.ledger else "quality"
+
+
+def wilson(value: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share that was observed over ``n`` independent samples.
+
+    Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference", JASA 22(158).
+    """
+    z = 1.96
+    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def check_error(predicted_ms: float, measured_ms: float) -> float:
+    """How far a prediction was off, as a share of the measured time (positive: predicted too slow)."""
+    return predicted_ms / measured_ms - 1 if measured_ms > 0 else 0.0
+
+
+def stamp_banner(report: Report) -> tuple[str, str] | None:
+    """Title and sentence of the warning that must stand over figures that no real board produced."""
+    machine = report.fingerprint.machine
+    if report.stamp == "stand-in":
+        return (
+            "Stand-in figures",
+            f"Every time in this report was measured on this {machine} machine ({report.fingerprint.cpu_model}), not on "
+            f"{board(report)}. They show that the method works; they say nothing about the speed on the board.",
+        )
+    if report.stamp == "emulated":
+        return (
+            "Emulated board",
+            f"The {machine} board was emulated in software. Files, runtimes and numerics are real; the times are not those of "
+            f"{board(report)} and carry no meaning as speed.",
+        )
+    return None
+
+
+def board(report: Report) -> str:
+    """What the target stands for, as people call it."""
+    target = report.target
+    if target.startswith("rpi"):
+        return f"a Raspberry Pi (target {target})"
+    return f"the board of target {target}"

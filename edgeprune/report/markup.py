@@ -1,0 +1,56 @@
+"""HTML and SVG elements from Python, safe by construction: plain text is escaped, only :class:`Markup` passes unchanged."""
+
+from __future__ import annotations
+
+import html
+
+from edgeprune.report.figures import printable
+
+VOID = frozenset({"br", "col", "hr", "img", "link", "meta", "wbr"})
+Attribute = str | int | float | bool | None
+
+
+class Markup(str):
+    """Text that is already HTML."""
+
+    __slots__ = ()
+
+
+def text(value: str) -> Markup:
+    """Untrusted text, made printable and escaped."""
+    return Markup(html.escape(printable(value), quote=True))
+
+
+def tag(name: str, *children: str, **attributes: Attribute) -> Markup:
+    """One element.
+
+    Args:
+        name: the element's name.
+        children: :class:`Markup` as it is, other text escaped.
+        attributes: a trailing underscore is dropped and inner ones become hyphens (``class_``, ``stroke_width``); ``None`` and
+            ``False`` leave the attribute out, ``True`` writes it without a value; numbers are rounded to 2 decimals.
+    """
+    head = name + "".join(_attribute(key, value) for key, value in attributes.items())
+    if name in VOID:
+        return Markup(f"<{head}>")
+    return Markup(f"<{head}>{join(*children)}</{name}>")
+
+
+def join(*children: str) -> Markup:
+    """Several pieces one after another; plain text among them is escaped."""
+    return Markup("".join(c if isinstance(c, Markup) else text(c) for c in children))
+
+
+def _attribute(key: str, value: Attribute) -> str:
+    if value is None or value is False:
+        return ""
+    name = key.rstrip("_").replace("_", "-")
+    if value is True:
+        return f" {name}"
+    shown = number(value) if isinstance(value, float) else str(value)
+    return f' {name}="{text(shown)}"'
+
+
+def number(value: float) -> str:
+    """A coordinate with at most 2 decimals: enough for a screen, and it keeps the file small."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if value else "0"

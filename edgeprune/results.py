@@ -1,0 +1,317 @@
+"""What the program writes: measurements, plans, ledgers, artefacts and the report.
+
+Times are integer nanoseconds in records (``_ns``) and milliseconds where people read them (``_ms``). Ratios are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from edgeprune.records import Record
+from edgeprune.specs import Precision, Stamp
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TensorSpec(Record):
+    """One input or output of a model file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: Literal["NCHW", "NHWC", "other"] = "other"
+    scale: float | None = None
+    zero_point: int | None = None
+
+
+class Artifact(Record):
+    """One model file, by content. ``path`` is relative to the run folder or the bundle."""
+
+    path: str
+    format: str
+    precision: Precision
+    sha256: Sha256
+    size_bytes: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    op_counts: dict[str, int] = {}
+
+
+class Fingerprint(Record):
+    """What a measurement was made on. Tables and artefacts of different fingerprints never mix."""
+
+    device: str
+    transport: str
+    hostname_digest: str
+    machine: str
+    cpu_model: str
+    cpu_flags: tuple[str, ...]
+    cores: int
+    memory_bytes: int
+    page_size_bytes: int
+    kernel: str
+    python: str
+    governor: str | None
+    runtime: str
+    runtime_version: str
+    threads: int
+    stamp: Stamp
+
+    def key(self) -> str:
+        """Digest of everything that changes latency."""
+        from edgeprune.records import digest_of
+
+        return digest_of(self)
+
+
+class Telemetry(Record):
+    """State of the board at one moment; a field that the board does not show is ``None``."""
+
+    load_1min: float | None = None
+    temperature_c: float | None = None
+    clock_hz: int | None = None
+    throttled: bool | None = None
+    available_memory_bytes: int | None = None
+
+
+class Block(Record):
+    """Consecutive runs of one model within one round; every sample is the mean of ``calls_per_sample`` calls."""
+
+    round: int
+    calls_per_sample: int
+    samples_ns: tuple[int, ...]
+    rejected: str | None = None
+
+
+class Measurement(Record):
+    """The latency of one model file on one device: every sample, never only a mean."""
+
+    name: str
+    artifact_sha256: Sha256
+    precision: Precision
+    threads: int
+    load_ns: int
+    first_ns: int
+    blocks: tuple[Block, ...]
+    before: Telemetry
+    after: Telemetry
+    fingerprint_key: str
+    stamp: Stamp
+    at: str  # UTC, ISO 8601
+    peak_memory_bytes: int | None = None
+
+    def samples_ns(self) -> list[int]:
+        """All samples of the blocks that were not rejected."""
+        return [s for b in self.blocks if b.rejected is None for s in b.samples_ns]
+
+    def block_medians_ns(self) -> dict[int, float]:
+        """Median of each accepted block, by round."""
+        return {b.round: statistics.median(b.samples_ns) for b in self.blocks if b.rejected is None}
+
+    @property
+    def median_ms(self) -> float:
+        """Median of the block medians."""
+        return statistics.median(self.block_medians_ns().values()) / 1e6
+
+    @property
+    def p90_ms(self) -> float:
+        """90th percentile of all accepted samples."""
+        samples = sorted(self.samples_ns())
+        return samples[min(len(samples) - 1, int(0.9 * len(samples)))] / 1e6
+
+    @property
+    def spread_ratio(self) -> float:
+        """Half the inter-quartile range of the block medians over their median: how far blocks disagree."""
+        medians = sorted(self.block_medians_ns().values())
+        low, high = medians[len(medians) // 4], medians[(3 * len(medians)) // 4]
+        return (high - low) / 2 / statistics.median(medians)
+
+
+class Comparison(Record):
+    """A candidate against a reference measured in the same rounds.
+
+    ``ratio`` is the median over rounds of candidate / reference; ``low`` and ``high`` bound it by order statistics.
+    """
+
+    candidate: str
+    reference: str
+    ratio: float
+    low: float
+    high: float
+    confidence: float
+    rounds: int
+
+
+class GroupPlan(Record):
+    """One channel group: what it couples and which channels stay. ``kept`` is sorted."""
+
+    name: str
+    channels: int
+    kept: tuple[int, ...]
+    layers: tuple[str, ...]
+    saved_ms_predicted: float
+    cost_nats: float
+    note: str = ""
+
+
+class FrozenGroup(Record):
+    """Channels that are not touched, and why."""
+
+    layers: tuple[str, ...]
+    reason: str
+
+
+class PruningPlan(Record):
+    """Which channels of every group stay, and what that is predicted to cost and to bring."""
+
+    schema_version: Literal[1] = 1
+    groups: tuple[GroupPlan, ...]
+    frozen: tuple[FrozenGroup, ...]
+    precision: Precision
+    importance: str
+    limit_ms: float
+    dense_ms: float
+    predicted_ms: float
+    predicted_cost_nats: float
+
+    def widths(self) -> dict[str, int]:
+        """Kept width of every group, by name."""
+        return {group.name: len(group.kept) for group in self.groups}
+
+
+class LatencyModelQuality(Record):
+    """How well the latency model predicts whole nets that it was not fitted on."""
+
+    kernels_measured: int
+    nets_fitted: int
+    nets_held_out: int
+    mean_error_ratio: float
+    worst_error_ratio: float
+
+
+class PlanCheck(Record):
+    """One structure that was measured on the device before any training."""
+
+    widths: dict[str, int]
+    predicted_ms: float
+    measured_ms: float
+    ratio_to_dense: float
+    ratio_high: float
+    within_budget: bool
+    cost_nats: float
+
+
+class LedgerEntry(Record):
+    """Quality after one stage, on the development split."""
+
+    stage: Literal[
+        "dense", "pruned", "compensated", "recovered", "quantised", "exported", "on-device"
+    ]
+    metric: Literal["accuracy", "agreement"]
+    value: float
+    n: int
+    precision: Precision
+    split: Literal["development"] = "development"
+    where: str = "torch"
+    note: str = ""
+
+
+class VariantRow(Record):
+    """One of the four files that are always shown together."""
+
+    variant: Literal["dense", "pruned"]
+    precision: Precision
+    median_ms: float
+    p90_ms: float
+    spread_ratio: float
+    ratio_to_dense: float  # against the dense model in the same precision
+    quality: float
+    size_bytes: int
+    parameters: int
+    macs: int
+    measurement: str  # key of Report.measurements
+
+
+class StageCost(Record):
+    """Wall time of one stage. ``kind`` says what the time went into."""
+
+    name: str
+    seconds: float
+    kind: Literal["training", "conversion", "measuring", "other"]
+    cached: bool = False
+
+
+class LayerWidth(Record):
+    """One layer before and after pruning."""
+
+    layer: str
+    kind: str
+    in_before: int
+    in_after: int
+    out_before: int
+    out_after: int
+
+
+class LayerTime(Record):
+    """One kernel of the exported file and its share of the latency."""
+
+    name: str
+    op: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    fp32_ms: float | None
+    int8_ms: float | None
+    method: Literal["runtime profiler", "isolated kernel"]
+
+
+class Gate(Record):
+    """One promise, judged on the exported file on the device."""
+
+    name: Literal["latency", "accuracy", "agreement", "numerics"]
+    limit: float
+    value: float
+    unit: str
+    met: bool
+    note: str = ""
+
+
+class Report(Record):
+    """Everything a reader needs to believe the result, and to make it again."""
+
+    schema_version: Literal[1] = 1
+    edgeprune_version: str
+    created: str
+    command: str
+    model: str
+    target: str
+    profile: str
+    device: str
+    stamp: Stamp
+    fingerprint: Fingerprint
+    budget: str
+    limit_ms: float
+    shipped: Precision
+    shipped_reason: str
+    gates: tuple[Gate, ...]
+    passed: bool
+    headline: str
+    variants: tuple[VariantRow, ...]
+    comparisons: tuple[Comparison, ...]
+    measurements: dict[str, Measurement]
+    ledger: tuple[LedgerEntry, ...]
+    plan: PruningPlan
+    layer_widths: tuple[LayerWidth, ...]
+    checks: tuple[PlanCheck, ...]
+    latency_model: LatencyModelQuality
+    pareto: tuple[tuple[float, float], ...]  # (predicted ms, predicted cost in nats)
+    test_quality: dict[str, float]
+    test_n: int
+    stages: tuple[StageCost, ...]
+    peak_memory_bytes: int
+    versions: dict[str, str]
+    settings: dict[str, str | int | float | bool | None]
+    notes: tuple[str, ...]
+    bundle: str

@@ -1,0 +1,273 @@
+"""What people write: profiles, targets, devices and workloads. One YAML each; unknown keys are errors.
+
+Precedence of every setting: flag, then ``edgeprune.yaml``, then the target file, then the default here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from edgeprune.records import Record
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+FormatName = Literal["tflite", "onnx", "tensorrt", "executorch", "coreml"]
+Precision = Literal["fp32", "int8"]
+Stamp = Literal["measured", "stand-in", "emulated"]
+
+
+class Fact(Record):
+    """One hardware fact: a value with the place it comes from."""
+
+    value: int | float | str | bool | tuple[int | float | str, ...]
+    source: Annotated[str, Field(min_length=8)]
+    read_on: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    note: str = ""
+
+
+class ChannelSteps(Record):
+    """The output-channel tile of each kernel class, as a prior for the width grid until the device is measured."""
+
+    conv: Annotated[int, Field(ge=1, le=256)]
+    depthwise: Annotated[int, Field(ge=1, le=256)]
+    linear: Annotated[int, Field(ge=1, le=256)]
+    source: Annotated[str, Field(min_length=8)]
+    read_on: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+class Profile(Record):
+    """What a piece of silicon and its kernel library like. Facts only, each with its source."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    summary: str
+    isa: str
+    kernel_library: str
+    facts: dict[str, Fact]
+    channel_steps: dict[Precision, ChannelSteps]
+    int8_schemes: tuple[str, ...]
+    avoid_ops: tuple[str, ...] = ()
+
+
+class Runtime(Record):
+    """How the shipped file is run and timed."""
+
+    name: Literal["litert", "tflite-runtime", "onnxruntime", "tensorrt", "executorch", "coreml"]
+    threads: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class Quantization(Record):
+    """Post-training INT8 settings."""
+
+    scheme: Literal["static-int8"] = "static-int8"
+    per_channel: bool = True
+    calibration_samples: Annotated[int, Field(ge=8, le=10_000)] = 256
+
+
+class Target(Record):
+    """What we ship: one profile, a runtime, a format, precisions, and defaults for the gates."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    summary: str
+    profile: Name
+    format: FormatName
+    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    runtime: Runtime
+    quantization: Quantization = Quantization()
+    latency: str = "60%"
+    max_drop: str = "1%"
+    bundle: Literal["python", "android", "ios"] = "python"
+
+    @field_validator("latency")
+    @classmethod
+    def _check_latency(cls, text: str) -> str:
+        parse_budget(text)
+        return text
+
+    @field_validator("max_drop")
+    @classmethod
+    def _check_max_drop(cls, text: str) -> str:
+        parse_drop(text)
+        return text
+
+
+class HostKey(Record):
+    """The pinned key of an SSH server."""
+
+    sha256: Annotated[str, Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")]
+    key_type: Annotated[str, Field(pattern=r"^[a-z0-9@.-]+$")] = "ssh-ed25519"
+
+
+class KeyAuth(Record):
+    """Log in with one private key file; a passphrase only by reference (``env:NAME`` or ``file:/path``)."""
+
+    method: Literal["key"] = "key"
+    key_file: str
+    passphrase_ref: Annotated[str, Field(pattern=r"^(env|file):.+$")] | None = None
+
+
+class PasswordAuth(Record):
+    """Log in with a password given only by reference (``env:NAME`` or ``file:/path``)."""
+
+    method: Literal["password"]
+    password_ref: Annotated[str, Field(pattern=r"^(env|file):.+$")]
+
+
+class AgentAuth(Record):
+    """Log in with one key of the running ssh-agent, chosen by its fingerprint."""
+
+    method: Literal["agent"]
+    key_fingerprint: Annotated[str, Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")]
+
+
+class Device(Record):
+    """The box on this desk: how to reach it, and which targets it can time. Never holds a secret."""
+
+    transport: Literal["local", "ssh"]
+    targets: tuple[Name, ...]
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9:._%-]{1,253}$")] | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] = 22
+    user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_.-]{0,31}\$?$")] | None = None
+    auth: Annotated[KeyAuth | PasswordAuth | AgentAuth, Field(discriminator="method")] | None = None
+    host_key: HostKey | None = None
+    workdir: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~-]{1,255}$")] = (
+        "~/.local/share/edgeprune"
+    )
+    python: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~-]{1,255}$")] = "python3"
+    connect_timeout_s: Annotated[float, Field(gt=0, le=120)] = 8.0
+    stand_in: bool = False
+
+    @model_validator(mode="after")
+    def _check_ssh(self) -> Device:
+        if self.transport == "ssh":
+            missing = [k for k in ("host", "user", "auth", "host_key") if getattr(self, k) is None]
+            if missing:
+                raise ValueError(f"an ssh device must have {', '.join(missing)}")
+        return self
+
+
+class DeviceFile(Record):
+    """``devices.yaml``: the inventory of this desk."""
+
+    schema_version: Literal[1] = 1
+    devices: dict[Name, Device]
+
+
+class Preprocess(Record):
+    """How raw data becomes the model's input; recorded once, used by every stage and by the bundle.
+
+    Raw images are ``uint8 [N, H, W, C]`` (or ``[N, H, W]`` for grey); the model sees
+    ``float32 [N, C, H, W] = (raw / 255 - mean) / std``. ``kind: none`` passes float arrays through unchanged.
+    """
+
+    kind: Literal["image", "none"] = "image"
+    size: tuple[int, int] | None = None  # (height, width) that image files are resized to
+    color: Literal["rgb", "grey"] = "rgb"
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    @model_validator(mode="after")
+    def _check_std(self) -> Preprocess:
+        channels = 1 if self.color == "grey" else 3
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) not in (1, channels):
+                raise ValueError(f"{key} must have 1 or {channels} values for color {self.color}")
+        if any(value <= 0 for value in self.std):
+            raise ValueError("std must be > 0")
+        return self
+
+
+class Augment(Record):
+    """What the recovery training may do to an image without changing its class."""
+
+    shift_pixels: Annotated[int, Field(ge=0, le=64)] = 2
+    mirror: bool = False
+
+
+class Recovery(Record):
+    """The distillation that heals the pruned model."""
+
+    epochs: Annotated[float, Field(ge=0, le=1000)] = 5.0
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 128
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.02
+    augment: Augment = Augment()
+
+
+class Workload(Record):
+    """``edgeprune.yaml``: the user's model, weights, data and defaults. Paths are relative to the file."""
+
+    schema_version: Literal[1] = 1
+    model: Annotated[str, Field(pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$")]
+    weights: str | None = None
+    data: str
+    preprocess: Preprocess = Preprocess()
+    labels: tuple[str, ...] | None = None
+    target: str | None = None
+    latency: str | None = None
+    max_drop: str | None = None
+    device: str | None = None
+    recovery: Recovery = Recovery()
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+
+    @field_validator("latency")
+    @classmethod
+    def _check_latency(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_budget(text)
+        return text
+
+    @field_validator("max_drop")
+    @classmethod
+    def _check_max_drop(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_drop(text)
+        return text
+
+
+class Budget(Record):
+    """A latency budget: absolute, or against the dense model in the precision that ships."""
+
+    text: str
+    kind: Literal["ms", "ratio"]
+    value: Annotated[float, Field(gt=0)]  # milliseconds, or the allowed share of the dense latency
+
+    def limit_ms(self, dense_ms: float) -> float:
+        """The budget in milliseconds, given the dense latency in the precision that ships."""
+        return self.value if self.kind == "ms" else self.value * dense_ms
+
+
+def parse_budget(text: str) -> Budget:
+    """Read ``15ms``, ``60%`` (of the dense latency) or ``2.5x`` (a speed-up).
+
+    Raises:
+        ValueError: any other form; zero; a share over 100 %; a speed-up under 1x.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|%|x)\s*", text)
+    if match is None:
+        raise ValueError(f"a latency budget must look like 15ms, 60% or 2.5x, but got {text!r}")
+    number, unit = float(match[1]), match[2]
+    if number <= 0 or (unit == "%" and number > 100) or (unit == "x" and number < 1):
+        raise ValueError(
+            f"a latency budget must be over 0ms, within 0-100%, or at least 1x, but got {text!r}"
+        )
+    if unit == "ms":
+        return Budget(text=text.strip(), kind="ms", value=number)
+    ratio = number / 100 if unit == "%" else 1 / number
+    return Budget(text=text.strip(), kind="ratio", value=ratio)
+
+
+def parse_drop(text: str) -> float:
+    """Read an allowed accuracy drop such as ``1%`` (one percentage point) as a ratio, 0.01.
+
+    Raises:
+        ValueError: not a percentage between 0 and 100.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if match is None or float(match[1]) > 100:
+        raise ValueError(f"max_drop must be a percentage such as 1%, but got {text!r}")
+    return float(match[1]) / 100
