@@ -22,6 +22,7 @@ from edgeprune.errors import EdgepruneError, IntegrityError, NoSpace, SpecError,
 
 MAX_TEXT_BYTES = 256 * 1024 * 1024
 MAX_YAML_BYTES = 1024 * 1024
+MAX_YAML_DEPTH = 32
 
 
 class Record(BaseModel):
@@ -48,11 +49,18 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A date stays the text it was written as; records check its form.
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def load_yaml(path: Path) -> Any:
     """The plain data in a YAML file.
 
     Raises:
-        SpecError: the file is missing, too large (1 MiB), not YAML, uses aliases or tags, or repeats a key.
+        SpecError: the file is missing, too large (1 MiB), too deep (32 levels), not YAML, uses aliases or tags, or repeats a key.
     """
     try:
         raw = path.read_bytes()
@@ -62,17 +70,30 @@ def load_yaml(path: Path) -> Any:
         raise SpecError(f"{path} must be at most {MAX_YAML_BYTES} bytes, but has {len(raw)}")
     try:
         text = raw.decode("utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise SpecError(f"{path} must not use YAML aliases")
+        _check_events(text, path)
         # The loader derives from SafeLoader, so no tag can build a Python object.
         return yaml.load(text, _UniqueKeyLoader)  # noqa: S506
     except UnicodeDecodeError as error:
         raise SpecError(f"{path} is not UTF-8 text") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "too deeply nested"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise SpecError(f"{path}{line} is not valid: {problem}") from error
+
+
+def _check_events(text: str, path: Path) -> None:
+    """Refuse what can make a small file expensive before anything is built from it: aliases and deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise SpecError(f"{path} must not use YAML aliases")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_YAML_DEPTH:
+            raise SpecError(f"{path} must nest at most {MAX_YAML_DEPTH} levels deep")
 
 
 def parse(cls: type[R], value: Any, *, where: str) -> R:
@@ -91,7 +112,9 @@ def parse(cls: type[R], value: Any, *, where: str) -> R:
 
 
 def _spec_error(cls: type[Record], error: ValidationError, where: str) -> EdgepruneError:
-    first = error.errors(include_url=False)[0]
+    # A misspelt required key is both missing and unknown; the unknown key is what has to be told.
+    errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in first["loc"]]
     name = ".".join(location) or "the document"
     if first["type"] == "extra_forbidden":
@@ -100,7 +123,9 @@ def _spec_error(cls: type[Record], error: ValidationError, where: str) -> Edgepr
         return SpecError(f"{where} must have the key {name!r}")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    return SpecError(f"{name} in {where}: {message}, but got {first['input']!r:.200}")
+    # Whoever writes a secret where a reference belongs must not find it in a log.
+    value = "a hidden value" if name.endswith("_ref") else f"{first['input']!r:.200}"
+    return SpecError(f"{name} in {where}: {message}, but got {value}")
 
 
 def _known_keys(cls: type[Record], path: list[str]) -> list[str]:
@@ -144,8 +169,12 @@ def read_json(cls: type[R], path: Path) -> R:
 
 
 def to_json(record: Record) -> bytes:
-    """Canonical bytes of a record: sorted keys, two spaces, one newline at the end."""
-    value = record.model_dump(mode="json")
+    """Canonical bytes of a record: sorted keys, one space of indent, one newline at the end."""
+    return to_json_text(record.model_dump(mode="json"))
+
+
+def to_json_text(value: Any) -> bytes:
+    """Canonical bytes of plain data, as :func:`to_json`."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

@@ -46,7 +46,9 @@ def check_path(path: str) -> str:
     if not path or len(path) > MAX_PATH:
         raise ValueError(f"a path must have 1 to {MAX_PATH} characters, but has {len(path)}")
     if _FORBIDDEN.search(path) or unicodedata.normalize("NFC", path) != path:
-        raise ValueError(f"path {path!r} must be plain NFC text without backslash, colon or control")
+        raise ValueError(
+            f"path {path!r} must be plain NFC text without backslash, colon or control"
+        )
     for part in path.split("/"):
         if part in ("", ".", ".."):
             raise ValueError(f"path {path!r} must be relative, without empty, '.' or '..' parts")
@@ -70,7 +72,9 @@ def check_distinct(paths: Iterable[str]) -> None:
     for path in paths:
         other = seen.setdefault(path_key(path), path)
         if other is not path:
-            raise ValueError(f"paths {other!r} and {path!r} are the same file where case is ignored")
+            raise ValueError(
+                f"paths {other!r} and {path!r} are the same file where case is ignored"
+            )
 
 
 def _check_line(text: str) -> str:
@@ -187,7 +191,7 @@ class Recipe(Record):
     """``preprocess.json``: all that a program needs to feed the model, so that no sample repeats a constant.
 
     Raw ``uint8`` images ``[H, W, C]`` (or ``[H, W]``) become ``(raw / 255 - mean) / std`` in the ``layout`` of ``input``; when ``kind`` is
-    ``none`` float samples go in unchanged. ``limit`` is the allowed absolute error of the golden check, in units of the output.
+    ``none`` float samples go in unchanged.
     """
 
     schema_version: Literal[1] = 1
@@ -243,6 +247,8 @@ class Manifest(Facts):
             raise ValueError(f"files must list {self.model.path} with the digest of the model")
         if not {self.golden.inputs, self.golden.outputs} <= set(listed):
             raise ValueError("files must list the golden inputs and outputs")
+        if self.golden.tolerance.atol is None and self.model.outputs[0].scale is None:
+            raise ValueError("max_abs_error_steps needs a quantised output; give atol instead")
         return self
 
     def recipe(self) -> Recipe:
@@ -258,9 +264,7 @@ class Manifest(Facts):
     def golden_file(self) -> GoldenFile:
         """What ``golden/tolerance.json`` must say."""
         tolerance = self.golden.tolerance
-        return GoldenFile(
-            tolerance=tolerance, max_abs_error=tolerance.limit(self.model.outputs[0])
-        )
+        return GoldenFile(tolerance=tolerance, max_abs_error=tolerance.limit(self.model.outputs[0]))
 
 
 def created_text(environ: Mapping[str, str] | None = None) -> str:

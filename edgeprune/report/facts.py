@@ -67,7 +67,9 @@ def outcome(report: Report) -> Outcome | None:
         interval=interval(report, row),
         quality_change=None if same is None else row.quality - same.quality,
         quality_change_fp32=None if fp32 is None else row.quality - fp32.quality,
-        size_ratio=None if same is None or same.size_bytes == 0 else row.size_bytes / same.size_bytes,
+        size_ratio=None
+        if same is None or same.size_bytes == 0
+        else row.size_bytes / same.size_bytes,
     )
 
 
@@ -107,7 +109,7 @@ def ledger_steps(ledger: Sequence[LedgerEntry]) -> tuple[LedgerStep, ...]:
             continue
         comparable = [e for e in chain if e.metric == entry.metric]
         same = [e for e in comparable if e.precision == entry.precision]
-        against = (same or comparable or [None])[-1]
+        against = next(reversed(same or comparable), None)
         change = None if against is None else entry.value - against.value
         steps.append(LedgerStep(entry, against, change))
         chain.append(entry)

@@ -11,6 +11,7 @@ from typing import Literal
 
 TimeUnit = Literal["ms", "µs"]
 MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 NONE = "\N{EM DASH}"
 
 
@@ -45,9 +46,14 @@ def time_unit(values_ms: Iterable[float]) -> TimeUnit:
     return "µs" if 0 < largest < 1 else "ms"
 
 
+def per_ms(unit: TimeUnit) -> float:
+    """How many of ``unit`` are in a millisecond."""
+    return 1000.0 if unit == "µs" else 1.0
+
+
 def in_unit(ms: float, unit: TimeUnit, digits: int = 3) -> str:
     """Milliseconds as a bare number in ``unit``."""
-    return significant(ms * 1000 if unit == "µs" else ms, digits)
+    return significant(ms * per_ms(unit), digits)
 
 
 def speed_text(ratio: float) -> str:
@@ -56,7 +62,7 @@ def speed_text(ratio: float) -> str:
     >>> speed_text(0.4)
     '2.50×'
     """
-    return f"{significant(1 / ratio)}×" if ratio > 0 else NONE
+    return f"{significant(1 / ratio)}{TIMES}" if ratio > 0 else NONE
 
 
 def share_text(ratio: float, digits: int = 1) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from edgeprune.report.figures import printable
 
@@ -21,7 +23,7 @@ def text(value: str) -> Markup:
     return Markup(html.escape(printable(value), quote=True))
 
 
-def tag(name: str, *children: str, **attributes: Attribute) -> Markup:
+def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
     """One element.
 
     Args:
@@ -54,3 +56,48 @@ def _attribute(key: str, value: Attribute) -> str:
 def number(value: float) -> str:
     """A coordinate with at most 2 decimals: enough for a screen, and it keeps the file small."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if value else "0"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A table column; figures are right-aligned."""
+
+    title: str
+    numeric: bool = False
+
+
+def table(
+    caption: str,
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    *,
+    row_classes: Sequence[str] = (),
+) -> Markup:
+    """A table whose first cell heads its row; scrolls sideways on narrow screens, by keyboard too."""
+    head = tag("tr", *(tag("th", c.title, scope="col", class_=_align(c)) for c in columns))
+    body = []
+    for index, cells in enumerate(rows):
+        first = tag("th", cells[0], scope="row", class_="short" if len(cells[0]) <= 28 else None)
+        rest = (
+            tag("td", cell, class_=_align(c))
+            for c, cell in zip(columns[1:], cells[1:], strict=True)
+        )
+        style = row_classes[index] if row_classes else None
+        body.append(tag("tr", first, *rest, class_=style or None))
+    return tag(
+        "div",
+        tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body)),
+        class_="scroll",
+        tabindex="0",
+        role="region",
+        aria_label=caption,
+    )
+
+
+def pairs(entries: Sequence[tuple[str, str]]) -> Markup:
+    """A list of names and values."""
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in entries))
+
+
+def _align(column: Column) -> str | None:
+    return "num" if column.numeric else None

@@ -1,0 +1,168 @@
+"""Golden samples: real inputs and the answers of the shipped file, and whether a runtime still gives them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeprune.bundle.integrity import read_checked
+from edgeprune.bundle.manifest import MIN_GOLDEN, Manifest, Tolerance
+from edgeprune.datasets import model_input, to_layout
+from edgeprune.errors import IntegrityError, ModelError
+from edgeprune.results import Artifact, TensorSpec
+from edgeprune.specs import Preprocess
+
+_ROUNDING = (
+    1.001  # float32 differences of exact quantisation steps may exceed n steps by a rounding error
+)
+INT8_STEPS = 3
+FP32_ATOL_RATIO = 1e-4
+
+
+@dataclass(frozen=True)
+class GoldenResult:
+    """How far the outputs are from the golden ones."""
+
+    n: int
+    max_abs_error: float
+    limit: float
+    argmax_agreement: float
+    min_argmax_agreement: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether both limits hold."""
+        near = self.max_abs_error <= self.limit * _ROUNDING
+        return near and self.argmax_agreement >= self.min_argmax_agreement
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n} samples, largest error {self.max_abs_error:.3g} (allowed {self.limit:.3g}), "
+            f"same class {self.argmax_agreement:.0%} (needed {self.min_argmax_agreement:.0%})"
+        )
+
+
+def default_tolerance(model: Artifact, outputs: np.ndarray) -> Tolerance:
+    """What two correct runtimes may differ by on this file.
+
+    INT8 kernels round differently between processors: three steps of the output, taken as 1/255 of the golden range when the file's
+    output is float; a near-tie may then flip one class in eight. FP32 kernels only add in another order: 1e-4 of the largest output.
+
+    Args:
+        model: the shipped file.
+        outputs: golden outputs, ``float32 [n, K]``.
+    """
+    if model.precision == "fp32":
+        atol = FP32_ATOL_RATIO * max(1.0, float(np.abs(outputs).max()))
+        return Tolerance(atol=atol, min_argmax_agreement=1.0)
+    if model.outputs[0].scale is not None:
+        return Tolerance(max_abs_error_steps=INT8_STEPS, min_argmax_agreement=0.85)
+    step = max(float(np.ptp(outputs)), 1e-6) / 255
+    return Tolerance(atol=INT8_STEPS * step, min_argmax_agreement=0.85)
+
+
+def file_input(raw: np.ndarray, preprocess: Preprocess, spec: TensorSpec) -> np.ndarray:
+    """Raw samples as the model file wants them.
+
+    Args:
+        raw: ``uint8 [N, H, W]`` or ``[N, H, W, C]`` images, or ``float32 [N, ...]`` as the torch model wants it.
+        preprocess: the bundle's constants.
+        spec: the file's input.
+
+    Returns:
+        ``float32 [N, ...]`` in the file's layout; the agent quantises it where the file wants INT8.
+
+    Raises:
+        ModelError: the samples do not fit the model.
+    """
+    fits_kind = raw.dtype == np.uint8 if preprocess.kind == "image" else raw.dtype.kind == "f"
+    if not (fits_kind or raw.dtype.kind == "f") or raw.ndim < 2:
+        raise ModelError(
+            f"samples must be {'uint8 images' if preprocess.kind == 'image' else 'float arrays'} "
+            f"with a batch dimension, but are {raw.dtype} {list(raw.shape)}"
+        )
+    if raw.dtype == np.uint8 and raw.ndim not in (3, 4):
+        raise ModelError(f"images must be [N, H, W] or [N, H, W, C], but are {list(raw.shape)}")
+    channels = raw.shape[-1] if raw.ndim == 4 else 1
+    if raw.dtype == np.uint8 and len(preprocess.mean) not in (1, channels):
+        raise ModelError(f"images must have {len(preprocess.mean)} channels, but have {channels}")
+    x = to_layout(model_input(raw, preprocess), spec.layout)
+    if x.shape[1:] != spec.shape[1:]:
+        raise ModelError(
+            f"samples must be {list(spec.shape[1:])} in {spec.layout} layout, but are {list(x.shape[1:])}"
+        )
+    if not np.isfinite(x).all():
+        raise ModelError("samples must be finite, but hold NaN or infinity")
+    return x
+
+
+def check_golden(raw: np.ndarray, outputs: np.ndarray, classes: int) -> None:
+    """Nothing, when the arrays can serve as golden samples.
+
+    Raises:
+        ModelError: too few samples, or outputs that are not finite ``float32 [n, K]``.
+    """
+    if len(raw) < MIN_GOLDEN or len(raw) != len(outputs):
+        raise ModelError(
+            f"a bundle needs at least {MIN_GOLDEN} golden samples and as many outputs, "
+            f"but got {len(raw)} and {len(outputs)}"
+        )
+    shape_ok = outputs.ndim == 2 and outputs.shape[1] == classes
+    if outputs.dtype != np.float32 or not shape_ok or not np.isfinite(outputs).all():
+        raise ModelError(
+            f"golden outputs must be finite float32 [n, {classes}], one column a label, "
+            f"but are {outputs.dtype} {list(outputs.shape)}"
+        )
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The ``.npy`` content of an array, without pickles."""
+    stream = io.BytesIO()
+    np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
+    return stream.getvalue()
+
+
+def read_golden(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """Golden inputs (raw samples) and outputs (``float32 [n, K]``) of a bundle.
+
+    Raises:
+        IntegrityError: they are not what the manifest lists, or not such arrays.
+    """
+    arrays = []
+    for path in (manifest.golden.inputs, manifest.golden.outputs):
+        content = read_checked(folder, manifest, path)
+        try:
+            arrays.append(np.load(io.BytesIO(content), allow_pickle=False))
+        except (ValueError, EOFError, OSError) as error:
+            raise IntegrityError(f"{path} is not a plain .npy array: {error}") from error
+    raw, outputs = arrays
+    try:
+        check_golden(raw, outputs, len(manifest.labels))
+    except (ModelError, TypeError) as error:
+        raise IntegrityError(f"the golden samples do not fit the manifest: {error}") from error
+    if len(raw) != manifest.golden.n:
+        raise IntegrityError(f"the bundle must hold {manifest.golden.n} golden samples")
+    return raw, outputs
+
+
+def judge(outputs: np.ndarray, golden: np.ndarray, manifest: Manifest) -> GoldenResult:
+    """Compare what a runtime answered, ``float32 [n, K]``, with the golden outputs.
+
+    Raises:
+        IntegrityError: the runtime answered with another shape or with NaN.
+    """
+    if outputs.shape != golden.shape or not np.isfinite(outputs).all():
+        raise IntegrityError(
+            f"the model must answer with finite {list(golden.shape)}, but answered {list(outputs.shape)}"
+        )
+    tolerance = manifest.golden.tolerance
+    return GoldenResult(
+        n=len(golden),
+        max_abs_error=float(np.abs(outputs - golden).max()),
+        limit=tolerance.limit(manifest.model.outputs[0]),
+        argmax_agreement=float((outputs.argmax(1) == golden.argmax(1)).mean()),
+        min_argmax_agreement=tolerance.min_argmax_agreement,
+    )

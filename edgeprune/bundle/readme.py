@@ -1,0 +1,93 @@
+"""The README of a bundle: how to run it, and what was measured on what."""
+
+from __future__ import annotations
+
+from edgeprune.bundle.manifest import Manifest
+
+_PACKAGES = {
+    "litert": "ai-edge-litert",
+    "tflite-runtime": "tflite-runtime 'numpy<2'",
+    "onnxruntime": "onnxruntime",
+}
+_STAMPS = {
+    "measured": "measured on the board",
+    "stand-in": "stand-in: measured on another machine, not on the board",
+    "emulated": "emulated: the time says nothing about the board",
+}
+
+
+def readme_text(manifest: Manifest) -> bytes:
+    """``README.md`` of the bundle; the first line says so when a gate was missed."""
+    quality, latency, provenance = manifest.quality, manifest.latency, manifest.provenance
+    title = f"# {manifest.name}"
+    if manifest.status == "best-effort":
+        title += f" - BEST EFFORT, gates missed: {', '.join(manifest.failed_gates)}"
+    model = manifest.model
+    rows = [
+        ("model", f"`{model.path}` ({model.precision}, {model.size_bytes} bytes)"),
+        ("target", f"{manifest.target} (profile {manifest.profile})"),
+        ("license of the model", manifest.license or "not stated"),
+        (f"{quality.metric}, {quality.split} split, n = {quality.n}", _quality(manifest)),
+        (
+            f"latency, {manifest.runtime.threads} thread(s)",
+            f"median {latency.median_ms:.3g} ms, p90 {latency.p90_ms:.3g} ms; "
+            f"limit {latency.limit_ms:.3g} ms (budget {latency.budget})",
+        ),
+        ("latency stamp", f"{_STAMPS[latency.stamp]} ({latency.device})"),
+        ("made by", f"edgeprune {manifest.edgeprune_version}, {manifest.created}"),
+        ("seed, data, model, plan", _digests(manifest)),
+    ]
+    table = "".join(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in rows)
+    text = f"""{title}
+
+## Run it on the board
+
+{_run_text(manifest)}
+## What it is
+
+| | |
+|---|---|
+{table}
+Made with: `{provenance.command.replace("`", "'")}`
+
+`preprocess.json` says how a raw sample becomes the model's input, `labels.txt` names the outputs in order, `golden/` holds real
+samples with the answers of this file, and `SHA256SUMS` the digest of every file (check with `sha256sum -c SHA256SUMS`).
+On the host, `edgeprune verify` checks all of it, on any board you have.
+"""
+    return text.encode()
+
+
+def _run_text(manifest: Manifest) -> str:
+    runtime = manifest.runtime
+    package = _PACKAGES.get(runtime.name)
+    if package is None:
+        return (
+            f"The model runs with {runtime.name} {runtime.min_version} or newer; "
+            "`samples/python/predict.py` shows the preprocessing.\n"
+        )
+    return f"""```sh
+scp -r . USER@BOARD:{manifest.name} && ssh USER@BOARD
+python3 -m venv ~/venv && . ~/venv/bin/activate && cd {manifest.name}
+pip install numpy pillow {package}
+python samples/python/predict.py --check
+python samples/python/predict.py YOUR_IMAGE.png
+```
+
+Tried with {runtime.name} {runtime.min_version}.
+"""
+
+
+def _quality(manifest: Manifest) -> str:
+    quality = manifest.quality
+    change = 100 * (quality.shipped - quality.dense)
+    return f"{quality.shipped:.2%} shipped, {quality.dense:.2%} dense ({change:+.2f} percentage points)"
+
+
+def _digests(manifest: Manifest) -> str:
+    made = manifest.provenance
+    digests = (made.data_digest, made.model_digest, made.plan_digest)
+    return ", ".join([str(made.seed), *(digest[:16] for digest in digests)])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,154 @@
+"""What a torch model says, and how good that is: logits, accuracy, agreement and divergence.
+
+Notation: ``N`` samples, ``K`` classes, ``C`` channels, ``H`` and ``W`` height and width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune.compress.inputs import batches, to_input
+from edgeprune.errors import ModelError
+from edgeprune.specs import Preprocess
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for a model that has neither."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; every module's own mode comes back when the block ends."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def logits(
+    model: nn.Module, x: Tensor, *, batch_size: int = 500, device: torch.device | None = None
+) -> Tensor:
+    """What the model says about prepared inputs, in eval mode and without gradients.
+
+    Args:
+        model: not changed; it runs where it is, or as a copy on ``device``.
+        x: ``[N, ...]`` as the model wants it.
+        batch_size: largest batch; large inputs use smaller ones.
+        device: where to run; ``None`` means where the model is.
+
+    Returns:
+        ``float32 [N, K]`` on the CPU.
+
+    Raises:
+        ModelError: there are no samples, or the model does not return one row of logits a sample.
+    """
+    runner = _placed(model, device)
+    place = device_of(runner)
+    found = []
+    with evaluating(runner), torch.inference_mode():
+        for part in batches(len(x), batch_size, x[0].numel() if len(x) else 0):
+            found.append(_checked(runner(x[part].to(place)), part.stop - part.start))
+    return _joined(found)
+
+
+def raw_logits(
+    model: nn.Module,
+    raw: np.ndarray,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 500,
+    device: torch.device | None = None,
+) -> Tensor:
+    """:func:`logits` of raw samples (as :attr:`edgeprune.datasets.Split.x`), prepared batch by batch."""
+    runner = _placed(model, device)
+    place = device_of(runner)
+    found = []
+    with evaluating(runner), torch.inference_mode():
+        for part in batches(len(raw), batch_size, raw[0].size if len(raw) else 0):
+            # The copy makes a read-only or memory-mapped array safe to wrap.
+            x = to_input(torch.from_numpy(raw[part].copy()).to(place), preprocess)
+            found.append(_checked(runner(x), part.stop - part.start))
+    return _joined(found)
+
+
+def _placed(model: nn.Module, device: torch.device | None) -> nn.Module:
+    if device is None or device_of(model) == device:
+        return model
+    return copy.deepcopy(model).to(device)
+
+
+def _checked(output: object, n: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"the model must return one tensor of logits [N, K], but returned {type(output).__name__}",
+            hint="wrap it in a module that returns the logits alone",
+        )
+    if output.ndim != 2 or len(output) != n:
+        raise ModelError(
+            f"the model must return logits [{n}, K], but returned {list(output.shape)}",
+            hint="edgeprune prunes classifiers",
+        )
+    return output.float().cpu()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    if not parts:
+        raise ModelError("a split must have at least one sample, but has none")
+    # A clone made outside inference mode may be saved for a later backward pass.
+    return torch.cat(parts).clone()
+
+
+def _top(values: Tensor) -> Tensor:
+    """Top class of each row ``[N]``; -1 where a row is not finite, so that broken logits never count as right."""
+    finite = values.isfinite().all(dim=1)
+    return torch.where(finite, values.argmax(dim=1), -1)
+
+
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    """Share of rows of ``[N, K]`` whose top class is the label in ``[N]``; rows with a NaN or infinity are wrong."""
+    return float((_top(logits) == y).double().mean())
+
+
+def agreement(logits: Tensor, reference_logits: Tensor) -> float:
+    """Share of rows of ``[N, K]`` whose top class is that of the reference; rows that are not finite disagree."""
+    top = _top(logits)
+    return float(((top == _top(reference_logits)) & (top >= 0)).double().mean())
+
+
+def kl_nats(reference_logits: Tensor, logits: Tensor) -> float:
+    """Mean of KL(reference || model) over rows of ``[N, K]``, in nats: 0 when the two say the same, NaN if one is not finite."""
+    reference = functional.log_softmax(reference_logits.double(), dim=1)
+    found = functional.log_softmax(logits.double(), dim=1)
+    return float((reference.exp() * (reference - found)).sum(dim=1).mean())
+
+
+def quality(
+    logits: Tensor | np.ndarray,
+    y: Tensor | np.ndarray | None,
+    reference_logits: Tensor | np.ndarray,
+) -> tuple[Literal["accuracy", "agreement"], float]:
+    """The figure that gates use, in [0, 1]: accuracy where there are labels, else agreement with the dense model.
+
+    Args:
+        logits: ``[N, K]`` of the model in question.
+        y: classes ``[N]``, or ``None``.
+        reference_logits: ``[N, K]`` of the dense model; read only without labels.
+    """
+    found = torch.as_tensor(logits)
+    if y is not None:
+        return "accuracy", accuracy(found, torch.as_tensor(y))
+    return "agreement", agreement(found, torch.as_tensor(reference_logits))

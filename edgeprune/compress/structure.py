@@ -1,0 +1,93 @@
+"""The shape of a model in numbers: widths of its layers, parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from edgeprune.cost import LayerShape, macs
+from edgeprune.results import LayerWidth
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+def layer_widths(before: nn.Module, after: nn.Module) -> tuple[LayerWidth, ...]:
+    """Input and output channels of every convolution and linear layer, before and after, in the order of the model."""
+    later = dict(after.named_modules())
+    found = []
+    for name, layer in before.named_modules():
+        if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+            continue
+        now = later[name]
+        (in_before, out_before), (in_after, out_after) = _channels(layer), _channels(now)
+        found.append(
+            LayerWidth(
+                layer=name,
+                kind=_kind(layer),
+                in_before=in_before,
+                in_after=in_after,
+                out_before=out_before,
+                out_after=out_after,
+            )
+        )
+    return tuple(found)
+
+
+def _channels(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    assert isinstance(layer, CONVOLUTIONS)
+    return layer.in_channels, layer.out_channels
+
+
+def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    assert isinstance(layer, CONVOLUTIONS)
+    size = "x".join(map(str, layer.kernel_size))
+    if layer.groups == layer.in_channels > 1:
+        return f"depthwise {size}"
+    return f"conv {size}" if layer.groups == 1 else f"grouped conv {size}"
+
+
+def work(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
+    """Parameters of the model, and multiply-accumulates of one sample in its convolutions and linear layers.
+
+    Args:
+        model: in eval mode; not changed.
+        example: one input ``[1, ...]``.
+    """
+    total = 0
+
+    def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        total += macs(_shape(layer, output))
+
+    layers = [m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with torch.inference_mode():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(p.numel() for p in model.parameters()), total
+
+
+def _shape(layer: nn.Module, output: torch.Tensor) -> LayerShape:
+    if isinstance(layer, nn.Linear):
+        positions = output[0].numel() // layer.out_features
+        return LayerShape("linear", layer.in_features, layer.out_features, out_hw=(1, positions))
+    assert isinstance(layer, CONVOLUTIONS)
+    sizes = tuple(output.shape[2:])
+    kernel = tuple(layer.kernel_size)
+    height, width = (1, *sizes)[-2:]
+    rows, columns = (1, *kernel)[-2:]
+    return LayerShape(
+        "conv",
+        layer.in_channels,
+        layer.out_channels,
+        kernel=(rows, columns),
+        groups=layer.groups,
+        out_hw=(height, width),
+    )

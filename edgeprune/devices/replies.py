@@ -1,0 +1,144 @@
+"""What an agent may answer, as records with ranges: device output is checked like any other input."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from edgeprune.devices.frames import clean
+from edgeprune.errors import DeviceError
+from edgeprune.records import Record
+from edgeprune.results import Block, Telemetry, TensorSpec
+
+HOUR_NS = 3600 * 10**9
+Nanoseconds = Annotated[int, Field(gt=0, lt=HOUR_NS)]
+Text = Annotated[str, Field(max_length=400), AfterValidator(clean)]
+Size = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class Hello(Record):
+    """Facts about the machine."""
+
+    machine: Annotated[Text, Field(min_length=1)]
+    cpu_model: Text
+    cpu_flags: Annotated[tuple[Text, ...], Field(max_length=2000)]
+    cores: Annotated[int, Field(ge=1, le=4096)]
+    memory_bytes: Annotated[int, Field(gt=0, lt=2**50)]
+    page_size_bytes: Annotated[int, Field(ge=512, le=2**30)]
+    kernel: Text
+    python: Text
+    governor: Text | None
+    hostname_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+    emulated: bool
+
+
+class RuntimeVersion(Record):
+    """Version of a runtime on the board."""
+
+    version: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]{0,60}$")]
+
+
+class Tensor(Record):
+    """One input or output."""
+
+    name: Text
+    shape: Annotated[tuple[Size, ...], Field(max_length=16)]
+    dtype: Annotated[str, Field(pattern=r"^[a-z]{3,8}[0-9]{0,3}$")]
+    scale: Annotated[float, Field(gt=0)] | None = None
+    zero_point: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+
+    def spec(self) -> TensorSpec:
+        """The same as a result record."""
+        return TensorSpec(**self.model_dump())
+
+
+class LoadedModel(Record):
+    """A model that loaded and ran once."""
+
+    load_ns: Nanoseconds
+    first_ns: Nanoseconds
+    inputs: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=256)]
+    outputs: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=256)]
+
+
+class LoadFailure(Record):
+    """A model among many that did not load."""
+
+    error: Annotated[str, Field(max_length=4000), AfterValidator(clean)]
+
+
+class ManyLoaded(Record):
+    """The answer to ``load_many``."""
+
+    models: dict[str, LoadedModel | LoadFailure]
+
+
+class TimedBlock(Record):
+    """One block."""
+
+    round: Annotated[int, Field(ge=0, lt=100_000)]
+    calls_per_sample: Annotated[int, Field(ge=1, le=100_000)]
+    samples_ns: Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=100_000)]
+
+    def block(self) -> Block:
+        """The same as a result record."""
+        return Block(**self.model_dump())
+
+
+class Moment(Record):
+    """State of the board; implausible values are refused, missing ones are ``None``."""
+
+    load_1min: Annotated[float, Field(ge=0, lt=1e6)] | None = None
+    temperature_c: Annotated[float, Field(gt=-100, lt=300)] | None = None
+    clock_hz: Annotated[int, Field(ge=0, lt=10**12)] | None = None
+    throttled: bool | None = None
+    available_memory_bytes: Annotated[int, Field(ge=0, lt=2**50)] | None = None
+
+    def telemetry(self) -> Telemetry:
+        """The same as a result record."""
+        return Telemetry(**self.model_dump())
+
+
+class Timed(Record):
+    """The answer to ``time``."""
+
+    blocks: dict[str, tuple[TimedBlock, ...]]
+    before: Moment
+    after: Moment
+
+
+class Node(Record):
+    """One node of a profiled model."""
+
+    name: Text
+    op: Text
+    provider: Text
+    median_ns: Annotated[int, Field(ge=0, lt=HOUR_NS)]
+
+
+class Profiled(Record):
+    """The answer to ``profile``."""
+
+    nodes: Annotated[tuple[Node, ...], Field(max_length=100_000)]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def checked(cls: type[R], reply: dict[str, Any], board: str) -> R:
+    """A reply as a record.
+
+    Raises:
+        DeviceError: a field is missing, unknown, of another type, not finite or out of its range.
+    """
+    try:
+        return cls.model_validate_json(json.dumps(reply))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = clean(".".join(str(part) for part in first["loc"]), 100)
+        raise DeviceError(
+            f"device {board!r} sent a wrong {place}: {clean(first['msg'], 100)},"
+            f" got {clean(repr(first['input'])[:60])}"
+        ) from error

@@ -1,0 +1,295 @@
+"""The latency of a whole net as a sum of tables over few groups each, corrected by nets that were timed whole.
+
+Notation: a *structure* is one width per channel group, each from that group's grid. ``S`` is the sum of the kernels timed alone;
+the predicted time is ``T = a S + c``, with ``a`` the scale and ``c`` the offset, both fitted to whole nets.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from edgeprune.errors import SpecError
+from edgeprune.latency.grid import admissible, thin
+from edgeprune.latency.leastsquares import nonnegative_least_squares
+from edgeprune.latency.table import KernelShape, LatencyTable
+
+NOISE_RATIO = 0.02  # one whole-net timing, relative: sets how soon data outweigh the priors
+CLASS_ERROR_RATIO = 0.04  # above this mean error one scale for all kernels is not enough
+LEAST_SCALE = 0.05
+
+
+class TimedNet(NamedTuple):
+    """A structure that was timed whole. ``weight`` counts it as that many timings."""
+
+    widths: Mapping[str, int]
+    ms: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A time that depends on some groups: ``cost_ms`` has one axis per variable, over that group's grid. ``op`` is its kernel class."""
+
+    variables: tuple[str, ...]
+    cost_ms: np.ndarray
+    op: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyModel:
+    """Predicted latency of any structure on the grids.
+
+    ``T = scale * sum of class_scales[op] * factor + offset_ms``, where ``constant_ms`` is one more factor, of the class ``""``; a class
+    without an entry has scale 1.
+    """
+
+    grids: Mapping[str, tuple[int, ...]]
+    factors: tuple[Factor, ...]
+    constant_ms: float = 0.0
+    scale: float = 1.0
+    offset_ms: float = 0.0
+    class_scales: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for factor in self.factors:
+            if len(set(factor.variables)) != len(factor.variables):
+                raise ValueError(f"a factor must name each group once, but got {factor.variables}")
+            shape = tuple(len(self.grids[name]) for name in factor.variables)
+            if factor.cost_ms.shape != shape:
+                raise ValueError(
+                    f"the factor of {factor.variables} must have shape {shape}, but has {factor.cost_ms.shape}"
+                )
+
+    def predict(self, widths: Mapping[str, int]) -> float:
+        """Milliseconds of a structure; groups that are not named keep their full width.
+
+        Raises:
+            SpecError: a width is not on its group's grid, or a group does not exist.
+        """
+        classes = self.by_class(widths)
+        total = sum(self.class_scales.get(op, 1.0) * ms for op, ms in classes.items())
+        return self.scale * total + self.offset_ms
+
+    def by_class(self, widths: Mapping[str, int]) -> dict[str, float]:
+        """Uncorrected milliseconds of a structure by kernel class; the constant counts under ``""``."""
+        place = {name: self._place(name, width) for name, width in widths.items()}
+        found = {"": self.constant_ms}
+        for factor in self.factors:
+            at = tuple(place.get(name, -1) for name in factor.variables)
+            found[factor.op] = found.get(factor.op, 0.0) + float(factor.cost_ms[at])
+        return found
+
+    def merged(self) -> tuple[float, tuple[Factor, ...]]:
+        """The same prediction with nothing left to scale: a constant in ms, and one factor per set of groups (variables sorted)."""
+        fixed = self.class_scales.get("", 1.0) * self.constant_ms
+        constant = self.scale * fixed + self.offset_ms
+        merged: dict[tuple[str, ...], np.ndarray] = {}
+        for factor in self.factors:
+            order = sorted(range(len(factor.variables)), key=lambda i: factor.variables[i])
+            names = tuple(factor.variables[i] for i in order)
+            weight = self.scale * self.class_scales.get(factor.op, 1.0)
+            cost = weight * np.transpose(factor.cost_ms, order)
+            merged[names] = merged[names] + cost if names in merged else cost
+        constant += float(merged.pop((), np.zeros(())))
+        return constant, tuple(Factor(names, cost) for names, cost in merged.items())
+
+    def _place(self, name: str, width: int) -> int:
+        try:
+            return self.grids[name].index(width)
+        except (KeyError, ValueError):
+            grid = self.grids.get(name, "no such group")
+            raise SpecError(f"width {width} of {name!r} is not on the grid: {grid}") from None
+
+
+def build_model(
+    table: LatencyTable,
+    kernels: Iterable[KernelShape],
+    grids: Mapping[str, tuple[int, ...]],
+) -> LatencyModel:
+    """The uncorrected model of a net: every kernel's table, tied to the groups in its slots.
+
+    Raises:
+        UnknownName: a kernel was never measured.
+        SpecError: a group's grid has a width that was not measured for one of its kernels.
+    """
+    sums: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+    for kernel in kernels:
+        slots = [grids[name] for name in kernel.variables]
+        for slots_of_term, ns in table.kernel(kernel.signature).arrays(slots):
+            variables = tuple(kernel.variables[slot] for slot in slots_of_term)
+            names, cost = _each_once(variables, ns)
+            key = (kernel.op, names)
+            sums[key] = sums[key] + cost / 1e6 if key in sums else cost / 1e6
+    factors = tuple(Factor(names, cost, op) for (op, names), cost in sums.items())
+    return LatencyModel(dict(grids), factors)
+
+
+def _each_once(variables: tuple[str, ...], cost: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Sorted variables; where a group fills two slots (a convolution inside a residual stage) both take the same width."""
+    names = tuple(sorted(set(variables)))
+    letter = {name: i for i, name in enumerate(names)}
+    axes = [letter[name] for name in variables]
+    joined: np.ndarray = np.einsum(cost, axes, list(range(len(names))))
+    return names, joined
+
+
+def dense_net(grids: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Every group at full width."""
+    return {name: grid[-1] for name, grid in grids.items()}
+
+
+def smallest_net(grids: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Every group at its smallest width."""
+    return {name: grid[0] for name, grid in grids.items()}
+
+
+def sample_nets(
+    grids: Mapping[str, tuple[int, ...]], count: int, seed: int
+) -> list[dict[str, int]]:
+    """Random structures whose overall size spans the whole range; any first few of them span it too.
+
+    The overall size follows the golden-ratio sequence, which fills an interval evenly at every length; around it every group draws its
+    own width, so that kernel classes do not all grow together.
+
+    Args:
+        grids: of every group.
+        count: number of structures.
+        seed: of the widths.
+    """
+    draw = random.Random(seed)
+    golden = (5**0.5 - 1) / 2
+    nets = []
+    for number in range(count):
+        size = (0.5 + number * golden) % 1
+        net = {}
+        for name, grid in grids.items():
+            share = min(1.0, max(0.0, size + draw.uniform(-0.3, 0.3)))
+            net[name] = grid[round(share * (len(grid) - 1))]
+        nets.append(net)
+    return nets
+
+
+def admissible_grids(
+    model: LatencyModel, *, tolerance: float = 0.01, most: int = 16
+) -> dict[str, tuple[int, ...]]:
+    """For every group the widths worth choosing: undominated in the time of all it touches (others full), thinned to ``most``."""
+    costs = {name: np.zeros(len(grid)) for name, grid in model.grids.items()}
+    for factor in model.merged()[1]:
+        for axis, name in enumerate(factor.variables):
+            full = tuple(slice(None) if i == axis else -1 for i in range(len(factor.variables)))
+            costs[name] = costs[name] + factor.cost_ms[full]
+    found = {}
+    for name, grid in model.grids.items():
+        by_width = dict(zip(grid, costs[name].tolist(), strict=True))
+        found[name] = thin(admissible(grid, by_width, tolerance=tolerance), most)
+    return found
+
+
+def restrict(model: LatencyModel, grids: Mapping[str, tuple[int, ...]]) -> LatencyModel:
+    """The same model on part of its grids (every width must be on the old one)."""
+    places = {n: [model.grids[n].index(width) for width in grid] for n, grid in grids.items()}
+    factors = tuple(
+        replace(f, cost_ms=f.cost_ms[np.ix_(*(places[n] for n in f.variables))])
+        if f.variables
+        else f
+        for f in model.factors
+    )
+    return replace(model, grids=dict(grids), factors=factors)
+
+
+def evaluate(
+    model: LatencyModel,
+    held_out: Sequence[
+        tuple[Mapping[str, int], float] | tuple[Mapping[str, int], float, float] | TimedNet
+    ],
+) -> tuple[float, float]:
+    """Mean and worst relative error on nets that were timed whole; give it nets that the model was not fitted on."""
+    if not held_out:
+        raise ValueError("an error needs at least one held-out net")
+    errors = [abs(model.predict(net[0]) / net[1] - 1) for net in held_out]
+    return sum(errors) / len(errors), max(errors)
+
+
+def correct(
+    model: LatencyModel, nets: Sequence[tuple[Mapping[str, int], float, float] | TimedNet]
+) -> LatencyModel:
+    """The model refitted to whole nets: ``T = a S + c``, errors relative, with a weak prior at ``a = 1``, ``c = 0``.
+
+    Whatever correction the model had is replaced. If nets left out of the fit are still missed by more than 4 % on average, every
+    kernel class gets its own scale, with a prior at the common one, and is kept if that misses less. Times stay above zero.
+
+    Args:
+        model: from :func:`build_model`, or corrected before.
+        nets: timed structures; about 8 random ones, the dense and the smallest. Without any, ``a = 1`` and ``c = 0``.
+    """
+    timed = [TimedNet(*net) for net in nets]
+    raw = replace(model, scale=1.0, offset_ms=0.0, class_scales={})
+    if any(not net.ms > 0 or not net.weight > 0 for net in timed):
+        raise ValueError("times and weights of timed nets must be above 0")
+    plain = _fit_common(raw, timed)
+    if len(timed) < 6:
+        return plain
+    error = _left_out_error(raw, timed, _fit_common)
+    if error <= CLASS_ERROR_RATIO or _left_out_error(raw, timed, _fit_classes) >= error:
+        return plain
+    return _fit_classes(raw, timed)
+
+
+def _left_out_error(
+    raw: LatencyModel,
+    nets: list[TimedNet],
+    fit: Callable[[LatencyModel, list[TimedNet]], LatencyModel],
+) -> float:
+    """Mean relative error at each net, predicted from all the others."""
+    errors = [evaluate(fit(raw, nets[:i] + nets[i + 1 :]), [net])[0] for i, net in enumerate(nets)]
+    return sum(errors) / len(errors)
+
+
+def _fit_common(raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
+    sums = np.array([[raw.predict(net.widths)] for net in nets]).reshape(len(nets), 1)
+    scales, offset_ms = _map_fit(sums, nets, prior=np.ones(1), spread=np.full(1, 0.5))
+    return _above_zero(replace(raw, scale=float(scales[0]), offset_ms=offset_ms))
+
+
+def _fit_classes(raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
+    common = _fit_common(raw, nets).scale
+    parts = [raw.by_class(net.widths) for net in nets]
+    ops = sorted({op for part in parts for op in part})
+    sums = np.array([[part.get(op, 0.0) for op in ops] for part in parts])
+    prior = np.full(len(ops), common)
+    scales, offset_ms = _map_fit(sums, nets, prior=prior, spread=0.3 * prior)
+    relative = dict(zip(ops, (scales / common).tolist(), strict=True))
+    return _above_zero(replace(raw, scale=common, offset_ms=offset_ms, class_scales=relative))
+
+
+def _map_fit(
+    sums: np.ndarray, nets: list[TimedNet], *, prior: np.ndarray, spread: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Scales of the columns of ``sums [nets, columns]`` and an offset, by maximum a posteriori with normal priors.
+
+    The offset may have either sign, so it enters as the difference of two non-negative unknowns; its prior is 0 +- 30 % of the mean time.
+    """
+    times = np.array([net.ms for net in nets])
+    trust = np.sqrt([net.weight for net in nets]) / (times * NOISE_RATIO)
+    typical = float(times.mean()) if len(times) else 1.0
+    ones = np.ones((len(times), 1))
+    data = np.hstack([sums, ones, -ones]) * trust[:, None]
+    scale_rows = np.hstack([np.diag(1 / spread), np.zeros((len(prior), 2))])
+    offset_row = np.hstack([np.zeros(len(prior)), [1.0, -1.0]]) / (0.3 * typical)
+    rows = np.vstack([data, scale_rows, offset_row])
+    wanted = np.hstack([times * trust, prior / spread, 0.0])
+    solution = nonnegative_least_squares(rows, wanted)
+    scales = np.maximum(solution[:-2], LEAST_SCALE * prior)
+    return scales, float(solution[-2] - solution[-1])
+
+
+def _above_zero(model: LatencyModel) -> LatencyModel:
+    """The model with its offset raised, where needed, so that no structure takes less than a tenth of its kernels."""
+    constant, factors = replace(model, offset_ms=0.0).merged()
+    least = constant + sum(float(f.cost_ms.min()) for f in factors)
+    return replace(model, offset_ms=max(model.offset_ms, -0.9 * least))

@@ -1,0 +1,197 @@
+"""The report as one HTML file: no script, no network, nothing beside it; opens offline and prints."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from edgeprune.report import charts, facts, provenance, sections
+from edgeprune.report.figures import (
+    bytes_text,
+    change_text,
+    quality_text,
+    share_text,
+    signed,
+    speed_text,
+    time_text,
+)
+from edgeprune.report.markup import Markup, tag
+from edgeprune.results import Report
+
+# The page may not load, send or run anything, whatever a name in it tries.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+CONTENTS = (
+    ("gates", "Gates"),
+    ("variants", "Variants"),
+    ("accuracy", "Accuracy"),
+    ("samples", "Samples"),
+    ("widths", "Widths"),
+    ("cuts", "Cuts"),
+    ("predictions", "Predictions"),
+    ("costs", "Cost"),
+    ("test", "Test split"),
+    ("device", "Device"),
+    ("settings", "Settings"),
+    ("notes", "Notes"),
+    ("command", "Command"),
+)
+
+
+def render_html(report: Report) -> bytes:
+    """The whole report as a self-contained UTF-8 page.
+
+    Args:
+        report: the record; names in it are untrusted and are escaped.
+    """
+    page = tag(
+        "html",
+        _head(report),
+        tag(
+            "body",
+            tag("a", "Skip to the result", href="#result", class_="skip"),
+            tag("header", _masthead(report), class_="masthead"),
+            tag("main", *_body(report), id="result"),
+            tag(
+                "footer",
+                f"edgeprune {report.edgeprune_version}, {report.created}. Times are {report.stamp}; "
+                "figures that no device produced say predicted.",
+            ),
+        ),
+        lang="en",
+    )
+    return f"<!DOCTYPE html>\n{page}\n".encode()
+
+
+def _head(report: Report) -> Markup:
+    style = resources.files("edgeprune.report").joinpath("page.css").read_text("utf-8")
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", f"{report.model} for {report.target}: edgeprune report"),
+        tag("style", Markup(style)),
+    )
+
+
+def _masthead(report: Report) -> Markup:
+    return tag(
+        "div",
+        tag("span", "edgeprune", class_="brand"),
+        tag("span", f"{report.model} → {report.target}", class_="subject"),
+        tag("span", f"{report.device}, {report.created}", class_="when"),
+    )
+
+
+def _body(report: Report) -> list[Markup]:
+    return [
+        _hero(report),
+        *_banner(report),
+        _contents(),
+        sections.gates(report),
+        sections.variants(report),
+        sections.accuracy(report),
+        sections.samples(report),
+        sections.widths(report),
+        sections.cuts(report),
+        sections.predictions(report),
+        provenance.costs(report),
+        provenance.test_split(report),
+        provenance.device(report),
+        provenance.settings(report),
+        provenance.notes(report),
+        provenance.command(report),
+    ]
+
+
+def _hero(report: Report) -> Markup:
+    verdict = "PASSED" if report.passed else "BEST EFFORT"
+    missed = ", ".join(g.name for g in facts.missed_gates(report))
+    why = "" if report.passed else f"missed: {missed or 'see the notes'}"
+    return tag(
+        "section",
+        tag(
+            "p",
+            tag("span", verdict, class_=f"verdict {'good' if report.passed else 'bad'}"),
+            tag("span", why, class_="why") if why else "",
+        ),
+        tag("h1", report.headline),
+        tag("div", *_tiles(report), class_="tiles"),
+        class_="hero",
+        aria_label="Result",
+    )
+
+
+def _tiles(report: Report) -> list[Markup]:
+    found = facts.outcome(report)
+    if found is None:
+        return []
+    row, same = found.row, f"dense {found.row.precision.upper()}"
+    budget = f"{share_text(row.median_ms / report.limit_ms, 0)} of the {time_text(report.limit_ms)} budget"
+    smaller = []
+    if found.size_ratio is not None:
+        smaller = [f"{signed((found.size_ratio - 1) * 100, 0)} % against {same}"]
+    return [
+        _tile(
+            f"Latency, {charts.variant_name(row)}",
+            time_text(row.median_ms),
+            [f"{report.stamp} median", budget],
+        ),
+        _tile("Speed-up from pruning", speed_text(found.ratio), _speed_lines(found, same)),
+        _tile(
+            facts.metric(report).capitalize(),
+            quality_text(row.quality, facts.ledger_n(report)),
+            _quality_lines(found, same, facts.ledger_n(report)),
+        ),
+        _tile("File", bytes_text(row.size_bytes), smaller),
+    ]
+
+
+def _speed_lines(found: facts.Outcome, same: str) -> list[str]:
+    lines = [f"against {same}"]
+    if found.interval is not None and found.interval.low > 0:
+        shown = sections.interval_text(found.interval.low, found.interval.high)
+        lines.append(f"{shown} at {share_text(found.interval.confidence)} confidence")
+        lines.append(f"{found.interval.rounds} rounds")
+    return lines
+
+
+def _quality_lines(found: facts.Outcome, same: str, n: int) -> list[str]:
+    lines = []
+    if found.quality_change is not None:
+        lines.append(f"{change_text(found.quality_change, n)} against {same}")
+    if found.quality_change_fp32 is not None and found.row.precision != "fp32":
+        lines.append(f"{change_text(found.quality_change_fp32, n)} against dense FP32")
+    return [*lines, f"{n} samples"] if n else lines
+
+
+def _tile(title: str, value: str, lines: list[str]) -> Markup:
+    return tag(
+        "div",
+        tag("p", title, class_="tile-title"),
+        tag("p", value, class_="tile-value"),
+        *(tag("p", text, class_="tile-line") for text in lines),
+        class_="tile",
+    )
+
+
+def _banner(report: Report) -> list[Markup]:
+    found = facts.stamp_banner(report)
+    if found is None:
+        return []
+    title, text = found
+    return [
+        tag(
+            "aside",
+            tag("strong", f"{title}. "),
+            text,
+            class_=f"banner stamp-{report.stamp}",
+            role="note",
+        )
+    ]
+
+
+def _contents() -> Markup:
+    links = (tag("a", title, href=f"#{key}") for key, title in CONTENTS)
+    return tag("nav", *links, aria_label="Sections")

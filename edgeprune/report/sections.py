@@ -1,0 +1,451 @@
+"""The sections of the page that show the result: gates, variants, accuracy, samples, widths, cuts and predictions."""
+
+from __future__ import annotations
+
+from edgeprune.report import charts, facts, timing_charts
+from edgeprune.report.figures import (
+    NONE,
+    TimeUnit,
+    bytes_text,
+    change_text,
+    count_text,
+    in_unit,
+    quality_text,
+    share_text,
+    signed,
+    significant,
+    speed_text,
+    time_text,
+    time_unit,
+    unit_text,
+)
+from edgeprune.report.markup import Column, Markup, pairs, table, tag
+from edgeprune.results import Gate, Measurement, Report, VariantRow
+
+
+def section(key: str, title: str, *children: str | None) -> Markup:
+    """A titled section with an anchor."""
+    parts = [c for c in children if c]
+    return tag(
+        "section",
+        tag("h2", title, id=f"{key}-title"),
+        *parts,
+        id=key,
+        aria_labelledby=f"{key}-title",
+    )
+
+
+def side_by_side(*drawings: Markup | None) -> Markup | None:
+    """Charts and text beside each other where there is room."""
+    found = [d for d in drawings if d]
+    return tag("div", *found, class_="figures") if found else None
+
+
+def note(*children: str) -> Markup:
+    """A muted paragraph."""
+    return tag("p", *children, class_="note")
+
+
+def gates(report: Report) -> Markup:
+    """What was promised, and whether the exported file keeps it on the device."""
+    n = facts.ledger_n(report)
+    rows = [
+        (
+            gate.name,
+            unit_text(gate.limit, gate.unit, n),
+            unit_text(gate.value, gate.unit, n),
+            _verdict(gate),
+            gate.note or NONE,
+        )
+        for gate in report.gates
+    ]
+    columns = [
+        Column("gate"),
+        Column("limit", True),
+        Column("found", True),
+        Column("verdict"),
+        Column("note"),
+    ]
+    if not rows:
+        return section("gates", "Gates", note("No gate was judged."))
+    budget = f"Budget as asked: {report.budget}, which is {time_text(report.limit_ms, 4)} here. "
+    return section(
+        "gates",
+        "Gates",
+        table("Each gate, judged on the exported file on the device", columns, rows),
+        note(budget, f"Ships {report.shipped.upper()}: {report.shipped_reason}."),
+    )
+
+
+def _verdict(gate: Gate) -> Markup:
+    return tag(
+        "span", "met" if gate.met else "missed", class_=f"chip {'good' if gate.met else 'bad'}"
+    )
+
+
+def variants(report: Report) -> Markup:
+    """The four files; every ratio is against the dense model in the same precision."""
+    if not report.variants:
+        return section("variants", "The four variants", note("No variant was timed."))
+    unit = time_unit([r.p90_ms for r in report.variants])
+    columns = [
+        Column("variant"),
+        Column(f"median, {unit}", True),
+        Column(f"p90, {unit}", True),
+        Column("spread", True),
+        Column("speed-up against dense, same precision", True),
+        Column(facts.metric(report), True),
+        Column("size", True),
+        Column("parameters", True),
+        Column("MACs", True),
+    ]
+    n = facts.ledger_n(report)
+    rows = [_variant_cells(report, row, unit, n) for row in report.variants]
+    shipped = [
+        "shipped" if (r.variant, r.precision) == ("pruned", report.shipped) else ""
+        for r in report.variants
+    ]
+    return section(
+        "variants",
+        "The four variants",
+        table(
+            f"Dense and pruned, FP32 and INT8 ({report.stamp} times)",
+            columns,
+            rows,
+            row_classes=shipped,
+        ),
+        side_by_side(charts.variant_bars(report), _reading(report)),
+    )
+
+
+def _variant_cells(report: Report, row: VariantRow, unit: TimeUnit, n: int) -> tuple[str, ...]:
+    return (
+        charts.variant_name(row),
+        in_unit(row.median_ms, unit),
+        in_unit(row.p90_ms, unit),
+        f"±{share_text(row.spread_ratio)}",
+        speed_cell(report, row),
+        quality_text(row.quality, n),
+        bytes_text(row.size_bytes),
+        count_text(row.parameters),
+        count_text(row.macs),
+    )
+
+
+def speed_cell(report: Report, row: VariantRow) -> str:
+    """A speed-up with its interval, where rounds were compared."""
+    if row.variant == "dense":
+        return "reference"
+    found = facts.interval(report, row)
+    if found is None or found.low <= 0:
+        return speed_text(row.ratio_to_dense)
+    return f"{speed_text(row.ratio_to_dense)} ({interval_text(found.low, found.high)})"
+
+
+def interval_text(low_ratio: float, high_ratio: float) -> str:
+    """The speed-ups that bound a ratio, lower first."""
+    return f"{significant(1 / high_ratio)} to {speed_text(low_ratio)}"
+
+
+def _reading(report: Report) -> Markup:
+    return tag(
+        "div",
+        tag("h3", "How to read this"),
+        note(
+            "The highlighted row ships. Median is the median of the block medians; p90 is over all samples; spread is half the "
+            "inter-quartile range of the block medians over their median: how far blocks disagree."
+        ),
+        note(
+            "Speed-ups compare medians of the same rounds, pruned against dense, within one precision; the interval in brackets "
+            "is by order statistics."
+        ),
+        _quantising(report) or "",
+    )
+
+
+def _quantising(report: Report) -> Markup | None:
+    fp32, int8 = facts.variant(report, "dense", "fp32"), facts.variant(report, "dense", "int8")
+    if fp32 is None or int8 is None or fp32.median_ms <= 0:
+        return None
+    return note(
+        "Quantising alone, without pruning: dense INT8 runs at ",
+        tag("strong", speed_text(int8.median_ms / fp32.median_ms)),
+        " the speed of dense FP32. That gain is in no pruning figure on this page.",
+    )
+
+
+def accuracy(report: Report) -> Markup:
+    """Where accuracy was lost and won back."""
+    steps = facts.ledger_steps(report.ledger)
+    if not steps:
+        return section("accuracy", "Accuracy ledger", note("The ledger is empty."))
+    worst = facts.worst_step(steps)
+    rows = [
+        (
+            f"{s.entry.stage}" if s.against or s is steps[0] else f"{s.entry.stage} (reference)",
+            s.entry.precision.upper(),
+            s.entry.where,
+            s.entry.metric,
+            quality_text(s.entry.value, s.entry.n),
+            NONE if s.change is None else change_text(s.change, s.entry.n),
+            NONE if s.against is None else f"{s.against.stage} {s.against.precision.upper()}",
+            str(s.entry.n),
+            s.entry.note or NONE,
+        )
+        for s in steps
+    ]
+    columns = [
+        Column("stage"),
+        Column("precision"),
+        Column("where"),
+        Column("metric"),
+        Column("value", True),
+        Column("change", True),
+        Column("against"),
+        Column("samples", True),
+        Column("note"),
+    ]
+    return section(
+        "accuracy",
+        "Accuracy ledger",
+        side_by_side(
+            charts.ledger_steps(report), tag("ul", *(tag("li", s) for s in ledger_summary(report)))
+        ),
+        table(
+            f"Quality after every stage, on the {steps[0].entry.split} split",
+            columns,
+            rows,
+            row_classes=["worst" if s is worst else "" for s in steps],
+        ),
+    )
+
+
+def ledger_summary(report: Report) -> list[str]:
+    """Sentences: which stage lost most, which won most back, and what is left of it."""
+    steps = facts.ledger_steps(report.ledger)
+    worst, best, net = facts.worst_step(steps), facts.best_step(steps), facts.net_change(steps)
+    n = facts.ledger_n(report)
+    parts = []
+    if worst is None:
+        parts.append("No stage lost accuracy.")
+    elif worst.change is not None:
+        parts.append(
+            f"The stage that lost most: {worst.entry.stage}, {change_text(worst.change, n)}."
+        )
+    if best is not None and best.change is not None:
+        parts.append(f"Won back most: {best.entry.stage}, {change_text(best.change, n)}.")
+    if net is not None:
+        parts.append(f"From dense to the last stage: {change_text(net, n)}.")
+    return parts
+
+
+def samples(report: Report) -> Markup:
+    """Every sample behind the medians, and the state of the device while they were taken."""
+    timed = facts.timed_variants(report)
+    if not timed:
+        text = "The samples of the variants are not in this report."
+        return section("samples", "Latency samples", note(text))
+    rows = [
+        (
+            charts.variant_name(row),
+            str(len(m.samples_ns())),
+            str(max((b.calls_per_sample for b in m.blocks), default=0)),
+            f"{len(m.block_medians_ns())} of {len(m.blocks)}",
+            time_text(m.load_ns / 1e6),
+            time_text(m.first_ns / 1e6),
+            NONE if m.peak_memory_bytes is None else bytes_text(m.peak_memory_bytes),
+            _telemetry(m),
+            _rejections(m),
+        )
+        for row, m in timed
+    ]
+    columns = [
+        Column("variant"),
+        Column("samples", True),
+        Column("calls a sample", True),
+        Column("blocks kept", True),
+        Column("load", True),
+        Column("first call", True),
+        Column("peak memory", True),
+        Column("device before → after"),
+        Column("rejected blocks"),
+    ]
+    return section(
+        "samples",
+        "Latency samples",
+        side_by_side(timing_charts.drift(report), timing_charts.ecdf(report)),
+        table(f"How the {report.stamp} times were taken", columns, rows),
+    )
+
+
+def _telemetry(measurement: Measurement) -> str:
+    before, after = measurement.before, measurement.after
+    parts = []
+    if before.load_1min is not None and after.load_1min is not None:
+        parts.append(f"load {before.load_1min:.2f} → {after.load_1min:.2f}")
+    if before.temperature_c is not None and after.temperature_c is not None:
+        parts.append(f"{before.temperature_c:.0f} → {after.temperature_c:.0f} °C")
+    if before.clock_hz and after.clock_hz:
+        parts.append(f"{before.clock_hz / 1e9:.2f} → {after.clock_hz / 1e9:.2f} GHz")
+    if before.throttled or after.throttled:
+        parts.append("throttled")
+    return ", ".join(parts) or NONE
+
+
+def _rejections(measurement: Measurement) -> str:
+    found = [f"round {b.round}: {b.rejected}" for b in measurement.blocks if b.rejected is not None]
+    return "; ".join(found) or "none"
+
+
+def widths(report: Report) -> Markup:
+    """Every layer before and after."""
+    rows = report.layer_widths
+    if not rows:
+        return section("widths", "Widths", note("No layer changed its width."))
+    largest = max(max(r.out_before for r in rows), 1)
+    cells = [
+        (
+            r.layer,
+            r.kind,
+            _change(r.in_before, r.in_after),
+            _change(r.out_before, r.out_after),
+            charts.small_bar(
+                r.out_after / largest,
+                "fill pruned-int8" if r.out_after < r.out_before else "fill kept",
+                behind=r.out_before / largest,
+                hint=f"{r.out_after} of {r.out_before} channels",
+            ),
+            share_text(r.out_after / r.out_before, 0) if r.out_before else NONE,
+        )
+        for r in rows
+    ]
+    columns = [
+        Column("layer"),
+        Column("kind"),
+        Column("in", True),
+        Column("out", True),
+        Column("out channels"),
+        Column("kept", True),
+    ]
+    before = facts.variant(report, "dense", report.shipped)
+    after = facts.variant(report, "pruned", report.shipped)
+    text = ""
+    if before is not None and after is not None and before.macs and before.parameters:
+        text = (
+            f"{share_text(after.macs / before.macs, 0)} of the MACs and "
+            f"{share_text(after.parameters / before.parameters, 0)} of the parameters are left."
+        )
+    return section(
+        "widths",
+        "Widths before and after",
+        tag("p", text) if text else None,
+        table("Channels of every layer; the pale bar is the dense width", columns, cells),
+    )
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before} → {after}" if before != after else str(after)
+
+
+def cuts(report: Report) -> Markup:
+    """What each group gave, and what it cost; both predicted."""
+    groups = sorted(report.plan.groups, key=lambda g: -g.saved_ms_predicted)
+    unit = time_unit([g.saved_ms_predicted for g in groups])
+    most = max((g.saved_ms_predicted for g in groups), default=0.0)
+    dearest = max((g.cost_nats for g in groups), default=0.0)
+    rows = [
+        (
+            g.name,
+            f"{g.channels} → {len(g.kept)}",
+            in_unit(g.saved_ms_predicted, unit),
+            charts.small_bar(g.saved_ms_predicted / most if most > 0 else 0, "fill pruned-int8"),
+            significant(g.cost_nats),
+            charts.small_bar(g.cost_nats / dearest if dearest > 0 else 0, "fill cost"),
+            ", ".join(g.layers) + (f" ({g.note})" if g.note else ""),
+        )
+        for g in groups
+    ]
+    columns = [
+        Column("group"),
+        Column("channels", True),
+        Column(f"saved, {unit}, predicted", True),
+        Column("share of the largest"),
+        Column("cost, nats, predicted", True),
+        Column("share of the dearest"),
+        Column("layers"),
+    ]
+    frozen = [(", ".join(f.layers), f.reason) for f in report.plan.frozen]
+    return section(
+        "cuts",
+        "What each cut saved",
+        tag("p", _plan_sentence(report)),
+        table("Channel groups by predicted saving", columns, rows)
+        if rows
+        else note("No group was cut."),
+        tag("h3", "Frozen groups"),
+        table(
+            "Channels that were not touched, and why", [Column("layers"), Column("reason")], frozen
+        )
+        if frozen
+        else note("None: every group could be cut."),
+    )
+
+
+def _plan_sentence(report: Report) -> str:
+    plan = report.plan
+    return (
+        f"Chosen for {plan.precision.upper()} by {plan.importance}: dense {time_text(plan.dense_ms)}, predicted "
+        f"{time_text(plan.predicted_ms)} within {time_text(plan.limit_ms)}, at a predicted cost of "
+        f"{significant(plan.predicted_cost_nats)} nats before healing."
+    )
+
+
+def predictions(report: Report) -> Markup:
+    """How far the latency model can be trusted."""
+    model = report.latency_model
+    quality = pairs(
+        [
+            ("kernels timed", str(model.kernels_measured)),
+            ("whole nets fitted", str(model.nets_fitted)),
+            ("whole nets held out", str(model.nets_held_out)),
+            ("mean error, held out", share_text(model.mean_error_ratio)),
+            ("worst error, held out", share_text(model.worst_error_ratio)),
+        ]
+    )
+    unit = time_unit([v for c in report.checks for v in (c.predicted_ms, c.measured_ms)])
+    rows = [
+        (
+            str(index),
+            in_unit(c.predicted_ms, unit),
+            in_unit(c.measured_ms, unit),
+            f"{signed(facts.check_error(c.predicted_ms, c.measured_ms) * 100, 1)} %",
+            f"{speed_text(c.ratio_to_dense)} (at least {speed_text(c.ratio_high)})",
+            significant(c.cost_nats),
+            tag(
+                "span", "yes" if c.within_budget else "no", class_=f"chip {_good(c.within_budget)}"
+            ),
+        )
+        for index, c in enumerate(report.checks, 1)
+    ]
+    columns = [
+        Column("structure"),
+        Column(f"predicted, {unit}", True),
+        Column(f"{report.stamp}, {unit}", True),
+        Column("error", True),
+        Column("speed-up against dense", True),
+        Column("cost, nats, predicted", True),
+        Column("within budget"),
+    ]
+    checked = table("Structures timed on the device before any training", columns, rows)
+    return section(
+        "predictions",
+        "Predicted against timed",
+        tag("h3", "Latency model"),
+        quality,
+        side_by_side(charts.predicted_against_timed(report), charts.pareto(report)),
+        checked if rows else note("No structure was checked on the device before training."),
+    )
+
+
+def _good(met: bool) -> str:
+    return "good" if met else "bad"

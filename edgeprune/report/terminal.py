@@ -1,0 +1,349 @@
+"""The report as text for a terminal or a log, and several reports beside each other. Same figures as the page."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Sequence
+
+from edgeprune.report import charts, facts
+from edgeprune.report.figures import (
+    NONE,
+    bytes_text,
+    change_text,
+    count_text,
+    in_unit,
+    printable,
+    quality_text,
+    seconds_text,
+    share_text,
+    signed,
+    significant,
+    speed_text,
+    time_text,
+    time_unit,
+    unit_text,
+)
+from edgeprune.report.sections import ledger_summary, speed_cell
+from edgeprune.results import Report
+
+WIDEST = 110
+MOST_GROUPS = 12
+
+
+def render_terminal(report: Report, *, width: int | None = None, color: bool = False) -> str:
+    """The report as lines of text, most important first; ends with a newline.
+
+    Args:
+        report: the record; control characters in its names are made visible.
+        width: columns; ``None`` takes the terminal's, at most 110.
+        color: add ANSI colours.
+    """
+    page = _Page(width, color)
+    _headline(page, report)
+    _gates(page, report)
+    _variants(page, report)
+    _ledger(page, report)
+    _predictions(page, report)
+    _cuts(page, report)
+    _costs(page, report)
+    _origin(page, report)
+    return page.text()
+
+
+def compare_text(reports: Sequence[Report], *, width: int | None = None) -> str:
+    """Reports beside each other, one column a run; says when their figures cannot be compared."""
+    page = _Page(width, False)
+    if not reports:
+        page.say("No run to compare.")
+        return page.text()
+    columns = [_compared(report) for report in reports]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, *(column.get(name, NONE) for column in columns)) for name in names]
+    page.table(("", *(f"run {i}" for i in range(1, len(reports) + 1))), rows)
+    page.say("* against dense in the precision that ships")
+    for warning in _incomparable(reports):
+        page.say(f"! {warning}")
+    return page.text()
+
+
+class _Page:
+    """Lines of text; every string that comes in is untrusted and is shown as it is, never as markup."""
+
+    def __init__(self, width: int | None, color: bool) -> None:
+        from rich.console import Console  # slow to import; --help does without it
+
+        columns = min(shutil.get_terminal_size().columns, WIDEST) if width is None else width
+        self._stream = io.StringIO()
+        self._console = Console(
+            file=self._stream,
+            width=columns,
+            force_terminal=color,
+            color_system="standard" if color else None,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            legacy_windows=False,
+        )
+
+    def say(self, text: str, style: str = "") -> None:
+        """One paragraph."""
+        self._console.print(printable(text), style=style or None)
+
+    def title(self, text: str) -> None:
+        """A heading after an empty line."""
+        self._console.print()
+        self.say(text, "bold")
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+        """Aligned columns; the first ``left`` are text, the others figures on the right."""
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table(
+            box=None,
+            padding=(0, 2, 0, 0),
+            pad_edge=False,
+            header_style="dim",
+            show_header=any(head),
+        )
+        for index, name in enumerate(head):
+            justify = "left" if index < left else "right"
+            grid.add_column(Text(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for row in rows:
+            grid.add_row(*(Text(printable(cell)) for cell in row))
+        self._console.print(grid)
+
+    def text(self) -> str:
+        """Everything said so far, without blanks at line ends."""
+        return "\n".join(line.rstrip() for line in self._stream.getvalue().splitlines()) + "\n"
+
+
+def _headline(page: _Page, report: Report) -> None:
+    page.say(
+        "PASSED" if report.passed else "BEST EFFORT", "bold green" if report.passed else "bold red"
+    )
+    page.say(report.headline, "bold")
+    missed = facts.missed_gates(report)
+    if missed:
+        page.say(f"missed: {', '.join(g.name for g in missed)}", "red")
+    banner = facts.stamp_banner(report)
+    if banner is not None:
+        page.say(f"{banner[0]}: {banner[1]}", "yellow")
+    page.say(f"{report.model} for {report.target} on {report.device}, {report.created}", "dim")
+    found = facts.outcome(report)
+    if found is None:
+        return
+    row, n = found.row, facts.ledger_n(report)
+    same = f"dense {row.precision.upper()}"
+    speed = f"{speed_cell(report, row)} against {same}"
+    quality = quality_text(row.quality, n)
+    if found.quality_change is not None:
+        quality += f", {change_text(found.quality_change, n)} against {same}"
+    if found.quality_change_fp32 is not None and row.precision != "fp32":
+        quality += f", {change_text(found.quality_change_fp32, n)} against dense FP32"
+    page.title("Result")
+    page.table(
+        ("", ""),
+        [
+            ("ships", f"{charts.variant_name(row)}: {report.shipped_reason}"),
+            (
+                "latency",
+                f"{time_text(row.median_ms)} {report.stamp}, budget {time_text(report.limit_ms)}",
+            ),
+            ("speed-up", speed),
+            (facts.metric(report), quality),
+            ("size", bytes_text(row.size_bytes)),
+        ],
+        left=2,
+    )
+
+
+def _gates(page: _Page, report: Report) -> None:
+    if not report.gates:
+        return
+    n = facts.ledger_n(report)
+    page.title("Gates")
+    rows = [
+        (
+            gate.name,
+            "met" if gate.met else "MISSED",
+            unit_text(gate.value, gate.unit, n),
+            unit_text(gate.limit, gate.unit, n),
+        )
+        for gate in report.gates
+    ]
+    page.table(("gate", "verdict", "found", "limit"), rows, left=2)
+
+
+def _variants(page: _Page, report: Report) -> None:
+    """The table stands on its side, so that it fits 80 columns without cutting a figure."""
+    if not report.variants:
+        return
+    n = facts.ledger_n(report)
+    unit = time_unit([r.p90_ms for r in report.variants])
+
+    lines = {
+        f"median, {unit}": [in_unit(r.median_ms, unit) for r in report.variants],
+        f"p90, {unit}": [in_unit(r.p90_ms, unit) for r in report.variants],
+        "spread": [f"±{share_text(r.spread_ratio)}" for r in report.variants],
+        "speed-up*": [
+            "reference" if r.variant == "dense" else speed_text(r.ratio_to_dense)
+            for r in report.variants
+        ],
+        facts.metric(report): [quality_text(r.quality, n) for r in report.variants],
+        "size": [bytes_text(r.size_bytes) for r in report.variants],
+        "parameters": [count_text(r.parameters) for r in report.variants],
+        "MACs": [count_text(r.macs) for r in report.variants],
+    }
+    page.title(f"The four variants ({report.stamp} times)")
+    head = ("", *(charts.variant_name(r) for r in report.variants))
+    page.table(head, [(name, *cells) for name, cells in lines.items()])
+    page.say("* against dense in the same precision", "dim")
+
+
+def _ledger(page: _Page, report: Report) -> None:
+    steps = facts.ledger_steps(report.ledger)
+    if not steps:
+        return
+    worst = facts.worst_step(steps)
+    page.title("Accuracy ledger")
+    rows = [
+        (
+            s.entry.stage,
+            f"{s.entry.precision.upper()}, {s.entry.where}",
+            quality_text(s.entry.value, s.entry.n),
+            ("" if s is steps[0] else "reference")
+            if s.change is None
+            else change_text(s.change, s.entry.n),
+            str(s.entry.n),
+            "<- lost most" if s is worst else "",
+        )
+        for s in steps
+    ]
+    page.table(("stage", "file", facts.metric(report), "change", "n", ""), rows, left=2)
+    page.say(" ".join(ledger_summary(report)))
+
+
+def _predictions(page: _Page, report: Report) -> None:
+    model = report.latency_model
+    page.title("Predicted against timed")
+    page.say(
+        f"latency model: {share_text(model.mean_error_ratio)} mean and {share_text(model.worst_error_ratio)} worst error on "
+        f"{model.nets_held_out} held-out nets; {model.kernels_measured} kernels and {model.nets_fitted} nets fitted"
+    )
+    if report.checks:
+        rows = [
+            (
+                str(index),
+                time_text(c.predicted_ms),
+                time_text(c.measured_ms),
+                f"{signed(facts.check_error(c.predicted_ms, c.measured_ms) * 100, 1)} %",
+                "yes" if c.within_budget else "no",
+            )
+            for index, c in enumerate(report.checks, 1)
+        ]
+        page.table(("structure", "predicted", report.stamp, "error", "within budget"), rows)
+
+
+def _cuts(page: _Page, report: Report) -> None:
+    groups = sorted(report.plan.groups, key=lambda g: -g.saved_ms_predicted)
+    if groups:
+        page.title("What each cut saved (predicted)")
+        unit = time_unit([g.saved_ms_predicted for g in groups])
+        rows = [
+            (
+                g.name,
+                f"{g.channels} -> {len(g.kept)}",
+                in_unit(g.saved_ms_predicted, unit),
+                significant(g.cost_nats),
+            )
+            for g in groups[:MOST_GROUPS]
+        ]
+        page.table(("group", "channels", f"saved, {unit}", "cost, nats"), rows)
+        if len(groups) > MOST_GROUPS:
+            page.say(f"and {len(groups) - MOST_GROUPS} more in the page", "dim")
+    for frozen in report.plan.frozen:
+        page.say(f"frozen: {', '.join(frozen.layers)}: {frozen.reason}", "dim")
+
+
+def _costs(page: _Page, report: Report) -> None:
+    if not report.stages:
+        return
+    page.title("What the run cost")
+    whole = sum(s.seconds for s in report.stages)
+    rows = [
+        (s.name, s.kind + (", cached" if s.cached else ""), seconds_text(s.seconds))
+        for s in report.stages
+    ]
+    page.table(("stage", "kind", "time"), [*rows, ("all", "", seconds_text(whole))], left=2)
+    kinds = facts.seconds_by_kind(report.stages)
+    page.say(", ".join(f"{kind} {share_text(s / whole)}" for kind, s in kinds.items()), "dim")
+
+
+def _origin(page: _Page, report: Report) -> None:
+    page.title("Origin")
+    rows = [
+        (
+            "device",
+            f"{report.device}: {report.fingerprint.cpu_model}, {report.fingerprint.machine}",
+        ),
+        ("runtime", f"{report.fingerprint.runtime} {report.fingerprint.runtime_version}"),
+        *(
+            (f"test, {k}", f"{quality_text(v, report.test_n)} of {report.test_n}")
+            for k, v in report.test_quality.items()
+        ),
+        ("bundle", report.bundle),
+        ("command", report.command),
+    ]
+    page.table(("", ""), rows, left=2)
+    for text in report.notes:
+        page.say(f"- {text}")
+
+
+def _compared(report: Report) -> dict[str, str]:
+    n = facts.ledger_n(report)
+    column = {
+        "result": "PASSED" if report.passed else "BEST EFFORT",
+        "model": report.model,
+        "target": report.target,
+        "device": f"{report.device}, {report.stamp}",
+        "budget": f"{report.budget} ({time_text(report.limit_ms)})",
+    }
+    found = facts.outcome(report)
+    if found is not None:
+        row = found.row
+        column |= {
+            "ships": charts.variant_name(row),
+            "latency": time_text(row.median_ms),
+            "p90": time_text(row.p90_ms),
+            "spread": f"±{share_text(row.spread_ratio)}",
+            "speed-up*": speed_cell(report, row),
+            "quality": f"{quality_text(row.quality, n)} {facts.metric(report)}, n = {n}",
+            "change*": NONE
+            if found.quality_change is None
+            else change_text(found.quality_change, n),
+            "size": bytes_text(row.size_bytes),
+            "parameters": count_text(row.parameters),
+            "MACs": count_text(row.macs),
+        }
+    column |= {f"test, {k}": quality_text(v, report.test_n) for k, v in report.test_quality.items()}
+    return column | {
+        "run time": seconds_text(sum(s.seconds for s in report.stages)),
+        "made": report.created,
+    }
+
+
+def _incomparable(reports: Sequence[Report]) -> list[str]:
+    warnings = []
+    if len({r.fingerprint.key() for r in reports}) > 1:
+        warnings.append(
+            "the runs were timed on different devices or set-ups: their times do not compare"
+        )
+    if len({r.stamp for r in reports}) > 1:
+        warnings.append("the runs carry different stamps: only times with the same stamp compare")
+    if len({(facts.metric(r), facts.ledger_n(r)) for r in reports}) > 1:
+        warnings.append(
+            "quality was judged by another metric or on other samples: it does not compare"
+        )
+    return warnings

@@ -1,0 +1,277 @@
+"""The widths that cost the least accuracy within a latency limit, and the whole trade-off between the two.
+
+Costs are predicted loss increases in nats, one curve per channel group; latency comes from a
+:class:`~edgeprune.latency.predictor.LatencyModel`. The search minimises the sum of the costs subject to the limit. With a multiplier on the
+latency the problem is solved exactly by variable elimination; the multiplier is driven to the limit along the convex hull of the
+trade-off, which also yields a lower bound; local search then closes the gap that the hull leaves. The same input gives the same result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edgeprune.errors import BudgetError
+from edgeprune.latency.graph import FactorGraph
+from edgeprune.latency.predictor import LatencyModel
+from edgeprune.latency.repair import Neighbourhood
+
+MOST_TURNS = 80  # of the multiplier; about ten are usual
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is to be decided.
+
+    ``grids`` are the widths of every group, ascending, the full one last; they are the model's. ``cost_nats[group][i]`` is the cost of
+    keeping ``grids[group][i]`` channels: never rising with width, and 0 at the full width.
+    """
+
+    grids: Mapping[str, tuple[int, ...]]
+    cost_nats: Mapping[str, np.ndarray]
+    model: LatencyModel
+
+    def __post_init__(self) -> None:
+        if set(self.grids) != set(self.cost_nats) or dict(self.grids) != dict(self.model.grids):
+            raise ValueError(
+                "grids, costs and the latency model must have the same groups and widths"
+            )
+        for name, grid in self.grids.items():
+            cost = self.cost_nats[name]
+            if cost.shape != (len(grid),) or not np.isfinite(cost).all():
+                raise ValueError(f"{name} must have one finite cost for each of {grid}, not {cost}")
+            if (np.diff(cost) > 1e-9 * (1 + abs(cost[0]))).any() or abs(cost[-1]) > 1e-9:
+                raise ValueError(f"the cost of {name} must fall to 0 at full width, but is {cost}")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One structure with its predictions. ``bound_nats`` is what no structure within the limit can undercut, where that is known."""
+
+    widths: dict[str, int]
+    predicted_ms: float
+    cost_nats: float
+    bound_nats: float | None = None
+
+
+def solve(problem: Problem, limit_ms: float) -> Solution:
+    """The cheapest structure found that is predicted to stay within the limit.
+
+    Args:
+        problem: what is to be decided.
+        limit_ms: largest predicted latency, at least 0.
+
+    Raises:
+        BudgetError: even the fastest structure is over the limit; names its latency.
+    """
+    search = _Search.of(problem)
+    state, bound = search.solve(limit_ms)
+    return replace(search.solution(state), bound_nats=bound)
+
+
+def fastest(problem: Problem) -> Solution:
+    """The structure with the lowest predicted latency; among equals the cheapest."""
+    search = _Search.of(problem)
+    return search.solution(search.fastest())
+
+
+def pareto(problem: Problem, *, points: int = 64) -> tuple[Solution, ...]:
+    """Structures on the convex hull of (latency, cost), fastest first, none beaten in both by any structure.
+
+    Args:
+        problem: what is to be decided.
+        points: at most this many; the widest gaps are filled first.
+    """
+    search = _Search.of(problem)
+    ends = [search.fastest(), search.cheapest()]
+    front = sorted({search.point(state): state for state in ends}.items(), key=lambda e: e[0])
+    done: set[tuple[float, float]] = set()
+    while len(front) < points:
+        gaps = [
+            (b[0] - a[0], i)
+            for i, ((a, _), (b, _)) in enumerate(itertools.pairwise(front))
+            if a not in done
+        ]
+        if not gaps:
+            break
+        _, i = max(gaps)
+        (fast, _), (cheap, _) = front[i], front[i + 1]
+        state = search.between(fast, cheap)
+        if state is None:
+            done.add(fast)
+        else:
+            front.insert(i + 1, (search.point(state), state))
+    return tuple(search.solution(state) for _, state in front)
+
+
+def alternatives(
+    problem: Problem, limit_ms: float, count: int, min_changes: int
+) -> tuple[Solution, ...]:
+    """Cheap structures within the limit that differ from each other in many groups, so that one bad prediction does not spoil all.
+
+    Args:
+        problem: what is to be decided.
+        limit_ms: as for :func:`solve`.
+        count: how many, the one of :func:`solve` included.
+        min_changes: every two differ in at least this many groups (in all of them, where there are fewer).
+
+    Returns:
+        Up to ``count`` solutions, the cheapest first; fewer where the limit leaves no room for more.
+
+    Raises:
+        BudgetError: as :func:`solve`.
+    """
+    search = _Search.of(problem)
+    state, _ = search.solve(limit_ms)
+    found = [state]
+    while len(found) < count:
+        other = search.solve_apart(limit_ms, found, min_changes)
+        if other is None:
+            break
+        found.append(other)
+    solutions = (search.solution(state) for state in found)
+    return tuple(sorted(solutions, key=lambda s: s.cost_nats))
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """A problem as numbered variables: only groups that have a choice take part. A *point* is (latency in ms, cost in nats)."""
+
+    grids: Mapping[str, tuple[int, ...]]
+    names: list[str]
+    costs: list[np.ndarray]
+    graph: FactorGraph
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Search:
+        """The search for a problem."""
+        names = [name for name, grid in problem.grids.items() if len(grid) > 1]
+        number = {name: i for i, name in enumerate(names)}
+        constant, factors = problem.model.merged()
+        tables: dict[tuple[int, ...], np.ndarray] = {}
+        for factor in factors:
+            free = [number[name] for name in factor.variables if name in number]
+            scope = tuple(sorted(free))
+            # A group without a choice has an axis of length 1, which goes.
+            table = np.transpose(factor.cost_ms.squeeze(), [free.index(v) for v in scope])
+            tables[scope] = tables[scope] + table if scope in tables else table
+        constant += float(tables.pop((), np.zeros(())))
+        costs = [np.asarray(problem.cost_nats[name], dtype=float) for name in names]
+        return cls(
+            problem.grids, names, costs, FactorGraph([len(c) for c in costs], tables, constant)
+        )
+
+    @property
+    def total_cost(self) -> float:
+        """Cost of the worst choice everywhere, as the unit of what is negligible."""
+        return max(sum(float(cost.max()) for cost in self.costs), 1e-300)
+
+    def solution(self, state: np.ndarray) -> Solution:
+        """The state in words."""
+        widths = {name: grid[-1] for name, grid in self.grids.items()}
+        for name, choice in zip(self.names, state, strict=True):
+            widths[name] = self.grids[name][choice]
+        time, cost = self.point(state)
+        return Solution(widths, time, cost)
+
+    def point(self, state: np.ndarray) -> tuple[float, float]:
+        """Latency and cost of a state."""
+        cost = sum(float(c[choice]) for c, choice in zip(self.costs, state, strict=True))
+        return self.graph.value(state), cost
+
+    def fastest(self) -> np.ndarray:
+        """The state of least latency; a trace of the costs breaks ties."""
+        trace = 1e-9 * self._typical_ms() / self.total_cost
+        return self.graph.minimise([trace * cost for cost in self.costs], 1.0)
+
+    def cheapest(self) -> np.ndarray:
+        """The state of least cost; a trace of the latency breaks ties."""
+        return self.graph.minimise(
+            self.costs, 1e-9 * max(self.total_cost, 1e-9) / self._typical_ms()
+        )
+
+    def between(self, fast: tuple[float, float], cheap: tuple[float, float]) -> np.ndarray | None:
+        """A state on the hull strictly between two points of it, or ``None`` if the hull is straight there."""
+        span_ms, span_nats = cheap[0] - fast[0], fast[1] - cheap[1]
+        if span_ms <= 1e-12 * abs(cheap[0]) or span_nats <= 1e-12 * self.total_cost:
+            return None
+        weight = span_nats / span_ms
+        state = self.graph.minimise(self.costs, weight)
+        time, cost = self.point(state)
+        gain = (fast[1] + weight * fast[0]) - (cost + weight * time)
+        if gain <= 1e-9 * span_nats or not fast[0] < time < cheap[0]:
+            return None
+        return state
+
+    def solve(self, limit_ms: float, *, kicks: bool = True) -> tuple[np.ndarray, float | None]:
+        """The best state found within the limit, and the lower bound of the cost where elimination is exact."""
+        fast, cheap = self._within(limit_ms), self.cheapest()
+        if self.graph.value(cheap) <= limit_ms:
+            return cheap, self.point(cheap)[1]
+        starts = [fast, cheap]
+        low, high = self.point(fast), self.point(cheap)
+        for _ in range(MOST_TURNS):
+            state = self.between(low, high)
+            if state is None:
+                break
+            starts.append(state)
+            if self.graph.value(state) <= limit_ms:
+                low = self.point(state)
+            else:
+                high = self.point(state)
+        slope = (low[1] - high[1]) / (high[0] - low[0])
+        bound = max(0.0, low[1] - slope * (limit_ms - low[0])) if self.graph.exact else None
+        return self._repair(limit_ms, starts, kicks=kicks), bound
+
+    def _within(self, limit_ms: float) -> np.ndarray:
+        """The fastest state; BudgetError if it is over the limit."""
+        fast = self.fastest()
+        if self.graph.value(fast) <= limit_ms:
+            return fast
+        if not self.graph.exact:  # the descent may have stopped short of the fastest
+            found = Neighbourhood(self.graph, self.costs, limit_ms).improve(fast)
+            if found is not None:
+                return found
+        reach = self.graph.value(fast)
+        raise BudgetError(
+            f"the limit is {limit_ms:.4g} ms, but the fastest structure is predicted at {reach:.4g} ms",
+            hint=f"allow at least {math.ceil(1000 * reach) / 1000:g} ms, or let more layers be pruned",
+        )
+
+    def _repair(self, limit_ms: float, starts: list[np.ndarray], *, kicks: bool) -> np.ndarray:
+        """The cheapest state that local search reaches from the points nearest to the limit, on both sides of it."""
+        near = Neighbourhood(self.graph, self.costs, limit_ms)
+        starts = sorted(starts, key=lambda s: abs(self.graph.value(s) - limit_ms))
+        within = min((s for s in starts if near.feasible(s)), key=near.cost)
+        reached = [near.improve(state) for state in (within, *starts[:4])]
+        best = min((state for state in reached if state is not None), key=near.cost)
+        return near.kick(best, seed=0) if kicks else best
+
+    def solve_apart(
+        self, limit_ms: float, others: list[np.ndarray], min_changes: int
+    ) -> np.ndarray | None:
+        """A cheap state that differs from each of the others in enough variables: what they chose is charged extra, ever more."""
+        min_changes = min(min_changes, len(self.costs))
+        typical = max(self.total_cost / max(len(self.costs), 1), 1e-9)
+        for charge in np.geomspace(1e-3, 1e2, 11) * typical:
+            costs = [cost.copy() for cost in self.costs]
+            for other in others:
+                for cost, choice in zip(costs, other, strict=True):
+                    cost[choice] += charge
+            try:
+                state, _ = replace(self, costs=costs).solve(limit_ms, kicks=False)
+            except (
+                BudgetError
+            ):  # at the very edge of what is feasible the charge decides ties the wrong way
+                return None
+            if all((state != other).sum() >= min_changes for other in others):
+                return state
+        return None
+
+    def _typical_ms(self) -> float:
+        state = np.array([n - 1 for n in self.graph.sizes], dtype=int)
+        return max(abs(self.graph.value(state)), 1e-12)

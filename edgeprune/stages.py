@@ -1,0 +1,539 @@
+"""The stages of a deployment, one function each: the context and earlier records in, a new record and files out.
+
+The order stands in :mod:`edgeprune.pipeline`. Nothing here prints; nothing here decides whether the result is good enough
+(:mod:`edgeprune.verdict` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgeprune import planning, records
+from edgeprune.compress import importance as importances
+from edgeprune.compress.compensate import compensate
+from edgeprune.compress.evaluate import logits, quality
+from edgeprune.compress.groups import ChannelGroup, find_groups, remove_channels
+from edgeprune.compress.recover import recover
+from edgeprune.datasets import Split, model_input, to_layout
+from edgeprune.devices.board import REPORT, SEARCH, Board
+from edgeprune.devices.measure import ModelFile, compare, measure
+from edgeprune.errors import FormatError
+from edgeprune.formats import Format, Resizable
+from edgeprune.formats._resize import distinct_widths
+from edgeprune.progress import Progress
+from edgeprune.records import Record
+from edgeprune.results import (
+    Artifact,
+    Comparison,
+    Fingerprint,
+    FrozenGroup,
+    LedgerEntry,
+    Measurement,
+    PruningPlan,
+)
+from edgeprune.specs import Budget, Device, Precision, Profile, Target
+from edgeprune.workload import LoadedWorkload
+
+PARITY_SAMPLES = 64
+PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another order
+SCORE_SAMPLES = 1024
+CURVE_SAMPLES = 1024
+COMPENSATION_SAMPLES = 1024
+VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
+INFER_CHUNK = 256
+PIXEL_SEED = 20261123
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fully resolved request."""
+
+    loaded: LoadedWorkload
+    target: Target
+    profile: Profile
+    device_name: str
+    device: Device
+    budget: Budget
+    max_drop: float
+    importance: str
+    seed: int
+    command: str
+
+
+class DenseFiles(Record):
+    """The dense model as files, checked against torch."""
+
+    fp32: Artifact
+    int8: Artifact
+    parity_error_ratio: float
+    built_in_agreement: float
+
+
+class DenseLatency(Record):
+    """Dense FP32 beside dense INT8 on the device, and the precision that the search uses."""
+
+    fingerprint: Fingerprint
+    measurements: dict[str, Measurement]
+    precision: Precision
+
+
+class VariantFile(Record):
+    """The narrower export that shows which dimension belongs to which group."""
+
+    widths: dict[str, int]
+    artifact: Artifact
+
+
+class ScoresResult(Record):
+    """Importance of every channel and the calibrated cost of every width."""
+
+    scores: dict[str, tuple[float, ...]]
+    curves: dict[str, tuple[float, ...]]
+
+
+class PrunedResult(Record):
+    """Quality before and after compensation, on the development split."""
+
+    entries: tuple[LedgerEntry, ...]
+    compensation: str
+
+
+class RecoveredResult(Record):
+    """What the distillation did."""
+
+    entry: LedgerEntry
+    epochs_run: float
+    best_epoch: float
+    interrupted: bool
+
+
+class PrunedFiles(Record):
+    """The pruned model as files."""
+
+    fp32: Artifact
+    int8: Artifact
+    built_in_agreement: float
+
+
+class FinalLatency(Record):
+    """The four files measured in the same rounds."""
+
+    measurements: dict[str, Measurement]
+    comparisons: tuple[Comparison, ...]
+
+
+class FinalQuality(Record):
+    """Quality of the four files on the development split; the pruned ones as the device answers."""
+
+    by_variant: dict[str, float]
+    metric: str
+    entries: tuple[LedgerEntry, ...]
+    device_agreement: dict[str, float]
+
+
+class TestQuality(Record):
+    """The test split, read once per final artefact."""
+
+    values: dict[str, float]
+    n: int
+
+
+@dataclass
+class Context:
+    """What every stage needs: the job, the boards, the data as the model sees it."""
+
+    job: Job
+    form: Format
+    board: Board
+    host: Board
+    progress: Progress
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the device is this machine: then one run serves as host and as device."""
+        return self.board is self.host
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The dense model, in eval mode."""
+        return self.job.loaded.model
+
+    def inputs(self, split: Split, n: int, *, seed: int = PIXEL_SEED) -> np.ndarray:
+        """``n`` samples of a split, drawn by seed, as the torch model sees them: ``float32 [n, ...]``."""
+        order = np.random.default_rng(seed).permutation(len(split))[:n]
+        return model_input(split.x[np.sort(order)], self.job.loaded.preprocess)
+
+    @cached_property
+    def example(self) -> np.ndarray:
+        """One real input ``[1, ...]``."""
+        return self.inputs(self.job.loaded.dataset.train, 1)
+
+    @cached_property
+    def calibration(self) -> np.ndarray:
+        """The real samples that set the INT8 ranges."""
+        count = self.job.target.quantization.calibration_samples
+        return self.inputs(self.job.loaded.dataset.train, count)
+
+    @cached_property
+    def development(self) -> torch.Tensor:
+        """The development split as the model sees it."""
+        split = self.job.loaded.dataset.development
+        return torch.from_numpy(model_input(split.x, self.job.loaded.preprocess))
+
+    @cached_property
+    def reference(self) -> torch.Tensor:
+        """Logits of the dense model on the development split, ``[N, K]``."""
+        return logits(self.model, self.development)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[ChannelGroup, ...], tuple[FrozenGroup, ...]]:
+        """Channel groups, and what stays frozen."""
+        return find_groups(self.model, torch.from_numpy(self.example))
+
+    @property
+    def full(self) -> dict[str, int]:
+        """Full width of every group."""
+        return {g.name: g.channels for g in self.groups[0]}
+
+    def entry(
+        self,
+        stage: str,
+        found: torch.Tensor,
+        *,
+        precision: Precision = "fp32",
+        where: str = "torch",
+        note: str = "",
+    ) -> LedgerEntry:
+        """A ledger line from logits on (the first rows of) the development split."""
+        y = self.job.loaded.dataset.development.y
+        n = len(found)
+        metric, value = quality(found, None if y is None else y[:n], self.reference[:n])
+        return LedgerEntry.model_validate(
+            {
+                "stage": stage, "metric": metric, "value": value, "n": n,
+                "precision": precision, "where": where, "note": note,
+            }
+        )  # fmt: skip
+
+    def run_file(
+        self, board: Board, file: Path, x: np.ndarray, *, delegate: bool = True
+    ) -> torch.Tensor:
+        """Logits ``[N, K]`` of a file on a board, in that board's child process."""
+        runtime = self.job.target.runtime
+        key = f"{file.name}-{'fast' if delegate else 'built-in'}"
+        board.load(
+            key, file.read_bytes(), runtime=runtime.name, threads=runtime.threads, delegate=delegate
+        )
+        try:
+            laid_out = to_layout(x, self.form.info.layout)
+            parts = [
+                board.infer(key, laid_out[i : i + INFER_CHUNK])
+                for i in range(0, len(laid_out), INFER_CHUNK)
+            ]
+        finally:
+            board.unload([key])
+        return torch.from_numpy(np.concatenate(parts))
+
+    def model_file(self, name: str, path: Path, artifact: Artifact) -> ModelFile:
+        """A file ready to be measured."""
+        return ModelFile(name, path.read_bytes(), artifact.precision, artifact.sha256)
+
+
+def dense_files(context: Context, folder: Path) -> DenseFiles:
+    """Export and quantise the dense model; its FP32 file must agree with torch, its INT8 file must run on the built-in kernels.
+
+    Raises:
+        FormatError: the export fails, or its numbers are not torch's.
+    """
+    suffix = context.form.info.suffix
+    fp32_path, int8_path = folder / f"dense.fp32{suffix}", folder / f"dense.int8{suffix}"
+    fp32 = context.form.export(context.model, context.example, fp32_path)
+    int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
+    x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
+    expected = logits(context.model, torch.from_numpy(x))
+    found = context.run_file(context.host, fp32_path, x)
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    if not error <= PARITY_TOLERANCE:
+        raise FormatError(
+            f"the exported FP32 file differs from torch by {error:.2g} of the largest logit;"
+            f" at most {PARITY_TOLERANCE:g} is allowed",
+            hint="the converter changed the model; try a target with another format",
+        )
+    return DenseFiles(
+        fp32=fp32,
+        int8=int8,
+        parity_error_ratio=error,
+        built_in_agreement=_built_in_agreement(context, int8_path, x),
+    )
+
+
+def _built_in_agreement(context: Context, file: Path, x: np.ndarray) -> float:
+    """Share of samples on which the runtime's built-in kernels and its fast kernels name the same class.
+
+    The built-in kernels of ARM64 refuse files that XNNPACK runs (a channel whose scale is too small), so every INT8 file is tried on
+    them before it may be shipped.
+    """
+    fast = context.run_file(context.host, file, x)
+    plain = context.run_file(context.host, file, x, delegate=False)
+    return float((fast.argmax(1) == plain.argmax(1)).double().mean())
+
+
+def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLatency:
+    """Time dense FP32 and dense INT8 in the same rounds; the faster one is the precision to search in."""
+    runtime = context.job.target.runtime
+    pair = {"fp32": files.fp32, "int8": files.int8}
+    models = [context.model_file(p, folder / a.path, a) for p, a in pair.items()]
+    found = {
+        m.name: m
+        for m in measure(
+            context.board, models, runtime=runtime.name, threads=runtime.threads, plan=SEARCH
+        )
+    }
+    allowed = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
+    faster = min(allowed, key=lambda p: found[p].median_ms)
+    fingerprint = context.board.fingerprint(runtime.name, runtime.threads)
+    return DenseLatency.model_validate(
+        {"fingerprint": fingerprint, "measurements": found, "precision": faster}
+    )
+
+
+def variant_file(context: Context, precision: Precision, folder: Path) -> VariantFile:
+    """Export the model once more, every group at a width of its own, to learn which dimension follows which group."""
+    groups, _ = context.groups
+    widths = distinct_widths(context.full, {g.name: g.step for g in groups})
+    removed = {g.name: range(widths[g.name], g.channels) for g in groups}
+    narrower = remove_channels(
+        context.model, {g.name: g for g in groups}, removed, torch.from_numpy(context.example)
+    )
+    suffix = context.form.info.suffix
+    path = folder / f"variant.fp32{suffix}"
+    artifact = context.form.export(narrower, context.example, path)
+    if precision == "int8":
+        few = context.calibration[:VARIANT_CALIBRATION]
+        artifact = context.form.quantize(path, few, folder / f"variant.int8{suffix}")
+    return VariantFile(widths=widths, artifact=artifact)
+
+
+def resizable(context: Context, dense: Path, variant: Path, widths: Mapping[str, int]) -> Resizable:
+    """The dense file as one that can take any widths."""
+    return context.form.resizable(dense, variant, context.full, widths, context.model)
+
+
+def score(context: Context, grids: Mapping[str, tuple[int, ...]], _: Path) -> ScoresResult:
+    """Score every channel on training data and calibrate the cost of every width on the selection split."""
+    groups, _frozen = context.groups
+    data = context.job.loaded.dataset
+    function = importances.BY_NAME[context.job.importance]
+    x = torch.from_numpy(context.inputs(data.train, SCORE_SAMPLES))
+    with context.progress.bar("scoring channels", 1) as bar:
+        scores = function(context.model, groups, x, context.job.seed)
+        bar.advance(1)
+    held = torch.from_numpy(context.inputs(data.selection, CURVE_SAMPLES))
+    curves = importances.cost_curves(
+        context.model, groups, scores, grids, held, progress=context.progress
+    )
+    return ScoresResult(
+        scores={g: tuple(float(v) for v in s) for g, s in scores.items()},
+        curves={g: tuple(float(v) for v in c) for g, c in curves.items()},
+    )
+
+
+def plan_structure(
+    context: Context,
+    stand: planning.Stand,
+    file: Resizable,
+    measured: planning.MeasuredTable,
+    nets: planning.MeasuredNets,
+    scores: ScoresResult,
+) -> planning.PlanResult:
+    """Solve for the budget and check the solution on the device until it fits."""
+    groups, frozen = context.groups
+    model = planning.kernel_model(file, measured, context.full)
+    model, fit_quality = planning.fit(model, nets, measured.kernels_measured)
+    arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
+    return planning.make_plan(
+        stand,
+        file,
+        groups,
+        frozen,
+        model=model,
+        nets=nets,
+        quality=fit_quality,
+        curves={g: np.asarray(c) for g, c in scores.curves.items()},
+        orders=importances.removal_order(arrays),
+        budget=context.job.budget,
+        importance=context.job.importance,
+        progress=context.progress,
+    )
+
+
+def pruned_model(context: Context, plan: PruningPlan) -> nn.Module:
+    """The model of a plan, with the dense weights of the kept channels."""
+    groups, _ = context.groups
+    removed = {g.name: sorted(set(range(g.channels)) - set(g.kept)) for g in plan.groups}
+    return remove_channels(
+        context.model, {g.name: g for g in groups}, removed, torch.from_numpy(context.example)
+    )
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a state dict as safetensors, atomically."""
+    with records.atomic_path(path) as temporary:
+        save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, temporary)
+
+
+def with_weights(model: nn.Module, path: Path) -> nn.Module:
+    """The model with the weights of a stage."""
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def prune(context: Context, plan: PruningPlan, folder: Path) -> PrunedResult:
+    """Remove the channels, then repair what can be repaired without training."""
+    pruned = pruned_model(context, plan)
+    entries = [context.entry("pruned", logits(pruned, context.development))]
+    layers = {name for name, _ in pruned.named_modules()}
+    kept = {
+        layer: indices for layer, indices in _kept_outputs(context, plan).items() if layer in layers
+    }
+    x = torch.from_numpy(context.inputs(context.job.loaded.dataset.train, COMPENSATION_SAMPLES))
+    repaired, report = compensate(pruned, context.model, kept, x, progress=context.progress)
+    entries.append(
+        context.entry("compensated", logits(repaired, context.development), note=report.note)
+    )
+    save_weights(repaired, folder / "compensated.safetensors")
+    return PrunedResult(entries=tuple(entries), compensation=report.note)
+
+
+def _kept_outputs(context: Context, plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    """Dense output channels that each layer keeps, by layer."""
+    kept: dict[str, tuple[int, ...]] = {}
+    by_name = {g.name: g for g in plan.groups}
+    for group in context.groups[0]:
+        chosen = by_name[group.name].kept
+        for coupling in group.couplings:
+            if coupling.side == "out":
+                indices = sorted(i for c in chosen for i in coupling.indices[c])
+                kept[coupling.layer] = tuple(indices)
+    return kept
+
+
+def heal(context: Context, plan: PruningPlan, start: Path, folder: Path) -> RecoveredResult:
+    """Distil the dense model into the pruned one."""
+    student = with_weights(pruned_model(context, plan), start)
+    data = context.job.loaded.dataset
+    result = recover(
+        student,
+        context.model,
+        data.train,
+        data.selection,
+        context.job.loaded.workload.recovery,
+        preprocess=context.job.loaded.preprocess,
+        seed=context.job.seed,
+        checkpoint=folder / ".checkpoint",
+        progress=context.progress,
+    )
+    save_weights(result.model, folder / "recovered.safetensors")
+    found = logits(result.model, context.development)
+    return RecoveredResult(
+        entry=context.entry("recovered", found, note=f"epoch {result.best_epoch:g}"),
+        epochs_run=float(result.epochs_run),
+        best_epoch=float(result.best_epoch),
+        interrupted=result.interrupted,
+    )
+
+
+def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFiles:
+    """Export and quantise the healed model."""
+    suffix = context.form.info.suffix
+    fp32_path, int8_path = folder / f"pruned.fp32{suffix}", folder / f"pruned.int8{suffix}"
+    fp32 = context.form.export(model, context.example, fp32_path)
+    int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
+    x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
+    return PrunedFiles(
+        fp32=fp32, int8=int8, built_in_agreement=_built_in_agreement(context, int8_path, x)
+    )
+
+
+def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) -> FinalLatency:
+    """All four files interleaved in the same rounds, dense beside pruned in the same precision.
+
+    The files are ``dense-fp32``, ``dense-int8``, ``pruned-fp32`` and ``pruned-int8``.
+    """
+    runtime = context.job.target.runtime
+    models = [context.model_file(name, path, artifact) for name, (path, artifact) in files.items()]
+    found = {
+        m.name: m
+        for m in measure(
+            context.board, models, runtime=runtime.name, threads=runtime.threads, plan=REPORT
+        )
+    }
+    pairs = [
+        ("pruned-fp32", "dense-fp32"),
+        ("pruned-int8", "dense-int8"),
+        ("dense-int8", "dense-fp32"),
+        ("pruned-int8", "dense-fp32"),
+    ]
+    return FinalLatency(
+        measurements=found,
+        comparisons=tuple(compare(found[a], found[b]) for a, b in pairs),
+    )
+
+
+def final_quality(
+    context: Context, files: Mapping[str, tuple[Path, Artifact]], *, where: str
+) -> FinalQuality:
+    """Quality of the four files on the host, and the ledger's last lines for both pruned files."""
+    x = context.development.numpy()
+    found = {name: context.run_file(context.host, path, x) for name, (path, _) in files.items()}
+    entries: list[LedgerEntry] = []
+    agreement: dict[str, float] = {}
+    for precision in context.job.target.precisions:
+        path, artifact = files[f"pruned-{precision}"]
+        host = found[f"pruned-{precision}"]
+        if precision == "int8":
+            plain = context.run_file(context.host, path, x, delegate=False)
+            place = "host, built-in kernels"
+            entries.append(context.entry("quantised", plain, precision=precision, where=place))
+        entries.append(context.entry("exported", host, precision=precision, where="host"))
+        on_device = host if context.is_host else context.run_file(context.board, path, x)
+        agreement[precision] = float((on_device.argmax(1) == host.argmax(1)).double().mean())
+        note = "this machine is the device" if context.is_host else ""
+        entries.append(
+            context.entry("on-device", on_device, precision=precision, where=where, note=note)
+        )
+    qualities = {name: context.entry("exported", logits_) for name, logits_ in found.items()}
+    # What is judged is what the device answered.
+    by_variant = {name: entry.value for name, entry in qualities.items()}
+    for entry in entries:
+        if entry.stage == "on-device":
+            by_variant[f"pruned-{entry.precision}"] = entry.value
+    return FinalQuality(
+        by_variant=by_variant,
+        metric=entries[-1].metric,
+        entries=tuple(entries),
+        device_agreement=agreement,
+    )
+
+
+def test_quality(context: Context, shipped: Path) -> TestQuality:
+    """Read the test split once: for the dense model, and for the shipped file on the host."""
+    split = context.job.loaded.dataset.test
+    if split is None:
+        return TestQuality(values={}, n=0)
+    x = model_input(split.x, context.job.loaded.preprocess)
+    dense = logits(context.model, torch.from_numpy(x))
+    found = context.run_file(context.host, shipped, x)
+    values = {
+        "dense": quality(dense, split.y, dense)[1],
+        "shipped": quality(found, split.y, dense)[1],
+    }
+    return TestQuality(values=values, n=len(split))

@@ -1,0 +1,162 @@
+"""Which file ships, whether it keeps its promises, and how that is said. Pure decisions over records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgeprune.results import Artifact, Comparison, Gate, Measurement, VariantRow
+from edgeprune.specs import Budget, Precision
+
+MIN_DEVICE_AGREEMENT = (
+    0.99  # of top classes between host and device; INT8 kernels may differ by one step
+)
+MIN_BUILT_IN_AGREEMENT = 0.95  # between built-in and fast kernels on the same file
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about the four files, keyed ``dense-fp32`` ... ``pruned-int8``."""
+
+    measurements: Mapping[str, Measurement]
+    comparisons: Sequence[Comparison]
+    quality: Mapping[str, float]
+    metric: str
+    artifacts: Mapping[str, Artifact]
+
+    def ratio(self, candidate: str, reference: str) -> float:
+        """Median latency ratio of two files measured in the same rounds."""
+        for c in self.comparisons:
+            if (c.candidate, c.reference) == (candidate, reference):
+                return c.ratio
+        return self.measurements[candidate].median_ms / self.measurements[reference].median_ms
+
+    def drop(self, name: str) -> float:
+        """Quality lost against the dense FP32 model."""
+        return self.quality["dense-fp32"] - self.quality[name]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The precision that ships and the sentence that says why."""
+
+    precision: Precision
+    reason: str
+
+
+def latency_gate(measured: Measured, budget: Budget, precision: Precision) -> Gate:
+    """The latency promise for one precision: a relative budget is judged on the paired ratio to dense in the same precision."""
+    name, dense = f"pruned-{precision}", f"dense-{precision}"
+    if budget.kind == "ratio":
+        value = measured.ratio(name, dense)
+        return Gate(
+            name="latency",
+            limit=budget.value,
+            value=value,
+            unit=f"of dense {precision}",
+            met=value <= budget.value,
+            note=f"{measured.measurements[name].median_ms:.4g} ms measured",
+        )
+    value = measured.measurements[name].median_ms
+    return Gate(
+        name="latency", limit=budget.value, value=value, unit="ms", met=value <= budget.value
+    )
+
+
+def quality_gate(measured: Measured, max_drop: float, precision: Precision) -> Gate:
+    """The accuracy (or agreement) promise: at most ``max_drop`` below the dense FP32 model."""
+    drop = measured.drop(f"pruned-{precision}")
+    return Gate(
+        name="accuracy" if measured.metric == "accuracy" else "agreement",
+        limit=max_drop,
+        value=drop,
+        unit="drop",
+        met=drop <= max_drop + 1e-12,
+        note=f"{measured.quality[f'pruned-{precision}']:.2%} against {measured.quality['dense-fp32']:.2%} dense",
+    )
+
+
+def choose(
+    measured: Measured, budget: Budget, max_drop: float, precisions: Sequence[Precision]
+) -> Choice:
+    """The fastest pruned file that meets both gates; if none does, the one that meets more, then the faster one."""
+    ms = {p: measured.measurements[f"pruned-{p}"].median_ms for p in precisions}
+    met = {
+        p: [latency_gate(measured, budget, p).met, quality_gate(measured, max_drop, p).met]
+        for p in precisions
+    }
+    passing = [p for p in precisions if all(met[p])]
+    chosen = min(passing or precisions, key=lambda p: (-sum(met[p]), ms[p]))
+    others = [p for p in precisions if p != chosen]
+    if not others:
+        return Choice(chosen, f"the target allows only {chosen}")
+    other = others[0]
+    pace = f"{ms[chosen]:.4g} ms against {ms[other]:.4g} ms in {other}"
+    if len(passing) == 2:
+        return Choice(chosen, f"both precisions meet the gates and {chosen} is faster: {pace}")
+    if passing:
+        missed = "latency" if not met[other][0] else measured.metric
+        return Choice(chosen, f"only {chosen} meets the gates ({other} misses {missed}): {pace}")
+    return Choice(chosen, f"no precision meets every gate; {chosen} comes closest: {pace}")
+
+
+def numerics_gate(device_agreement: float, built_in_agreement: float) -> Gate:
+    """The device must answer as the host does, and the fast kernels as the built-in ones."""
+    worst = min(device_agreement, built_in_agreement)
+    met = device_agreement >= MIN_DEVICE_AGREEMENT and built_in_agreement >= MIN_BUILT_IN_AGREEMENT
+    return Gate(
+        name="numerics",
+        limit=MIN_DEVICE_AGREEMENT,
+        value=worst if not met else device_agreement,
+        unit="agreement",
+        met=met,
+        note=f"device and host {device_agreement:.2%}, built-in and fast kernels {built_in_agreement:.2%}",
+    )
+
+
+def rows(measured: Measured, sizes: Mapping[str, tuple[int, int]]) -> tuple[VariantRow, ...]:
+    """The four rows that are always shown together.
+
+    Args:
+        measured: all four files.
+        sizes: ``dense`` and ``pruned`` -> (parameters, MACs).
+    """
+    found = []
+    for variant in ("dense", "pruned"):
+        for precision in ("fp32", "int8"):
+            name = f"{variant}-{precision}"
+            m = measured.measurements[name]
+            found.append(
+                VariantRow.model_validate(
+                    {
+                        "variant": variant,
+                        "precision": precision,
+                        "median_ms": m.median_ms,
+                        "p90_ms": m.p90_ms,
+                        "spread_ratio": m.spread_ratio,
+                        "ratio_to_dense": 1.0
+                        if variant == "dense"
+                        else measured.ratio(name, f"dense-{precision}"),
+                        "quality": measured.quality[name],
+                        "size_bytes": measured.artifacts[name].size_bytes,
+                        "parameters": sizes[variant][0],
+                        "macs": sizes[variant][1],
+                        "measurement": name,
+                    }
+                )
+            )
+    return tuple(found)
+
+
+def headline(measured: Measured, precision: Precision, gates: Sequence[Gate]) -> str:
+    """One sentence: what was gained by pruning alone, what it cost, and whether the promises hold."""
+    name = f"pruned-{precision}"
+    ratio = measured.ratio(name, f"dense-{precision}")
+    total = measured.ratio(name, "dense-fp32")
+    missed = [g.name for g in gates if not g.met]
+    verdict = "all gates met" if not missed else f"missed: {', '.join(missed)}"
+    drop = measured.drop(name) * 100
+    return (
+        f"{1 / ratio:.2f}x faster than dense {precision} ({1 / total:.2f}x than dense fp32),"
+        f" {measured.metric} {-drop:+.2f} points; {verdict}"
+    )
