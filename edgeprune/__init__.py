@@ -1,5 +1,30 @@
-"""edgeprune: a trained PyTorch model, your data and a millisecond budget in; a verified bundle for your board out."""
+"""edgeprune: a trained PyTorch model, your data and a millisecond budget in; a verified bundle out.
+
+``import edgeprune`` is quick: torch is imported when a function that needs it is first used.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["deploy", "load", "verify"]
+
+if TYPE_CHECKING:
+    from edgeprune.api import deploy
+    from edgeprune.bundle.load import load
+    from edgeprune.bundle.verify import verify
+
+_HOMES = {
+    "deploy": "edgeprune.api",
+    "load": "edgeprune.bundle.load",
+    "verify": "edgeprune.bundle.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgeprune' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from edgeprune.errors import ModelError
@@ -188,7 +189,7 @@ def fold_masks(state: State) -> tuple[State, int]:
 
 
 def _fold_modules(model: nn.Module) -> int:
-    """How many tensors of our copy had prune hooks, parametrisations or old-style weight norm; they are plain parameters now."""
+    """How many tensors of our copy had prune hooks, parametrisations or hook-style norms; they are plain parameters now."""
     count = 0
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
@@ -198,11 +199,26 @@ def _fold_modules(model: nn.Module) -> int:
             elif isinstance(hook, WeightNorm):
                 nn.utils.remove_weight_norm(module, hook.name)
                 count += 1
+            elif isinstance(hook, SpectralNorm):
+                nn.utils.remove_spectral_norm(module, hook.name)
+                count += 1
         if parametrize.is_parametrized(module):
+            _own_class(module)
             for name in list(getattr(module, "parametrizations", {})):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
                 count += 1
     return count
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrised module a class of its own.
+
+    torch makes such a class for each module, but a deep copy shares it, and removing the copy's parametrisation deletes the
+    property from it: the user's model would lose its weight.
+    """
+    shared = type(module)
+    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 def _load(model: nn.Module, state: State, where: str) -> None:

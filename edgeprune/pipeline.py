@@ -33,7 +33,7 @@ from edgeprune.planning import MeasuredNets, MeasuredTable, PlanResult, Stand
 from edgeprune.progress import Progress
 from edgeprune.results import Artifact, PruningPlan, Report, StageCost
 from edgeprune.runfolder import RunFolder, Stage
-from edgeprune.specs import Device
+from edgeprune.specs import Device, Target
 from edgeprune.stages import Context, Job
 
 GOLDEN_SAMPLES = 16
@@ -89,7 +89,8 @@ def opened(job: Job, progress: Progress) -> Iterator[Context]:
         FormatError: no module for the target's format exists yet.
         DeviceError: the device cannot be reached, or lacks the runtime.
     """
-    form = load_format(job)
+    check_format(job.target)
+    form = formats.load(job.target.format)
     torch.manual_seed(job.seed)
     with contextlib.ExitStack() as stack:
         board: Board = stack.enter_context(open_board(job.device_name, job.device))
@@ -101,19 +102,17 @@ def opened(job: Job, progress: Progress) -> Iterator[Context]:
         yield Context(job=job, form=form, board=board, host=host, progress=progress)
 
 
-def load_format(job: Job) -> formats.Format:
-    """The format of the job's target.
+def check_format(target: Target) -> None:
+    """Nothing, when this version can write the target's format.
 
     Raises:
-        FormatError: the target's format has no module yet.
+        FormatError: it cannot yet.
     """
-    target = job.target
     if target.format not in formats.names():
         raise FormatError(
             f"target {target.name} needs the format {target.format}, which this version cannot write yet",
             hint=f"formats of this version: {', '.join(formats.names())}",
         )
-    return formats.load(target.format)
 
 
 def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
@@ -132,7 +131,7 @@ def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
         ModelError, FormatError, DeviceError, SpecError: see the stages.
     """
     with RunFolder(run_path, progress) as run:
-        records.write_json(_request(job), run_path / "run.json")
+        records.write_json(request(job), run_path / "run.json")
         with run.timed("opening the device", "other"):
             stack = contextlib.ExitStack()
             context = stack.enter_context(opened(job, progress))
@@ -155,7 +154,8 @@ class Request(records.Record):
     digest: str
 
 
-def _request(job: Job) -> Request:
+def request(job: Job) -> Request:
+    """The record of a request."""
     return Request(
         command=job.command,
         model=job.loaded.workload.model,
@@ -226,7 +226,7 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
             file,
             groups,
             fingerprint_key=latency.result.fingerprint.key(),
-            format_name=context.form.info.name,
+            format_name=context.job.target.format,
             progress=context.progress,
         ),
     )

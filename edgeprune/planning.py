@@ -34,7 +34,7 @@ from edgeprune.results import (
     PruningPlan,
 )
 from edgeprune.search import Problem, Solution
-from edgeprune.specs import Budget, Precision, Runtime
+from edgeprune.specs import Budget, FormatName, Precision, Runtime
 
 FINEST_STEP = 4  # no kernel library rounds channels to less than 4 (MLAS and NEON fp32 vectors)
 WIDTH_TOLERANCE = (
@@ -112,7 +112,7 @@ def measure_table(
     groups: Sequence[ChannelGroup],
     *,
     fingerprint_key: str,
-    format_name: str,
+    format_name: FormatName,
     progress: Progress,
 ) -> MeasuredTable:
     """Time the kernels of a file at the widths that may matter, and keep the widths that pay.
@@ -354,12 +354,12 @@ def make_plan(
     )
 
 
-def _options(problem: Problem, limit_ms: float) -> list[Solution]:
+def _options(problem: Problem, limit_ms: float) -> tuple[Solution, ...]:
     """The best solution and two that differ from it, or the fastest one if the model sees nothing under the limit."""
     try:
         return search.alternatives(problem, limit_ms, count=3, min_changes=3)
     except BudgetError:
-        return [search.fastest(problem)]
+        return (search.fastest(problem),)
 
 
 def _check(
@@ -398,9 +398,9 @@ def _next_effective(
 ) -> float:
     """Loosen towards the budget after a success, tighten after a failure."""
     if best is not None and any(c.within_budget for c in found):
-        return effective * min(1.1, (limit_ms / best.measured_ms) ** 0.8)
-    overshoot = statistics.median(c.measured_ms * c.ratio_high / c.ratio_to_dense for c in found)
-    return effective * min(0.99, 0.99 * limit_ms / overshoot)
+        return effective * min(1.1, float((limit_ms / best.measured_ms) ** 0.8))
+    high = [c.measured_ms * c.ratio_high / c.ratio_to_dense for c in found]
+    return effective * min(0.99, 0.99 * limit_ms / statistics.median(high))
 
 
 def _smallest_if_it_fits(

@@ -267,6 +267,20 @@ class LayerTime(Record):
     method: Literal["runtime profiler", "isolated kernel"]
 
 
+class ProfileReport(Record):
+    """What ``edgeprune profile`` found. ``covered_ratio`` is the sum of the kernels over the whole file, by precision."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    target: str
+    device: str
+    fingerprint: Fingerprint
+    measurements: dict[str, Measurement]
+    layers: tuple[LayerTime, ...]
+    covered_ratio: dict[str, float]
+    sizes: dict[str, int]
+
+
 class Gate(Record):
     """One promise, judged on the exported file on the device."""
 

@@ -239,7 +239,7 @@ class _Search:
         reach = self.graph.value(fast)
         raise BudgetError(
             f"the limit is {limit_ms:.4g} ms, but the fastest structure is predicted at {reach:.4g} ms",
-            hint=f"allow at least {math.ceil(1000 * reach) / 1000:g} ms, or let more layers be pruned",
+            hint=f"allow at least {math.ceil(1000 * reach) / 1000:.3f} ms, or let more layers be pruned",
         )
 
     def _repair(self, limit_ms: float, starts: list[np.ndarray], *, kicks: bool) -> np.ndarray:
@@ -255,7 +255,7 @@ class _Search:
         self, limit_ms: float, others: list[np.ndarray], min_changes: int
     ) -> np.ndarray | None:
         """A cheap state that differs from each of the others in enough variables: what they chose is charged extra, ever more."""
-        min_changes = min(min_changes, len(self.costs))
+        min_changes = max(1, min(min_changes, len(self.costs)))
         typical = max(self.total_cost / max(len(self.costs), 1), 1e-9)
         for charge in np.geomspace(1e-3, 1e2, 11) * typical:
             costs = [cost.copy() for cost in self.costs]
@@ -264,9 +264,7 @@ class _Search:
                     cost[choice] += charge
             try:
                 state, _ = replace(self, costs=costs).solve(limit_ms, kicks=False)
-            except (
-                BudgetError
-            ):  # at the very edge of what is feasible the charge decides ties the wrong way
+            except BudgetError:  # at the edge of what is feasible the charge can tip a tie over it
                 return None
             if all((state != other).sum() >= min_changes for other in others):
                 return state

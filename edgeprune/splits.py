@@ -44,7 +44,8 @@ def _checked_samples(x: np.ndarray, preprocess: Preprocess, where: str) -> np.nd
             f"x must be [N, ...] without empty dimensions, but {where} has {list(x.shape)}"
         )
     if np.issubdtype(x.dtype, np.floating):
-        x = np.ascontiguousarray(x, np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes Inf, refused below
+            x = np.ascontiguousarray(x, np.float32)
         if not np.isfinite(x).all():
             n_bad = int((~np.isfinite(x)).reshape(len(x), -1).any(axis=1).sum())
             raise ModelError(f"x must be finite, but {n_bad} samples of {where} have NaN or Inf")

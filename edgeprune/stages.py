@@ -497,7 +497,7 @@ def final_quality(
     entries: list[LedgerEntry] = []
     agreement: dict[str, float] = {}
     for precision in context.job.target.precisions:
-        path, artifact = files[f"pruned-{precision}"]
+        path, _ = files[f"pruned-{precision}"]
         host = found[f"pruned-{precision}"]
         if precision == "int8":
             plain = context.run_file(context.host, path, x, delegate=False)

@@ -165,7 +165,7 @@ def test_a_model_file_that_changed_since_it_was_verified_is_refused(tmp_path: Pa
 def test_the_sample_program_passes_its_check_and_names_the_best_class(tmp_path: Path) -> None:
     folder = make_bundle(tmp_path / "bundle")
     done = _predict(folder, "--check")
-    assert (done.returncode, done.stdout[:5]) == (0, "PASS:")
+    assert (done.returncode, done.stdout[:5]) == (0, "PASS,")
     raw = images(1, seed=5)
     np.save(tmp_path / "raw.npy", raw[0])
     shown = _predict(folder, str(tmp_path / "raw.npy")).stdout.splitlines()
@@ -215,7 +215,7 @@ def test_the_sample_program_prints_fail_when_the_answers_differ(tmp_path: Path) 
         tmp_path / "bundle", facts(), _payload(tmp_path, golden_outputs=wrong.copy())
     )
     done = _predict(folder, "--check")
-    assert (done.returncode, done.stdout[:5]) == (1, "FAIL:")
+    assert (done.returncode, done.stdout[:5]) == (1, "FAIL,")
 
 
 def test_the_sample_program_is_short_and_speaks_python_3_8() -> None:

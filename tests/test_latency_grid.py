@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -22,7 +23,7 @@ def test_candidates_ascend_to_the_full_width_in_equal_steps(n: int, step: int, m
     assert widths[-1] == n
     assert len(widths) <= most
     assert all(width % step == 0 and width >= n / 8 for width in widths[:-1])
-    assert len({b - a for a, b in zip(widths[:-2], widths[1:-1], strict=True)}) <= 1
+    assert len({b - a for a, b in itertools.pairwise(widths[:-1])}) <= 1
 
 
 def test_coarse_candidates_still_meet_the_edges_of_tiles() -> None:
@@ -86,8 +87,9 @@ def test_a_group_that_costs_no_time_keeps_its_full_width_only() -> None:
 def test_admissible_widths_get_strictly_faster(cost: dict[int, float], tolerance: float) -> None:
     kept = admissible(cost, cost, tolerance=tolerance)
     assert kept[-1] == max(cost)
-    assert all(cost[a] < cost[b] for a, b in zip(kept, kept[1:], strict=False))
-    for width in set(cost) - set(kept):  # what is left out is no faster than what stays, but for the tolerance, twice
+    assert all(cost[a] < cost[b] for a, b in itertools.pairwise(kept))
+    # What is left out is no faster than what stays, but for the tolerance, which may count twice.
+    for width in set(cost) - set(kept):
         stays = min(cost[w] for w in kept if w >= width or w == kept[0])
         assert stays <= cost[width] * (1 + tolerance) ** 2
 

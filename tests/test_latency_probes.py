@@ -77,12 +77,29 @@ def test_a_kernel_that_is_not_bilinear_is_shown_by_its_leave_out_error() -> None
     bilinear = conv_ns(4, 8, (2000, 30, 20, 3))
 
     def bounded_by_memory(n_in: int, n_out: int) -> float:
-        return 2000 + max(200.0 * (n_in + n_out), bilinear(n_in, n_out))
+        return 2000 + max(100.0 * (n_in + n_out), bilinear(n_in, n_out))
 
     points = probe_points(GRIDS, seed=0)
     assert leave_out_error({p: bilinear(*p) for p in points}, GRIDS)[1] < 1e-6
     mean, worst = leave_out_error({p: bounded_by_memory(*p) for p in points}, GRIDS)
     assert 0.005 < mean <= worst
+
+
+def test_measured_points_pull_their_surroundings_along_instead_of_standing_alone() -> None:
+    plain = conv_ns(4, 16, (2000, 30, 20, 3))
+
+    def slower_inside(n_in: int, n_out: int) -> float:
+        return plain(n_in, n_out) * (1.25 if n_in < 40 and n_out < 80 else 1.0)
+
+    points = {p: slower_inside(*p) for p in probe_points(GRIDS, interior=40, seed=0)}
+    table = fit_kernel(points, GRIDS)
+    truth = everywhere(slower_inside, GRIDS)
+    inside = [p for p in points if 8 < p[0] < 36 and 16 < p[1] < 76]
+    assert inside
+    for n_in, n_out in inside:
+        i, j = GRIDS[0].index(n_in), GRIDS[1].index(n_out)
+        near = table[i - 1 : i + 2, j - 1 : j + 2] / truth[i - 1 : i + 2, j - 1 : j + 2]
+        assert np.abs(near - 1).max() < 0.06
 
 
 def test_small_products_are_measured_and_kept_in_full() -> None:
@@ -115,7 +132,7 @@ def test_three_slots_with_pairwise_costs_are_recovered() -> None:
     grids = (candidate_widths(32), candidate_widths(48), candidate_widths(64))
 
     def concat_then_conv(a: int, b: int, out: int) -> float:
-        return 3000 + 10 * (a + b) + 2 * (a + b) * padded(out, 16) + 20 * out
+        return 3000 + 10 * (a + b) + (2 * (a + b) + 20) * padded(out, 16)
 
     points = {p: concat_then_conv(*p) for p in probe_points(grids, seed=0)}
     np.testing.assert_allclose(
@@ -150,7 +167,7 @@ def test_a_probe_that_failed_on_a_curve_is_interpolated() -> None:
 
 
 def test_points_that_cannot_carry_a_fit_are_refused() -> None:
-    good = {p: 1.0 for p in probe_points(GRIDS, seed=0)}
+    good = dict.fromkeys(probe_points(GRIDS, seed=0), 1.0)
     with pytest.raises(ValueError, match="full point"):
         fit_kernel({p: t for p, t in good.items() if p != (64, 128)}, GRIDS)
     with pytest.raises(ValueError, match="not on the grids"):

@@ -169,7 +169,7 @@ def test_a_perfect_student_comes_back_as_it_was() -> None:
 def test_diverging_training_is_reported_and_the_model_before_it_is_kept() -> None:
     dense = teacher()
     student = damaged(dense)
-    train, selection = splits(labelled=False)
+    _, selection = splits(labelled=False)
     hostile = Split(np.full((256, 1, 8, 8), np.inf, np.float32), None)
     told = Stopper()
     found = recover(

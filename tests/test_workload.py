@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,11 @@ def workload(**changes: object) -> Workload:
 def small_net(n_classes: int = 4) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, n_classes)
+        nn.Conv2d(3, 5, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, n_classes),
     )
 
 
@@ -199,7 +204,13 @@ def test_a_file_that_failed_can_be_mended_and_loaded(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a/b.py:f", True), ("pkg.mod:f", True), ("data", False), ("a/b.npz", False), ("a b:f", False)],
+    [
+        ("a/b.py:f", True),
+        ("pkg.mod:f", True),
+        ("data", False),
+        ("a/b.npz", False),
+        ("a b:f", False),
+    ],
 )
 def test_factories_are_told_from_paths(text: str, expected: bool) -> None:
     assert is_factory(text) is expected
@@ -258,7 +269,8 @@ def test_wrappers_of_training_are_taken_off() -> None:
 
 
 def test_torchscript_is_refused() -> None:
-    with pytest.warns(DeprecationWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.trace(small_net(), torch.zeros(1, 3, 8, 8))
     with pytest.raises(ModelError, match="TorchScript"):
         from_objects(scripted, images())

@@ -71,13 +71,16 @@ def check_hashes(folder: Path, manifest: Manifest) -> int:
     for what, expected in ((SUMS, set(sums)), (MANIFEST, {*listed, MANIFEST})):
         _check_same(what, expected, present)
     for path in sorted(present):
-        actual = sha256_file(folder / path)
+        try:
+            actual, size_bytes = sha256_file(folder / path), (folder / path).stat().st_size
+        except OSError as error:
+            raise IntegrityError(f"cannot read {path}: {error.strerror}") from error
         if actual != sums[path] or (path in listed and actual != listed[path].sha256):
             raise IntegrityError(
                 f"{path} is not what its digest says: expected {sums[path][:12]}..., got {actual[:12]}...",
                 hint="copy the bundle again from its source",
             )
-        if path in listed and (folder / path).stat().st_size != listed[path].size_bytes:
+        if path in listed and size_bytes != listed[path].size_bytes:
             raise IntegrityError(f"{path} must have {listed[path].size_bytes} bytes")
     return len(present)
 

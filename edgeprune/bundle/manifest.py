@@ -166,7 +166,7 @@ class Provenance(Record):
     data_digest: Line
     model_digest: Line
     plan_digest: Line
-    command: Line
+    command: Annotated[str, Field(max_length=100_000)]
 
 
 class Facts(Record):

@@ -18,7 +18,7 @@ _STAMPS = {
 
 def readme_text(manifest: Manifest) -> bytes:
     """``README.md`` of the bundle; the first line says so when a gate was missed."""
-    quality, latency, provenance = manifest.quality, manifest.latency, manifest.provenance
+    quality, latency = manifest.quality, manifest.latency
     title = f"# {manifest.name}"
     if manifest.status == "best-effort":
         title += f" - BEST EFFORT, gates missed: {', '.join(manifest.failed_gates)}"
@@ -48,7 +48,9 @@ def readme_text(manifest: Manifest) -> bytes:
 | | |
 |---|---|
 {table}
-Made with: `{provenance.command.replace("`", "'")}`
+Made with:
+
+    {" ".join(manifest.provenance.command.split())}
 
 `preprocess.json` says how a raw sample becomes the model's input, `labels.txt` names the outputs in order, `golden/` holds real
 samples with the answers of this file, and `SHA256SUMS` the digest of every file (check with `sha256sum -c SHA256SUMS`).

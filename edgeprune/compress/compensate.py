@@ -223,7 +223,7 @@ def _sites(
         reason = _reason_to_skip(layer, seen.get(name), max_inputs)
         rows = 0 if reason else _rows_wanted(layer, seen[name].positions, len(x), positions)
         if not reason and rows < 2 * _taps(layer):
-            reason = f"{rows} samples are too few for {_taps(layer)} input taps"
+            reason = f"{rows} rows are too few for {_taps(layer)} input taps"
         if reason:
             skipped.append((name, reason))
             continue
@@ -256,14 +256,14 @@ def _narrowed(
 
 
 def _reason_to_skip(layer: Layer, seen: _Seen | None, max_inputs: int) -> str:
+    if parametrize.is_parametrized(layer):
+        return "its weight is computed by a parametrisation"
     if type(layer) not in (nn.Conv2d, nn.Linear):
         return "a subclass may compute something else than its parent"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return "grouped convolution"
-    if parametrize.is_parametrized(layer):
-        return "its weight is computed by a parametrisation"
     if seen is None:
-        return "it does not run exactly once on one tensor"
+        return "it does not run exactly once on one tensor of all samples"
     if _taps(layer) > max_inputs:
         return f"{_taps(layer)} input taps are over the limit of {max_inputs}"
     return ""

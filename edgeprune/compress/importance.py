@@ -99,14 +99,14 @@ def fisher(
                     chosen = product[:, indices[group.name, layer]].sum(2)
                     gates[group.name] = gates.get(group.name, 0) + chosen
 
-            seen.register_hook(collect)
+            seen.register_hook(collect)  # type: ignore[no-untyped-call]
             return (seen, *args[1:])
 
         return before
 
     handles = [layers[layer].register_forward_pre_hook(watch(layer)) for layer in readers]
     try:
-        for batch in x.split(batch_size):
+        for batch in torch.split(x, batch_size):
             gates.clear()
             output = model(batch.to(device).requires_grad_(True))
             with torch.no_grad():
@@ -210,4 +210,6 @@ def _scaled(raw: np.ndarray, measured: Sequence[tuple[float, float]]) -> np.ndar
         raw > 0, positive * np.exp(np.interp(np.log(positive), log_raw, log_scale)), 0.0
     )
     # Keeping more channels never costs more: the running maximum from the full width down.
-    return np.maximum.accumulate(scaled[::-1])[::-1] + FLOOR_NATS * np.arange(len(raw))[::-1]
+    monotone: np.ndarray = np.maximum.accumulate(scaled[::-1])[::-1]
+    monotone += FLOOR_NATS * np.arange(len(raw))[::-1]
+    return monotone

@@ -77,6 +77,7 @@ def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return functional.pad(x, sides, mode=mode)
 
 
+@torch.no_grad()
 def refit(
     name: str,
     layer: Layer,

@@ -80,7 +80,7 @@ class _Setup:
 
 @dataclass
 class _State:
-    """What changes; everything here but the clock goes into the checkpoint."""
+    """What changes; all but the clock and the bar goes into the checkpoint."""
 
     student: nn.Module
     average: nn.Module
@@ -90,6 +90,7 @@ class _State:
     step: int = 0
     seconds_before: float = 0.0
     started: float = 0.0
+    shown: float = 0.0  # steps that the bar has been told of
     diverged: bool = False
 
     def seconds(self) -> float:
@@ -243,9 +244,7 @@ def _train(
     judged = state.step
     try:
         with progress.bar("recovering", setup.total_steps) as bar:
-            if state.step:
-                bar.advance(_planned(setup, state))
-            while _planned(setup, state) < setup.total_steps and not state.diverged:
+            while _show(setup, state, bar, "") < setup.total_steps and not state.diverged:
                 loss = _epoch(setup, state, bar)
                 _judge(setup, state, loss)
                 judged = state.step
@@ -268,11 +267,22 @@ def _planned(setup: _Setup, state: _State) -> float:
     return min(setup.total_steps, max(state.step, by_clock))
 
 
+def _show(setup: _Setup, state: _State, bar: Bar, note: str) -> float:
+    """Move the bar to where the plan is, and return that place in steps."""
+    planned = _planned(setup, state)
+    if planned > state.shown:
+        bar.advance(planned - state.shown, note=note)
+        state.shown = planned
+    return planned
+
+
 def _learning_rate(setup: _Setup, state: _State, planned: float) -> float:
     """A linear rise, then half a cosine down to zero at the end of the plan."""
     total = setup.total_steps
-    rise = min(MAX_WARMUP_STEPS, max(1.0, WARMUP_SHARE * total))
-    warm = min(1.0, (state.step + 1) / rise)
+    # By whichever is done first: a plan that the clock shortens must not spend itself on warming up.
+    warm = min(
+        1.0, max((state.step + 1) / MAX_WARMUP_STEPS, (planned + 1) / (WARMUP_SHARE * total))
+    )
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, planned / total)))
     return setup.settings.learning_rate * warm * cosine
 
@@ -298,8 +308,7 @@ def _epoch(setup: _Setup, state: _State, bar: Bar) -> float:
             value = float(loss)
             state.diverged = not math.isfinite(value)
             note = f"loss {value:.3f}  selection {state.rows[-1].selection_quality:.4f}"
-        done, planned = planned, _planned(setup, state)
-        bar.advance(planned - done, note=note)
+        planned = _show(setup, state, bar, note)
         if state.diverged or planned >= setup.total_steps:
             break
     mean = float(total) / n_steps

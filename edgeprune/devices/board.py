@@ -83,7 +83,7 @@ class NodeTime:
     name: str
     op: str
     provider: str
-    median_ns: int
+    ns: int  # median over the runs
 
 
 class Board:

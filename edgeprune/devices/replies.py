@@ -115,7 +115,7 @@ class Node(Record):
     name: Text
     op: Text
     provider: Text
-    median_ns: Annotated[int, Field(ge=0, lt=HOUR_NS)]
+    ns: Annotated[int, Field(ge=0, lt=HOUR_NS)]
 
 
 class Profiled(Record):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,74 @@ def _find_borders(graph: GraphView, unit: Unit, producer: Mapping[str, int]) -> 
     unit.outputs = [n for i in unit.nodes for n in graph.nodes[i].output if n and n not in read]
 
 
+class PairDecoder:
+    """Finds the rule of a dimension that is ``dense`` in one file and ``variant`` in the other.
+
+    A dimension follows one group, or one concatenation that stands in the graph, times or divided by a whole number (a flattened
+    ``C * H * W``, a grouped convolution). Sums are learned from the Concat nodes instead of guessed from all sums of groups.
+
+    Args:
+        decoder: the group widths in both files, already checked to have distinct ratios.
+    """
+
+    def __init__(self, decoder: WidthDecoder) -> None:
+        self._known: dict[tuple[int, int], list[WidthRule]] = {}
+        for group, width in decoder.full.items():
+            rule = WidthRule(width, ((group, Fraction(1)),))
+            self._known[width, decoder.changed[group]] = [rule]
+
+    def learn(self, dense: int, variant: int, parts: Sequence[WidthRule]) -> None:
+        """Remember that a concatenation of ``parts`` has these sizes."""
+        factors: dict[str, Fraction] = {}
+        for group, factor in (term for part in parts for term in part.terms):
+            factors[group] = factors.get(group, Fraction(0)) + factor
+        rule = WidthRule(dense, tuple(factors.items()))
+        self._known.setdefault((dense, variant), []).append(rule)
+
+    def rule(self, dense: int, variant: int, *, where: str) -> WidthRule:
+        """The only rule that fits.
+
+        Raises:
+            FormatError: none fits, or several do; names ``where``.
+        """
+        if dense == variant:
+            return WidthRule(dense)
+        found: dict[frozenset[tuple[str, Fraction]], WidthRule] = {}  # a + b and b + a are one
+        for (a, b), rules in self._known.items():
+            factor = Fraction(dense, a)
+            if dense * b == variant * a and 1 in (factor.numerator, factor.denominator):
+                for rule in rules:
+                    terms = tuple((group, f * factor) for group, f in rule.terms)
+                    found.setdefault(frozenset(terms), WidthRule(dense, terms))
+        if len(found) != 1:
+            fits = [" + ".join(rule.groups()) for rule in found.values()]
+            problem = f"could follow {' or '.join(fits)}" if fits else "fits no channel group"
+            raise FormatError(f"{where}: the dimension {dense} -> {variant} {problem}")
+        return next(iter(found.values()))
+
+
+def _learn_concatenations(
+    dense: GraphView, variant: GraphView, twins: Mapping[str, str], decoder: PairDecoder
+) -> None:
+    for node in dense.nodes:
+        if node.op_type != "Concat":
+            continue
+        axis = next(a.i for a in node.attribute if a.name == "axis")
+        names = [*node.input, node.output[0]]
+        sizes = [
+            (dense.dimensions(name)[axis], variant.dimensions(twins[name])[axis]) for name in names
+        ]
+        where = f"Concat {node.name}"
+        parts = [decoder.rule(a, b, where=where) for a, b in sizes[:-1]]
+        if any(part.terms for part in parts):
+            if not all(part.terms for part in parts):
+                raise FormatError(
+                    f"{where} joins channels that are pruned with channels that are not, "
+                    "which a file of other widths cannot express yet"
+                )
+            decoder.learn(*sizes[-1], parts)
+
+
 class OnnxResizable:
     """An ONNX file that can be written at any widths. See :class:`edgeprune.formats.Resizable`.
 
@@ -188,17 +257,19 @@ class OnnxResizable:
         self._graph, other = GraphView.read(dense), GraphView.read(variant)
         self._full = decoder.full
         twins = _pair_tensors(self._graph, other)
+        pairs = PairDecoder(decoder)
+        _learn_concatenations(self._graph, other, twins, pairs)
         self._shapes: dict[str, Rules] = {}
         self._values: dict[str, Rules] = {}
         for name, twin in twins.items():
             mine, yours = self._graph.dimensions(name), other.dimensions(twin)
-            self._shapes[name] = _rules(mine, yours, decoder, f"tensor {name}")
+            self._shapes[name] = _rules(mine, yours, pairs, f"tensor {name}")
             values = self._graph.constants.get(name)
             if values is not None and values.dtype == np.int64 and mine == yours:
-                pair = values.ravel(), other.constants[twin].ravel()
-                self._values[name] = _value_rules(*pair, decoder, f"constant {name}")
+                both = values.ravel(), other.constants[twin].ravel()
+                self._values[name] = _value_rules(*both, pairs, f"constant {name}")
         self._attributes = [
-            _attribute_rules(node, peer, decoder)
+            _attribute_rules(node, peer, pairs)
             for node, peer in zip(self._graph.nodes, other.nodes, strict=True)
         ]
         self._units = find_units(self._graph)
@@ -331,9 +402,7 @@ def _pair_tensors(dense: GraphView, variant: GraphView) -> dict[str, str]:
     return twins
 
 
-def _rules(
-    dense: Sequence[int], variant: Sequence[int], decoder: WidthDecoder, where: str
-) -> Rules:
+def _rules(dense: Sequence[int], variant: Sequence[int], decoder: PairDecoder, where: str) -> Rules:
     if len(dense) != len(variant):
         raise FormatError(f"{where} has {len(dense)} or {len(variant)} dimensions")
     return tuple(
@@ -341,15 +410,13 @@ def _rules(
     )
 
 
-def _value_rules(
-    dense: np.ndarray, variant: np.ndarray, decoder: WidthDecoder, where: str
-) -> Rules:
+def _value_rules(dense: np.ndarray, variant: np.ndarray, decoder: PairDecoder, where: str) -> Rules:
     if (dense != variant).any() and dense.size > SHAPE_VALUE_LIMIT:
         raise FormatError(f"{where}: {dense.size} integers are too many for a shape")
     return _rules(dense.tolist(), variant.tolist(), decoder, where)
 
 
-def _attribute_rules(node: Any, peer: Any, decoder: WidthDecoder) -> dict[str, Rules]:
+def _attribute_rules(node: Any, peer: Any, decoder: PairDecoder) -> dict[str, Rules]:
     """Rules of the integer attributes that differ (``group`` of a depthwise convolution); any other difference is refused."""
     mine, yours = {a.name: a for a in node.attribute}, {a.name: a for a in peer.attribute}
     where = f"{node.op_type} {node.name}"

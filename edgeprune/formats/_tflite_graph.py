@@ -279,7 +279,8 @@ class TfliteResizable:
         graph.outputs = graph.operators[-1].outputs
         graph.tensors = [copy.copy(graph.tensors[i]) for i in kept]
         buffers = [self._model.buffers[0]]
-        for tensor in graph.tensors:
+        for number, tensor in enumerate(graph.tensors):
+            tensor.name = f"t{number}"  # the converter's names are paths of hundreds of characters
             if is_constant(model, tensor):
                 buffers.append(model.buffers[tensor.buffer])
                 tensor.buffer = len(buffers) - 1

@@ -39,10 +39,10 @@ def admissible(
 ) -> tuple[int, ...]:
     """The widths that pay: a narrower one stays only if it is faster than every wider one that stays, by more than ``tolerance``.
 
-    Two passes from the full width downwards. The first drops every width that some wider one undercuts or equals: this removes cliffs
-    (62 channels slower than 64) and keeps the far edge of each tile. The second merges what differs by no more than ``tolerance`` and
-    keeps the widest of it: comparing with widths that *stay*, not with direct neighbours, so that a smooth device whose steps are each
-    below the tolerance keeps every n-th width instead of losing them all.
+    From the full width downwards: look for the next width that is faster than the last one kept by more than ``tolerance``; of all
+    that are as fast as it within ``tolerance``, keep the widest. This removes cliffs (62 channels slower than 64) and keeps the wide
+    edge of each tile. Widths are compared with those that *stay*, not with their neighbours, so that a smooth device whose steps are
+    each below the tolerance keeps every n-th width instead of losing them all.
 
     Noise: interference makes a timing too long, hardly ever too short. A timing that is too long costs only its own width; set
     ``tolerance`` to the repeatability of the timings so that a flat stretch is not split by it.
@@ -56,20 +56,16 @@ def admissible(
         An ascending grid; the full (largest) width is always in it.
     """
     descending = sorted(set(widths), reverse=True)
-    front = [descending[0]]
-    for width in descending[1:]:
-        if cost_ns[width] < cost_ns[front[-1]]:
-            front.append(width)
-    costs = [cost_ns[width] for width in front]
-    kept, last = [front[0]], 0
+    costs = [cost_ns[width] for width in descending]
+    kept, last = [descending[0]], 0
     while True:
         faster = (c for c in costs[last + 1 :] if c * (1 + tolerance) < costs[last])
         reached = next(faster, None)
         if reached is None:
             break
         same = reached * (1 + tolerance)
-        last = next(i for i in range(last + 1, len(front)) if costs[i] <= same)
-        kept.append(front[last])
+        last = next(i for i in range(last + 1, len(costs)) if costs[i] <= same)
+        kept.append(descending[last])
     return tuple(reversed(kept))
 
 

@@ -16,11 +16,12 @@ import numpy as np
 from edgeprune.errors import SpecError
 from edgeprune.latency.grid import admissible, thin
 from edgeprune.latency.leastsquares import nonnegative_least_squares
-from edgeprune.latency.table import KernelShape, LatencyTable
+from edgeprune.latency.table import KernelShape, KernelTable, LatencyTable
 
 NOISE_RATIO = 0.02  # one whole-net timing, relative: sets how soon data outweigh the priors
 CLASS_ERROR_RATIO = 0.04  # above this mean error one scale for all kernels is not enough
 LEAST_SCALE = 0.05
+PRIOR_SPREAD = 0.5  # standard deviation of a scale, relative to what it is expected to be
 
 
 class TimedNet(NamedTuple):
@@ -119,14 +120,26 @@ def build_model(
     """
     sums: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
     for kernel in kernels:
-        slots = [grids[name] for name in kernel.variables]
-        for slots_of_term, ns in table.kernel(kernel.signature).arrays(slots):
-            variables = tuple(kernel.variables[slot] for slot in slots_of_term)
-            names, cost = _each_once(variables, ns)
-            key = (kernel.op, names)
-            sums[key] = sums[key] + cost / 1e6 if key in sums else cost / 1e6
+        for factor in kernel_factors(table.kernel(kernel.signature), kernel.variables, grids):
+            key = (kernel.op, factor.variables)
+            sums[key] = sums[key] + factor.cost_ms if key in sums else factor.cost_ms
     factors = tuple(Factor(names, cost, op) for (op, names), cost in sums.items())
     return LatencyModel(dict(grids), factors)
+
+
+def kernel_factors(
+    table: KernelTable, variables: Sequence[str], grids: Mapping[str, tuple[int, ...]]
+) -> list[Factor]:
+    """One kernel's time, tied to the groups in its slots; a group may fill two slots, and a kernel may have none.
+
+    Raises:
+        SpecError: a group's grid has a width that is not in the table.
+    """
+    factors = []
+    for slots, ns in table.arrays([grids[name] for name in variables]):
+        names, cost = _each_once(tuple(variables[slot] for slot in slots), ns)
+        factors.append(Factor(names, cost / 1e6, table.op))
+    return factors
 
 
 def _each_once(variables: tuple[str, ...], cost: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
@@ -252,7 +265,7 @@ def _left_out_error(
 
 def _fit_common(raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
     sums = np.array([[raw.predict(net.widths)] for net in nets]).reshape(len(nets), 1)
-    scales, offset_ms = _map_fit(sums, nets, prior=np.ones(1), spread=np.full(1, 0.5))
+    scales, offset_ms = _map_fit(sums, nets, prior=np.ones(1), spread=np.full(1, PRIOR_SPREAD))
     return _above_zero(replace(raw, scale=float(scales[0]), offset_ms=offset_ms))
 
 
@@ -262,7 +275,7 @@ def _fit_classes(raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
     ops = sorted({op for part in parts for op in part})
     sums = np.array([[part.get(op, 0.0) for op in ops] for part in parts])
     prior = np.full(len(ops), common)
-    scales, offset_ms = _map_fit(sums, nets, prior=prior, spread=0.3 * prior)
+    scales, offset_ms = _map_fit(sums, nets, prior=prior, spread=PRIOR_SPREAD * prior)
     relative = dict(zip(ops, (scales / common).tolist(), strict=True))
     return _above_zero(replace(raw, scale=common, offset_ms=offset_ms, class_scales=relative))
 

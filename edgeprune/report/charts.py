@@ -49,7 +49,7 @@ def variant_bars(report: Report) -> Markup | None:
         return None
     longest = max(*(r.p90_ms for r in rows), report.limit_ms)
     unit = time_unit([longest])
-    x = Scale(0.0, longest * 1.02, 96.0, WIDTH - 76)
+    x = Scale(0.0, longest * 1.02 or 1.0, 96.0, WIDTH - 76)
     parts: list[Markup] = []
     y = 4.0
     for precision in dict.fromkeys(r.precision for r in rows):
@@ -93,7 +93,7 @@ def ledger_steps(report: Report) -> Markup | None:
         return None
     worst = facts.worst_step(entries)
     values = [s.entry.value for s in stages]
-    x = Scale(*padded([*values, max(values) - 0.01]), 142.0, WIDTH - 150)
+    x = Scale(*padded([*values, max(values) - 0.01]), 146.0, WIDTH - 150)
     parts: list[Markup] = []
     before: Point | None = None
     for index, step in enumerate(stages):
@@ -121,7 +121,7 @@ def _ledger_row(step: facts.LedgerStep, at: Point, *, reference: bool, lost_most
         note = change_text(step.change, entry.n)
     value = quality_text(entry.value, entry.n)
     return join(
-        label_at(130, y, name, "bar-name", anchor="end"),
+        label_at(134, y, name, "bar-name", anchor="end"),
         dot(at, 5, mark, f"{name}: {value} of {entry.n}"),
         label_at(WIDTH - 84, y, value, "value", anchor="end"),
         label_at(WIDTH - 2, y, note, "worst-text" if lost_most else "tick", anchor="end"),

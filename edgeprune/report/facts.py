@@ -91,9 +91,9 @@ def interval(report: Report, row: VariantRow) -> Comparison | None:
 
 
 def timed_variants(report: Report) -> list[tuple[VariantRow, Measurement]]:
-    """The variants whose samples are in the report and were not all rejected."""
+    """The variants whose samples are in the report, were not all rejected and are not zero."""
     pairs = [(row, report.measurements.get(row.measurement)) for row in report.variants]
-    return [(row, m) for row, m in pairs if m is not None and m.samples_ns()]
+    return [(r, m) for r, m in pairs if m is not None and any(m.samples_ns()) and m.median_ms > 0]
 
 
 def ledger_steps(ledger: Sequence[LedgerEntry]) -> tuple[LedgerStep, ...]:

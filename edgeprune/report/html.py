@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from importlib import resources
 
-from edgeprune.report import charts, facts, provenance, sections
+from edgeprune.report import charts, facts, plan_sections, provenance, sections
 from edgeprune.report.figures import (
+    NONE,
     bytes_text,
     change_text,
     quality_text,
@@ -93,9 +94,9 @@ def _body(report: Report) -> list[Markup]:
         sections.variants(report),
         sections.accuracy(report),
         sections.samples(report),
-        sections.widths(report),
-        sections.cuts(report),
-        sections.predictions(report),
+        plan_sections.widths(report),
+        plan_sections.cuts(report),
+        plan_sections.predictions(report),
         provenance.costs(report),
         provenance.test_split(report),
         provenance.device(report),
@@ -128,7 +129,7 @@ def _tiles(report: Report) -> list[Markup]:
     if found is None:
         return []
     row, same = found.row, f"dense {found.row.precision.upper()}"
-    budget = f"{share_text(row.median_ms / report.limit_ms, 0)} of the {time_text(report.limit_ms)} budget"
+    used = share_text(row.median_ms / report.limit_ms, 0) if report.limit_ms > 0 else NONE
     smaller = []
     if found.size_ratio is not None:
         smaller = [f"{signed((found.size_ratio - 1) * 100, 0)} % against {same}"]
@@ -136,7 +137,7 @@ def _tiles(report: Report) -> list[Markup]:
         _tile(
             f"Latency, {charts.variant_name(row)}",
             time_text(row.median_ms),
-            [f"{report.stamp} median", budget],
+            [f"{report.stamp} median", f"{used} of the {time_text(report.limit_ms)} budget"],
         ),
         _tile("Speed-up from pruning", speed_text(found.ratio), _speed_lines(found, same)),
         _tile(

@@ -79,7 +79,7 @@ def table(
     for index, cells in enumerate(rows):
         first = tag("th", cells[0], scope="row", class_="short" if len(cells[0]) <= 28 else None)
         rest = (
-            tag("td", cell, class_=_align(c))
+            tag("td", cell, class_=_align(c) or _long(cell))
             for c, cell in zip(columns[1:], cells[1:], strict=True)
         )
         style = row_classes[index] if row_classes else None
@@ -101,3 +101,8 @@ def pairs(entries: Sequence[tuple[str, str]]) -> Markup:
 
 def _align(column: Column) -> str | None:
     return "num" if column.numeric else None
+
+
+def _long(cell: str) -> str | None:
+    """Prose keeps a readable measure where a narrow screen would squeeze it to one word a line."""
+    return "long" if len(cell) > 18 and not isinstance(cell, Markup) else None

@@ -116,7 +116,7 @@ def device(report: Report) -> Markup:
                 ("CPU", f"{f.cpu_model}, {f.cores} cores"),
                 ("CPU flags", ", ".join(f.cpu_flags) or "none read"),
                 ("memory", bytes_text(f.memory_bytes)),
-                ("page size", bytes_text(f.page_size_bytes)),
+                ("page size", f"{f.page_size_bytes} bytes"),
                 ("kernel", f.kernel),
                 ("governor", f.governor or "not readable"),
                 ("Python", f.python),

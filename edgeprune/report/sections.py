@@ -1,4 +1,4 @@
-"""The sections of the page that show the result: gates, variants, accuracy, samples, widths, cuts and predictions."""
+"""The sections of the page that show the result: gates, variants, accuracy and samples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from edgeprune.report.figures import (
     in_unit,
     quality_text,
     share_text,
-    signed,
     significant,
     speed_text,
     time_text,
     time_unit,
     unit_text,
 )
-from edgeprune.report.markup import Column, Markup, pairs, table, tag
+from edgeprune.report.markup import Column, Markup, table, tag
 from edgeprune.results import Gate, Measurement, Report, VariantRow
 
 
@@ -52,18 +51,18 @@ def gates(report: Report) -> Markup:
     rows = [
         (
             gate.name,
-            unit_text(gate.limit, gate.unit, n),
-            unit_text(gate.value, gate.unit, n),
             _verdict(gate),
+            unit_text(gate.value, gate.unit, n),
+            unit_text(gate.limit, gate.unit, n),
             gate.note or NONE,
         )
         for gate in report.gates
     ]
     columns = [
         Column("gate"),
-        Column("limit", True),
-        Column("found", True),
         Column("verdict"),
+        Column("found", True),
+        Column("limit", True),
         Column("note"),
     ]
     if not rows:
@@ -156,9 +155,10 @@ def _reading(report: Report) -> Markup:
             "inter-quartile range of the block medians over their median: how far blocks disagree."
         ),
         note(
-            "Speed-ups compare medians of the same rounds, pruned against dense, within one precision; the interval in brackets "
-            "is by order statistics."
-        ),
+            "Speed-ups compare pruned with dense in one precision, round by round; the interval in brackets is by order statistics."
+        )
+        if report.comparisons
+        else "",
         _quantising(report) or "",
     )
 
@@ -170,7 +170,7 @@ def _quantising(report: Report) -> Markup | None:
     return note(
         "Quantising alone, without pruning: dense INT8 runs at ",
         tag("strong", speed_text(int8.median_ms / fp32.median_ms)),
-        " the speed of dense FP32. That gain is in no pruning figure on this page.",
+        " the speed of dense FP32. That gain is counted in no speed-up of the table.",
     )
 
 
@@ -209,7 +209,8 @@ def accuracy(report: Report) -> Markup:
         "accuracy",
         "Accuracy ledger",
         side_by_side(
-            charts.ledger_steps(report), tag("ul", *(tag("li", s) for s in ledger_summary(report)))
+            charts.ledger_steps(report),
+            tag("ul", *(tag("li", s) for s in (*ledger_summary(report), *_footing(report)))),
         ),
         table(
             f"Quality after every stage, on the {steps[0].entry.split} split",
@@ -237,6 +238,21 @@ def ledger_summary(report: Report) -> list[str]:
     if net is not None:
         parts.append(f"From dense to the last stage: {change_text(net, n)}.")
     return parts
+
+
+def _footing(report: Report) -> list[str]:
+    """What the quality figures stand on."""
+    lines = []
+    if facts.metric(report) == "agreement":
+        lines.append(
+            "There are no labels: agreement is the share of samples answered as the dense model answers."
+        )
+    if report.test_quality:
+        shown = ", ".join(
+            f"{k} {quality_text(v, report.test_n)}" for k, v in report.test_quality.items()
+        )
+        lines.append(f"On the test split ({report.test_n} samples, read once): {shown}.")
+    return lines
 
 
 def samples(report: Report) -> Markup:
@@ -295,157 +311,3 @@ def _telemetry(measurement: Measurement) -> str:
 def _rejections(measurement: Measurement) -> str:
     found = [f"round {b.round}: {b.rejected}" for b in measurement.blocks if b.rejected is not None]
     return "; ".join(found) or "none"
-
-
-def widths(report: Report) -> Markup:
-    """Every layer before and after."""
-    rows = report.layer_widths
-    if not rows:
-        return section("widths", "Widths", note("No layer changed its width."))
-    largest = max(max(r.out_before for r in rows), 1)
-    cells = [
-        (
-            r.layer,
-            r.kind,
-            _change(r.in_before, r.in_after),
-            _change(r.out_before, r.out_after),
-            charts.small_bar(
-                r.out_after / largest,
-                "fill pruned-int8" if r.out_after < r.out_before else "fill kept",
-                behind=r.out_before / largest,
-                hint=f"{r.out_after} of {r.out_before} channels",
-            ),
-            share_text(r.out_after / r.out_before, 0) if r.out_before else NONE,
-        )
-        for r in rows
-    ]
-    columns = [
-        Column("layer"),
-        Column("kind"),
-        Column("in", True),
-        Column("out", True),
-        Column("out channels"),
-        Column("kept", True),
-    ]
-    before = facts.variant(report, "dense", report.shipped)
-    after = facts.variant(report, "pruned", report.shipped)
-    text = ""
-    if before is not None and after is not None and before.macs and before.parameters:
-        text = (
-            f"{share_text(after.macs / before.macs, 0)} of the MACs and "
-            f"{share_text(after.parameters / before.parameters, 0)} of the parameters are left."
-        )
-    return section(
-        "widths",
-        "Widths before and after",
-        tag("p", text) if text else None,
-        table("Channels of every layer; the pale bar is the dense width", columns, cells),
-    )
-
-
-def _change(before: int, after: int) -> str:
-    return f"{before} → {after}" if before != after else str(after)
-
-
-def cuts(report: Report) -> Markup:
-    """What each group gave, and what it cost; both predicted."""
-    groups = sorted(report.plan.groups, key=lambda g: -g.saved_ms_predicted)
-    unit = time_unit([g.saved_ms_predicted for g in groups])
-    most = max((g.saved_ms_predicted for g in groups), default=0.0)
-    dearest = max((g.cost_nats for g in groups), default=0.0)
-    rows = [
-        (
-            g.name,
-            f"{g.channels} → {len(g.kept)}",
-            in_unit(g.saved_ms_predicted, unit),
-            charts.small_bar(g.saved_ms_predicted / most if most > 0 else 0, "fill pruned-int8"),
-            significant(g.cost_nats),
-            charts.small_bar(g.cost_nats / dearest if dearest > 0 else 0, "fill cost"),
-            ", ".join(g.layers) + (f" ({g.note})" if g.note else ""),
-        )
-        for g in groups
-    ]
-    columns = [
-        Column("group"),
-        Column("channels", True),
-        Column(f"saved, {unit}, predicted", True),
-        Column("share of the largest"),
-        Column("cost, nats, predicted", True),
-        Column("share of the dearest"),
-        Column("layers"),
-    ]
-    frozen = [(", ".join(f.layers), f.reason) for f in report.plan.frozen]
-    return section(
-        "cuts",
-        "What each cut saved",
-        tag("p", _plan_sentence(report)),
-        table("Channel groups by predicted saving", columns, rows)
-        if rows
-        else note("No group was cut."),
-        tag("h3", "Frozen groups"),
-        table(
-            "Channels that were not touched, and why", [Column("layers"), Column("reason")], frozen
-        )
-        if frozen
-        else note("None: every group could be cut."),
-    )
-
-
-def _plan_sentence(report: Report) -> str:
-    plan = report.plan
-    return (
-        f"Chosen for {plan.precision.upper()} by {plan.importance}: dense {time_text(plan.dense_ms)}, predicted "
-        f"{time_text(plan.predicted_ms)} within {time_text(plan.limit_ms)}, at a predicted cost of "
-        f"{significant(plan.predicted_cost_nats)} nats before healing."
-    )
-
-
-def predictions(report: Report) -> Markup:
-    """How far the latency model can be trusted."""
-    model = report.latency_model
-    quality = pairs(
-        [
-            ("kernels timed", str(model.kernels_measured)),
-            ("whole nets fitted", str(model.nets_fitted)),
-            ("whole nets held out", str(model.nets_held_out)),
-            ("mean error, held out", share_text(model.mean_error_ratio)),
-            ("worst error, held out", share_text(model.worst_error_ratio)),
-        ]
-    )
-    unit = time_unit([v for c in report.checks for v in (c.predicted_ms, c.measured_ms)])
-    rows = [
-        (
-            str(index),
-            in_unit(c.predicted_ms, unit),
-            in_unit(c.measured_ms, unit),
-            f"{signed(facts.check_error(c.predicted_ms, c.measured_ms) * 100, 1)} %",
-            f"{speed_text(c.ratio_to_dense)} (at least {speed_text(c.ratio_high)})",
-            significant(c.cost_nats),
-            tag(
-                "span", "yes" if c.within_budget else "no", class_=f"chip {_good(c.within_budget)}"
-            ),
-        )
-        for index, c in enumerate(report.checks, 1)
-    ]
-    columns = [
-        Column("structure"),
-        Column(f"predicted, {unit}", True),
-        Column(f"{report.stamp}, {unit}", True),
-        Column("error", True),
-        Column("speed-up against dense", True),
-        Column("cost, nats, predicted", True),
-        Column("within budget"),
-    ]
-    checked = table("Structures timed on the device before any training", columns, rows)
-    return section(
-        "predictions",
-        "Predicted against timed",
-        tag("h3", "Latency model"),
-        quality,
-        side_by_side(charts.predicted_against_timed(report), charts.pareto(report)),
-        checked if rows else note("No structure was checked on the device before training."),
-    )
-
-
-def _good(met: bool) -> str:
-    return "good" if met else "bad"

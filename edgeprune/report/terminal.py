@@ -228,10 +228,14 @@ def _ledger(page: _Page, report: Report) -> None:
 def _predictions(page: _Page, report: Report) -> None:
     model = report.latency_model
     page.title("Predicted against timed")
-    page.say(
-        f"latency model: {share_text(model.mean_error_ratio)} mean and {share_text(model.worst_error_ratio)} worst error on "
-        f"{model.nets_held_out} held-out nets; {model.kernels_measured} kernels and {model.nets_fitted} nets fitted"
-    )
+    error = "error not judged, no net was held out"
+    if model.nets_held_out:
+        error = (
+            f"{share_text(model.mean_error_ratio)} mean and {share_text(model.worst_error_ratio)} worst error on "
+            f"{model.nets_held_out} held-out nets"
+        )
+    fitted = f"{model.kernels_measured} kernels and {model.nets_fitted} nets fitted"
+    page.say(f"latency model: {error}; {fitted}")
     if report.checks:
         rows = [
             (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import glob
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -25,29 +26,18 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, BinaryIO, Callable, Dict, List, Tuple
+from functools import partial
+from typing import Any, BinaryIO, Callable, Dict, List, Optional, Tuple
 
 MAGIC = b"\0edgeprune-agent/1\n"
 MAX_HEADER_BYTES = 4 << 20
 MAX_BLOB_BYTES = 1 << 30
-MIN_SAMPLE_NS = (
-    200_000  # a shorter call is timed several at once: the clock and the loop cost about 100 ns
-)
+MIN_SAMPLE_NS = 200_000  # shorter calls are timed several at once: clock and loop cost about 100 ns
 MAX_CALLS = 100_000
 RUNTIMES = {  # name on the wire: module to import, distribution that holds it
     "litert": ("ai_edge_litert.interpreter", "ai-edge-litert"),
     "tflite-runtime": ("tflite_runtime.interpreter", "tflite-runtime"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
-}
-ORT_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(double)": "float64",
-    "tensor(int8)": "int8",
-    "tensor(uint8)": "uint8",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
 }
 PROBE = """
 import importlib, importlib.metadata, sys
@@ -55,6 +45,7 @@ importlib.import_module(sys.argv[1])
 package = sys.modules[sys.argv[1].split(".")[0]]
 print(getattr(package, "__version__", None) or importlib.metadata.version(sys.argv[2]))
 """
+Message = Tuple[Dict[str, Any], bytes]  # header and blob
 
 
 class Refused(Exception):
@@ -65,31 +56,20 @@ class Refused(Exception):
         self.kind = kind
 
 
-# The wire
-
-
-def read_exactly(stream: BinaryIO, count: int) -> bytes:
-    """``count`` bytes, or :class:`EOFError`."""
-    parts = []
-    while count:
-        part = stream.read(min(count, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
-
-
-def read_frame(stream: BinaryIO) -> Tuple[Dict[str, Any], bytes]:
-    """The next header and blob; a frame over the limits ends the program, since the stream cannot be trusted after it."""
-    (size,) = struct.unpack(">I", read_exactly(stream, 4))
-    if size > MAX_HEADER_BYTES:
+def read_exactly(stream: BinaryIO, count: int, limit: int) -> bytes:
+    """``count`` bytes, or :class:`EOFError`. After a part over its limit the stream cannot be trusted, so that ends it too."""
+    content = stream.read(count) if count <= limit else b""
+    if len(content) < count:
         raise EOFError
-    header = json.loads(read_exactly(stream, size).decode("utf-8"))
-    (size,) = struct.unpack(">Q", read_exactly(stream, 8))
-    if size > MAX_BLOB_BYTES:
-        raise EOFError
-    return header, read_exactly(stream, size)
+    return content
+
+
+def read_frame(stream: BinaryIO) -> Message:
+    """The next header and blob."""
+    (size,) = struct.unpack(">I", read_exactly(stream, 4, 4))
+    header = json.loads(read_exactly(stream, size, MAX_HEADER_BYTES).decode("utf-8"))
+    (size,) = struct.unpack(">Q", read_exactly(stream, 8, 8))
+    return header, read_exactly(stream, size, MAX_BLOB_BYTES)
 
 
 def write_frame(stream: BinaryIO, header: Dict[str, Any], blob: bytes = b"") -> None:
@@ -99,10 +79,7 @@ def write_frame(stream: BinaryIO, header: Dict[str, Any], blob: bytes = b"") -> 
     stream.flush()
 
 
-# The machine
-
-
-def read_text(path: str) -> str | None:
+def read_text(path: str) -> Optional[str]:
     """A small file of /proc or /sys, or ``None`` where this board has no such file."""
     try:
         with open(path, encoding="utf-8", errors="replace") as stream:
@@ -111,35 +88,18 @@ def read_text(path: str) -> str | None:
         return None
 
 
-def read_number(path: str) -> int | None:
-    """A file of /proc or /sys that holds one integer."""
-    text = read_text(path)
-    try:
-        return None if text is None else int(text)
-    except ValueError:
-        return None
-
-
-def cpu_fields() -> Dict[str, str]:
-    """The first value of every field in /proc/cpuinfo, by lower-case name."""
+def fields_of(path: str) -> Dict[str, str]:
+    """The first value of every ``name: value`` line of a file in /proc, by lower-case name."""
     fields: Dict[str, str] = {}
-    for line in (read_text("/proc/cpuinfo") or "").splitlines():
+    for line in (read_text(path) or "").splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip().lower(), value.strip())
     return fields
 
 
-def memory_bytes(field: str) -> int | None:
-    """One line of /proc/meminfo, in bytes."""
-    for line in (read_text("/proc/meminfo") or "").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 def machine_facts() -> Dict[str, Any]:
     """What identifies this machine, without naming it."""
-    fields = cpu_fields()
+    fields = fields_of("/proc/cpuinfo")
     machine = platform.machine()
     board = read_text("/proc/device-tree/model") or fields.get("model name") or fields.get("model")
     # An emulated ARM program still sees the processor of the x86 computer under it.
@@ -149,8 +109,7 @@ def machine_facts() -> Dict[str, Any]:
         "cpu_model": board or platform.processor() or machine,
         "cpu_flags": sorted(set((fields.get("flags") or fields.get("features") or "").split())),
         "cores": os.cpu_count() or 1,
-        "memory_bytes": memory_bytes("MemTotal")
-        or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "page_size_bytes": os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -162,15 +121,15 @@ def machine_facts() -> Dict[str, Any]:
 
 def telemetry() -> Dict[str, Any]:
     """The state of the board now; ``None`` for what it does not show."""
-    zones = [read_number(path) for path in glob.glob("/sys/class/thermal/thermal_zone*/temp")]
-    temperatures = [zone / 1000 for zone in zones if zone is not None and 0 < zone < 200_000]
-    clock_khz = read_number("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    zones = [read_text(path) or "" for path in glob.glob("/sys/class/thermal/thermal_zone*/temp")]
+    temperatures = [int(zone) / 1000 for zone in zones if zone.isdigit() and int(zone) < 200_000]
+    free_kib = fields_of("/proc/meminfo").get("memavailable", "").split(" ")[0]
+    clock_khz = read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq") or ""
     return {
         "load_1min": os.getloadavg()[0],
         "temperature_c": max(temperatures) if temperatures else None,
-        "clock_hz": None if clock_khz is None else clock_khz * 1000,
-        "throttled": None,
-        "available_memory_bytes": memory_bytes("MemAvailable"),
+        "clock_hz": int(clock_khz) * 1000 if clock_khz.isdigit() else None,
+        "available_memory_bytes": int(free_kib) * 1024 if free_kib else None,
     }
 
 
@@ -178,27 +137,24 @@ def runtime_version(name: str) -> str:
     """Version of an installed runtime, imported first in a child that may die of an illegal instruction in our place."""
     if name not in RUNTIMES:
         raise Refused("runtime", "this agent cannot run the runtime " + name)
-    flags = ["-I", "-B"] if sys.flags.isolated else ["-B"]
-    command = [sys.executable, *flags, "-c", PROBE, *RUNTIMES[name]]
+    command = [sys.executable, "-IB" if sys.flags.isolated else "-B", "-c", PROBE, *RUNTIMES[name]]
     try:
         child = subprocess.run(command, capture_output=True, timeout=60, cwd="/", text=True)
     except subprocess.TimeoutExpired:
         raise Refused("runtime", "importing " + name + " took over 60 s") from None
-    lines = (child.stdout if child.returncode == 0 else child.stderr).strip().splitlines()
+    lines = (child.stderr if child.returncode else child.stdout).strip().splitlines() or [""]
     if child.returncode < 0:
         raise Refused("runtime", "importing %s died of signal %d" % (name, -child.returncode))
-    if child.returncode > 0 or not lines:
-        raise Refused("runtime", "cannot import " + name + ": " + (lines[-1] if lines else ""))
+    if child.returncode > 0:
+        raise Refused("runtime", "cannot import " + name + ": " + lines[-1])
     return lines[-1]
 
 
-# The runtimes
-
-
-def realistic(shape: List[int], dtype: str, seed: int) -> Any:
+def realistic(spec: Dict[str, Any], seed: int) -> Any:
     """Random input: zeros would let kernels skip work and hide denormals. Integers wider than 8 bits are 0 or 1: valid as an index."""
     import numpy as np
 
+    shape, dtype = spec["shape"], spec["dtype"]
     rng = np.random.default_rng(seed)
     if dtype in ("int8", "uint8"):
         limits = np.iinfo(dtype)
@@ -212,105 +168,78 @@ class TfliteModel:
     """A loaded .tflite file."""
 
     def __init__(self, content: bytes, runtime: str, threads: int, delegate: bool) -> None:
-        import importlib
-
         module = importlib.import_module(RUNTIMES[runtime][0])
-        options = {}
-        if not delegate:
-            kinds = module.OpResolverType
-            options["experimental_op_resolver_type"] = kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        built_in = module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        options = {} if delegate else {"experimental_op_resolver_type": built_in}
         start = time.perf_counter_ns()
-        self._interpreter = module.Interpreter(
-            model_content=content, num_threads=threads, **options
-        )
+        interpreter = module.Interpreter(model_content=content, num_threads=threads, **options)
         self.load_ns = time.perf_counter_ns() - start
-        self.run: Callable[[], Any] = self._interpreter.invoke
-        start = time.perf_counter_ns()
-        self._interpreter.allocate_tensors()
-        allocate_ns = time.perf_counter_ns() - start
-        self._inputs = self._interpreter.get_input_details()
-        self._outputs = self._interpreter.get_output_details()
-        self.inputs = [self._spec(detail) for detail in self._inputs]
-        self.outputs = [self._spec(detail) for detail in self._outputs]
-        for seed, detail in enumerate(self._inputs):
-            spec = self.inputs[seed]
-            filled = realistic(spec["shape"], spec["dtype"], seed)
-            self._interpreter.set_tensor(detail["index"], filled)
-        start = time.perf_counter_ns()
-        self.run()
-        self.first_ns = allocate_ns + time.perf_counter_ns() - start
+        interpreter.allocate_tensors()
+        allocated_ns = time.perf_counter_ns() - start - self.load_ns
+        details, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+        self._interpreter, self._input, self._output = interpreter, details[0], outputs[0]
+        self.inputs = [self._spec(detail) for detail in details]
+        self.outputs = [self._spec(detail) for detail in outputs]
+        for seed, (detail, spec) in enumerate(zip(details, self.inputs)):
+            interpreter.set_tensor(detail["index"], realistic(spec, seed))
+        self.run: Callable[[], Any] = interpreter.invoke
+        self.first_ns = allocated_ns + sample(self.run, 1)
 
     @staticmethod
     def _spec(detail: Dict[str, Any]) -> Dict[str, Any]:
         import numpy as np
 
         scale, zero_point = detail["quantization"]
-        quantised = bool(scale)
         return {
             "name": str(detail["name"]),
             "shape": [int(size) for size in detail["shape"]],
             "dtype": np.dtype(detail["dtype"]).name,
-            "scale": float(scale) if quantised else None,
-            "zero_point": int(zero_point) if quantised else None,
+            "scale": float(scale) or None,
+            "zero_point": int(zero_point) if scale else None,
         }
 
     def call(self, x: Any) -> Any:
         """The first output for one input, in the file's own types."""
-        self._interpreter.set_tensor(self._inputs[0]["index"], x)
+        self._interpreter.set_tensor(self._input["index"], x)
         self.run()
-        return self._interpreter.get_tensor(self._outputs[0]["index"])
-
-    def profile(self, runs: int) -> List[Dict[str, Any]]:
-        """The Python interface of TFLite has no profiler."""
-        raise Refused("unsupported", "this runtime has no profiler that Python can reach")
+        return self._interpreter.get_tensor(self._output["index"])
 
 
 class OnnxModel:
     """A loaded .onnx file. Dimensions without a size are taken as 1."""
 
-    def __init__(self, content: bytes, threads: int) -> None:
-        import onnxruntime  # noqa: F401  (its import is not part of the load time)
+    def __init__(self, content: bytes, runtime: str, threads: int, delegate: bool) -> None:
+        import onnxruntime  # here, so that its import is no part of the load time
 
-        self._content, self._threads = content, threads
+        self._runtime, self._content, self._threads = onnxruntime, content, threads
         start = time.perf_counter_ns()
         self._session = self._open()
         self.load_ns = time.perf_counter_ns() - start
         self.inputs = [self._spec(tensor) for tensor in self._session.get_inputs()]
         self.outputs = [self._spec(tensor) for tensor in self._session.get_outputs()]
         self._names = [spec["name"] for spec in self.outputs]
-        self._feeds = {
-            spec["name"]: realistic(spec["shape"], spec["dtype"], seed)
-            for seed, spec in enumerate(self.inputs)
-        }
-        session_run, names, feeds = self._session.run, self._names, self._feeds
-        self.run: Callable[[], Any] = lambda: session_run(names, feeds)
-        start = time.perf_counter_ns()
-        self.run()
-        self.first_ns = time.perf_counter_ns() - start
+        self._feeds = {spec["name"]: realistic(spec, i) for i, spec in enumerate(self.inputs)}
+        self.run: Callable[[], Any] = partial(self._session.run, self._names, self._feeds)
+        self.first_ns = sample(self.run, 1)
 
     def _open(self, profile_prefix: str = "") -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
+        options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.execution_mode = self._runtime.ExecutionMode.ORT_SEQUENTIAL
         # A waiting thread pool that spins would steal the core from the other models of the same round.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        if profile_prefix:
-            options.enable_profiling = True
-            options.profile_file_prefix = profile_prefix
-        return onnxruntime.InferenceSession(
-            self._content, options, providers=["CPUExecutionProvider"]
-        )
+        options.enable_profiling = bool(profile_prefix)
+        options.profile_file_prefix = profile_prefix
+        providers = ["CPUExecutionProvider"]
+        return self._runtime.InferenceSession(self._content, options, providers=providers)
 
     @staticmethod
     def _spec(tensor: Any) -> Dict[str, Any]:
         shape = [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]
-        if tensor.type not in ORT_DTYPES:
-            raise Refused("load", "tensor %s has the type %s" % (tensor.name, tensor.type))
-        dtype = ORT_DTYPES[tensor.type]
+        dtype = tensor.type[len("tensor(") : -1]  # C names: tensor(float), tensor(int8) ...
+        dtype = {"float": "float32", "double": "float64"}.get(dtype, dtype)
         return {"name": tensor.name, "shape": shape, "dtype": dtype}
 
     def call(self, x: Any) -> Any:
@@ -326,41 +255,30 @@ class OnnxModel:
                 session.run(self._names, self._feeds)
             with open(session.end_profiling(), encoding="utf-8") as stream:
                 events = json.load(stream)
-        nodes: Dict[str, Dict[str, Any]] = {}
+        taken: Dict[Tuple[str, str, str], List[int]] = {}
         for event in events:
-            name = event.get("name", "")
-            if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
-                continue
-            arguments = event.get("args", {})
-            node = {
-                "name": name[: -len("_kernel_time")],
-                "op": arguments.get("op_name", ""),
-                "provider": arguments.get("provider", ""),
-                "samples": [],
-            }
-            nodes.setdefault(name, node)["samples"].append(int(event["dur"]) * 1000)
-        for node in nodes.values():
-            node["median_ns"] = int(statistics.median(node.pop("samples")[2:]))
-        return list(nodes.values())
+            name, is_kernel, rest = event.get("name", "").partition("_kernel_time")
+            if event.get("cat") == "Node" and is_kernel and not rest:
+                facts = event.get("args", {})
+                node = (name, facts.get("op_name", ""), facts.get("provider", ""))
+                taken.setdefault(node, []).append(int(event["dur"]) * 1000)
+        return [
+            {"name": name, "op": op, "provider": provider, "ns": int(statistics.median(ns[2:]))}
+            for (name, op, provider), ns in taken.items()
+        ]
 
 
 def open_model(content: bytes, runtime: str, threads: int, delegate: bool) -> Any:
     """A model that has run once."""
+    if runtime not in RUNTIMES:
+        raise Refused("runtime", "this agent cannot run the runtime " + runtime)
     try:
-        if runtime == "onnxruntime":
-            return OnnxModel(content, threads)
-        if runtime in RUNTIMES:
-            return TfliteModel(content, runtime, threads, delegate)
-    except Refused:
-        raise
+        model = OnnxModel if runtime == "onnxruntime" else TfliteModel
+        return model(content, runtime, threads, delegate)
     except ImportError as error:
         raise Refused("runtime", "cannot import %s: %s" % (runtime, error)) from error
     except Exception as error:  # a runtime may raise any type at a file that it dislikes
         raise Refused("load", "%s: %s" % (type(error).__name__, error)) from error
-    raise Refused("runtime", "this agent cannot run the runtime " + runtime)
-
-
-# Timing
 
 
 def sample(run: Callable[[], Any], calls: int) -> int:
@@ -370,11 +288,6 @@ def sample(run: Callable[[], Any], calls: int) -> int:
     for _ in range(calls):
         run()
     return max(1, (clock() - start) // calls)
-
-
-def calls_of(call_ns: float) -> int:
-    """How many calls make a sample."""
-    return min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_NS / call_ns)))
 
 
 class Timer:
@@ -387,10 +300,9 @@ class Timer:
             run()
             runs += 1
         call_ns = statistics.median(sample(run, 1) for _ in range(5))
-        self.calls = calls_of(call_ns)
-        if self.calls > 1:  # a single short call is half clock: look again without it
+        for _ in range(2):  # a single short call is half clock: look again at many
+            self.calls = min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_NS / call_ns)))
             call_ns = sample(run, self.calls)
-            self.calls = calls_of(call_ns)
         wanted = math.ceil(plan["block_ns"] / (call_ns * self.calls))
         self.n_samples = max(plan["min_runs"], min(plan["max_runs"], wanted))
         self.ended_ns = time.perf_counter_ns()
@@ -470,13 +382,10 @@ def dequantised(y: Any, spec: Dict[str, Any]) -> Any:
     """Values of an output tensor as float32; integers without a scale keep their value."""
     import numpy as np
 
-    values = np.asarray(y, dtype=np.float32)
-    if np.asarray(y).dtype.kind in "iu" and spec.get("scale"):
-        return (values - np.float32(spec["zero_point"])) * np.float32(spec["scale"])
-    return values.copy()
-
-
-# The operations
+    values = np.array(y, dtype=np.float32)
+    if np.asarray(y).dtype.kind not in "iu" or not spec.get("scale"):
+        return values
+    return (values - np.float32(spec["zero_point"])) * np.float32(spec["scale"])
 
 
 class Agent:
@@ -496,25 +405,22 @@ class Agent:
         }
 
     def _load(self, key: str, content: bytes, request: Dict[str, Any]) -> Dict[str, Any]:
-        delegate = request.get("delegate", True)
-        model = open_model(content, request["runtime"], request["threads"], delegate)
-        self.models[key] = model
-        facts = ("load_ns", "first_ns", "inputs", "outputs")
-        return {fact: getattr(model, fact) for fact in facts}
+        options = (request["runtime"], request["threads"], request.get("delegate", True))
+        model = self.models[key] = open_model(content, *options)
+        return {name: getattr(model, name) for name in ("load_ns", "first_ns", "inputs", "outputs")}
 
     def _model(self, key: str) -> Any:
         if key not in self.models:
             raise Refused("unknown-key", "no model is loaded as " + key)
         return self.models[key]
 
-    def load(self, request: Dict[str, Any], blob: bytes) -> Tuple[Dict[str, Any], bytes]:
+    def load(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Load one model and run it once."""
         return self._load(request["key"], blob, request), b""
 
-    def load_many(self, request: Dict[str, Any], blob: bytes) -> Tuple[Dict[str, Any], bytes]:
+    def load_many(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Load models that lie end to end in the blob; one that fails does not stop the others."""
-        loaded: Dict[str, Any] = {}
-        start = 0
+        loaded, start = {}, 0
         for key, size in zip(request["keys"], request["sizes"]):
             content, start = blob[start : start + size], start + size
             try:
@@ -523,18 +429,17 @@ class Agent:
                 loaded[key] = {"error": str(error)[:2000]}
         return {"models": loaded}, b""
 
-    def unload(self, request: Dict[str, Any], blob: bytes) -> Tuple[Dict[str, Any], bytes]:
+    def unload(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Forget models; a key that is not loaded is no error."""
         for key in request["keys"]:
             self.models.pop(key, None)
-        gc.collect()
         return {}, b""
 
-    def time(self, request: Dict[str, Any], blob: bytes) -> Tuple[Dict[str, Any], bytes]:
+    def time(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Time loaded models in the same rounds."""
         return time_models({key: self._model(key) for key in request["keys"]}, request), b""
 
-    def infer(self, request: Dict[str, Any], blob: bytes) -> Tuple[Dict[str, Any], bytes]:
+    def infer(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Outputs of a loaded model for an array."""
         import numpy as np
 
@@ -543,11 +448,14 @@ class Agent:
         np.save(answer, infer(self._model(request["key"]), x), allow_pickle=False)
         return {}, answer.getvalue()
 
-    def profile(self, request: Dict[str, Any], blob: bytes) -> Tuple[Dict[str, Any], bytes]:
+    def profile(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Time of every node of a loaded model, where the runtime can tell."""
-        return {"nodes": self._model(request["key"]).profile(request["runs"])}, b""
+        model = self._model(request["key"])
+        if not hasattr(model, "profile"):
+            raise Refused("unsupported", "this runtime has no profiler that Python can reach")
+        return {"nodes": model.profile(request["runs"])}, b""
 
-    def serve(self, request: Dict[str, Any], blob: bytes) -> Tuple[Dict[str, Any], bytes]:
+    def serve(self, request: Dict[str, Any], blob: bytes) -> Message:
         """The reply to one request; any failure becomes a reply, so one bad model never ends the program."""
         number = request.get("id")
         try:
@@ -556,14 +464,14 @@ class Agent:
                 raise Refused("unsupported", "unknown operation %r" % request.get("op"))
             header, answer = operation(request, blob)
             return dict(header, id=number, ok=True), answer
-        except Refused as error:
-            return {"id": number, "ok": False, "kind": error.kind, "error": str(error)[:2000]}, b""
         except Exception as error:
-            text = "%s: %s" % (type(error).__name__, error)
-            return {"id": number, "ok": False, "kind": "fault", "error": text[:2000]}, b""
+            kind, text = "fault", "%s: %s" % (type(error).__name__, error)
+            if isinstance(error, Refused):
+                kind, text = error.kind, str(error)
+            return {"id": number, "ok": False, "kind": kind, "error": text[:2000]}, b""
 
 
-def read_requests(stream: BinaryIO, requests: queue.Queue[Tuple[Dict[str, Any], bytes]]) -> None:
+def read_requests(stream: BinaryIO, requests: queue.Queue[Message]) -> None:
     """Queue requests until the host is gone; then end the program at once, whatever it is doing."""
     try:
         while True:
@@ -578,12 +486,12 @@ def main() -> None:
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
     wire = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # runtimes print; what they print must not land between frames
-    requests: queue.Queue[Tuple[Dict[str, Any], bytes]] = queue.Queue(2)
+    requests: queue.Queue[Message] = queue.Queue(2)
     reader = threading.Thread(target=read_requests, args=(sys.stdin.buffer, requests), daemon=True)
     reader.start()
+    agent = Agent()
     wire.write(MAGIC)
     wire.flush()
-    agent = Agent()
     while True:
         write_frame(wire, *agent.serve(*requests.get()))
 

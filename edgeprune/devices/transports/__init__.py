@@ -17,7 +17,7 @@ MAX_TAIL_BYTES = 16 * 1024
 
 @dataclass(frozen=True)
 class Completed:
-    """A command that ended by itself: its exit code (128 + signal when a signal ended it) and all it printed."""
+    """A command that ended by itself: its exit code and all it printed. A shell's code for "no such command" is 127."""
 
     code: int
     stdout: bytes
@@ -64,8 +64,8 @@ class Transport(Protocol):
         """Run a command to its end.
 
         Raises:
-            DeadlineExceeded: it ran longer than ``timeout_s`` in total, whatever it printed meanwhile.
-            DeviceError: it could not be started, the connection broke before an exit code came, or it printed over 256 MiB.
+            DeadlineExceeded: it ran longer than ``timeout_s`` in total, whatever it printed meanwhile; the connection may be cut.
+            DeviceError: a signal ended it, the connection broke before an exit code came, or it printed over 256 MiB.
         """
         ...
 

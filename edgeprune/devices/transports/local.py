@@ -89,7 +89,10 @@ class LocalTransport:
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """As :meth:`Transport.run <edgeprune.devices.transports.Transport.run>`."""
-        child = _spawn(argv)
+        try:
+            child = _spawn(argv)
+        except DeviceError as error:
+            return Completed(127, b"", str(error).encode())
         try:
             out, err = child.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
@@ -98,8 +101,9 @@ class LocalTransport:
             _kill_session(child)
         if len(out) + len(err) > MAX_OUTPUT_BYTES:
             raise DeviceError(f"{argv[0]} printed more than {MAX_OUTPUT_BYTES} bytes")
-        code = child.returncode if child.returncode >= 0 else 128 - child.returncode
-        return Completed(code, out, err)
+        if child.returncode < 0:
+            raise DeviceError(f"{argv[0]!r} was ended by signal {-child.returncode}")
+        return Completed(child.returncode, out, err)
 
     def put(self, content: bytes, remote_path: str) -> None:
         """As :meth:`Transport.put <edgeprune.devices.transports.Transport.put>`."""

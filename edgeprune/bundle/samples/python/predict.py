@@ -38,11 +38,9 @@ def preprocess(raw, recipe):
     x = x.astype(np.float32)
     if recipe["input"]["layout"] == "NHWC" and x.ndim == 3:
         x = x.transpose(1, 2, 0)
-    if list(x.shape) != recipe["input"]["shape"][1:]:
-        sys.exit(
-            "FAIL: a sample must become %s, but is %s"
-            % (recipe["input"]["shape"][1:], list(x.shape))
-        )
+    shape = recipe["input"]["shape"][1:]
+    if list(x.shape) != shape:
+        sys.exit("FAIL: a sample must become %s, but is %s" % (shape, list(x.shape)))
     return np.ascontiguousarray(x[None])
 
 
@@ -108,7 +106,7 @@ def main(argument):
         ok = same >= rules["tolerance"]["min_argmax_agreement"]
         ok = ok and error <= rules["max_abs_error"] * 1.001  # room for float32 rounding
         verdict = "PASS" if ok else "FAIL"
-        print("%s: largest error %.3g, same class %.0f%%" % (verdict, error, 100 * same))
+        print("%s, largest error %.3g, same class %.0f%%" % (verdict, error, 100 * same))
         return 0 if ok else 1
     labels = checked("labels.txt").decode("utf-8").splitlines()
     scores = run(preprocess(read_sample(argument, recipe), recipe))[0]

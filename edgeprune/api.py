@@ -1,0 +1,199 @@
+"""The functions behind the command line, for use from Python: requests resolved once, then run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from edgeprune import catalog, pipeline, records
+from edgeprune.compress import importance as importances
+from edgeprune.errors import SpecError, UnknownName
+from edgeprune.planning import PlanResult
+from edgeprune.profiling import profile as profile_context
+from edgeprune.progress import Progress, Silent
+from edgeprune.results import ProfileReport, Report
+from edgeprune.runfolder import RunFolder
+from edgeprune.specs import Preprocess, Workload, parse_budget, parse_drop
+from edgeprune.stages import Context, Job
+from edgeprune.workload import LoadedWorkload, from_objects, load_workload
+
+WORKLOAD_FILE = "edgeprune.yaml"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say about a run. ``None`` means: take ``edgeprune.yaml``, then the target file, then the default."""
+
+    target: str | None = None
+    latency: str | None = None
+    max_drop: str | None = None
+    device: str | None = None
+    importance: str = "fisher"
+    seed: int | None = None
+    run: Path | None = None
+    resume: Path | None = None
+    command: str = "edgeprune (from Python)"
+
+
+def resolve(loaded: LoadedWorkload, options: Options) -> Job:
+    """A request with every choice made: flag, then ``edgeprune.yaml``, then the target file, then the default.
+
+    Raises:
+        SpecError: no target was named, or a budget is malformed.
+        UnknownName: a target, profile, device or importance that does not exist.
+    """
+    workload = loaded.workload
+    name = options.target or workload.target
+    if name is None:
+        raise SpecError("no target was named", hint="add --target, such as --target rpi4")
+    target = catalog.target(name)
+    profile = catalog.profile(target.profile)
+    device_name, device = catalog.device_for(target.name, options.device or workload.device)
+    if device.transport == "local" and target.name == catalog.THIS_MACHINE:
+        device = device.model_copy(update={"stand_in": False})  # it is the real thing
+    if options.importance not in importances.BY_NAME:
+        raise UnknownName("importance", options.importance, importances.BY_NAME)
+    try:
+        budget = parse_budget(options.latency or workload.latency or target.latency)
+        max_drop = parse_drop(options.max_drop or workload.max_drop or target.max_drop)
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+    return Job(
+        loaded=loaded,
+        target=target,
+        profile=profile,
+        device_name=device_name,
+        device=device,
+        budget=budget,
+        max_drop=max_drop,
+        importance=options.importance,
+        seed=workload.seed if options.seed is None else options.seed,
+        command=options.command,
+    )
+
+
+def check_names(options: Options, workload: Workload) -> None:
+    """Fail on a wrong name or budget before any model or data is loaded. Raises as :func:`resolve`."""
+    name = options.target or workload.target
+    if name is None:
+        raise SpecError("no target was named", hint="add --target, such as --target rpi4")
+    target = catalog.target(name)
+    catalog.device_for(target.name, options.device or workload.device)
+    pipeline.check_format(target)
+    try:
+        parse_budget(options.latency or workload.latency or target.latency)
+        parse_drop(options.max_drop or workload.max_drop or target.max_drop)
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+
+
+def run_path(job: Job, options: Options) -> Path:
+    """The run folder: the one to resume, the one named, or ``runs/<target>-<digest>``.
+
+    Raises:
+        SpecError: the folder to resume is not a run of this request.
+    """
+    digest = pipeline.run_digest(job)
+    if options.resume is None:
+        return options.run or Path("runs") / f"{job.target.name}-{digest}"
+    found = records.read_json(pipeline.Request, options.resume / "run.json")
+    if found.digest != digest:
+        raise SpecError(
+            f"{options.resume} is a run of other inputs: {found.command}",
+            hint="give the same model, data and settings, or start a new run",
+        )
+    return options.resume
+
+
+def deploy_loaded(loaded: LoadedWorkload, options: Options, progress: Progress) -> pipeline.Outcome:
+    """Deploy a workload that is loaded. Raises as :func:`deploy`."""
+    job = resolve(loaded, options)
+    return pipeline.deploy(job, run_path(job, options), progress)
+
+
+def deploy(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    target: str,
+    latency: str | None = None,
+    max_drop: str | None = None,
+    device: str | None = None,
+    weights: str | None = None,
+    preprocess: Preprocess | None = None,
+    labels: Sequence[str] | None = None,
+    settings: Workload | None = None,
+    importance: str = "fisher",
+    seed: int | None = None,
+    run: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """From a trained model to a verified bundle, to a measured latency budget.
+
+    Args:
+        model: a trained module, or ``file.py:factory``.
+        data: a mapping of split to ``(x, y)`` or ``x``, one ``(x, y)``, one ``x``, an image folder, an ``.npz``, or ``file.py:factory``.
+        target: name of a target, or path of a target file.
+        latency: ``15ms``, ``60%`` or ``2.5x``; the default stands in the target file.
+        max_drop: allowed drop against the dense model, such as ``1%``.
+        device: name in ``devices.yaml``; without one, the first that can time the target, else this machine as a stand-in.
+        weights: safetensors or a plain state dict, for a factory.
+        preprocess: how raw samples become the model's input.
+        labels: class names.
+        settings: recovery, augmentation and the rest of ``edgeprune.yaml``.
+        importance: ``fisher``, ``l2`` or ``random``.
+        seed: of everything random.
+        run: the run folder; ``runs/<target>-<digest>`` when not given. Finished stages in it are kept.
+        progress: where to report; nowhere when not given.
+
+    Returns:
+        The report; ``report.passed`` says whether every gate was met. The bundle lies in the run folder.
+
+    Raises:
+        SpecError, ModelError, DeviceError, FormatError, BudgetError: see :mod:`edgeprune.errors`.
+    """
+    options = Options(
+        target=target,
+        latency=latency,
+        max_drop=max_drop,
+        device=device,
+        importance=importance,
+        seed=seed,
+        run=None if run is None else Path(run),
+    )
+    if isinstance(model, str):
+        record = Workload(
+            model=model, weights=weights, data=str(data), preprocess=preprocess or Preprocess()
+        )
+        loaded = load_workload(record, Path.cwd())
+    else:
+        loaded = from_objects(model, data, preprocess=preprocess, labels=labels, settings=settings)
+    return deploy_loaded(loaded, options, progress or Silent()).report
+
+
+@contextlib.contextmanager
+def _context(loaded: LoadedWorkload, options: Options, progress: Progress) -> Iterator[Context]:
+    with pipeline.opened(resolve(loaded, options), progress) as context:
+        yield context
+
+
+def profile_loaded(loaded: LoadedWorkload, options: Options, progress: Progress) -> ProfileReport:
+    """Dense latency and the time of every kernel. Raises as :func:`deploy`."""
+    with _context(loaded, options, progress) as context:
+        return profile_context(context)
+
+
+def plan_loaded(
+    loaded: LoadedWorkload, options: Options, progress: Progress
+) -> tuple[PlanResult, Path]:
+    """The measured plan without any training, and the run folder that ``deploy`` would go on with. Raises as :func:`deploy`."""
+    job = resolve(loaded, options)
+    path = run_path(job, options)
+    with RunFolder(path, progress) as run, pipeline.opened(job, progress) as context:
+        records.write_json(pipeline.request(job), path / "run.json")
+        return pipeline.plan_stages(context, run).plan.result, path

@@ -1,0 +1,453 @@
+"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr; the exit code says who must act."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import edgeprune
+from edgeprune.errors import BudgetError, EdgepruneError, SpecError
+
+if TYPE_CHECKING:
+    from edgeprune.api import Options
+    from edgeprune.progress import Progress
+    from edgeprune.workload import LoadedWorkload
+
+INTERRUPTED = 130
+Command = Callable[..., Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; intended errors become one line on stderr and the exit code of their family."""
+    try:
+        cli.main(args=list(argv) if argv is not None else None, standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except EdgepruneError as error:
+        click.echo(f"error: {_plain(error.message)}", err=True)
+        if error.hint:
+            click.echo(f"hint: {_plain(error.hint)}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted; run the same command again to go on", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _plain(text: str) -> str:
+    """One line without control characters: names may come from a board or a file from outside."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(edgeprune.__version__, prog_name="edgeprune")
+def cli() -> None:
+    """Prune, heal, quantise and prove a PyTorch model on the board it has to run on."""
+
+
+def _model_options(command: Command) -> Command:
+    options = [
+        click.argument("model", required=False),
+        click.option("--target", "-t", help="What to ship for, such as rpi4 (or a target file)."),
+        click.option(
+            "--device", "-d", help="Name in devices.yaml; default: one that can time the target."
+        ),
+        click.option("--weights", help="Safetensors or state dict of a model factory."),
+        click.option("--data", help="Image folder, .npz, or file.py:factory."),
+        click.option("--example", help="Use a shipped example, such as fashion-mnist."),
+        click.option(
+            "--size", type=(int, int), help="Height and width that images are resized to."
+        ),
+        click.option("--color", type=click.Choice(["rgb", "grey"]), help="Channels of the images."),
+        click.option("--mean", type=float, multiple=True, help="Per channel, of pixels in [0, 1]."),
+        click.option("--std", type=float, multiple=True, help="Per channel, of pixels in [0, 1]."),
+        click.option("--seed", type=click.IntRange(0), help="Of everything random."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _budget_options(command: Command) -> Command:
+    options = [
+        click.option("--latency", "-l", help="15ms, 60% of dense, or 2.5x faster than dense."),
+        click.option("--max-drop", help="Allowed accuracy drop in points, such as 1%."),
+        click.option(
+            "--importance", default="fisher", show_default=True, help="fisher, l2 or random."
+        ),
+        click.option(
+            "--run",
+            type=click.Path(path_type=Path),
+            help="Run folder; default runs/<target>-<digest>.",
+        ),
+        click.option(
+            "--resume",
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="Go on with this run folder.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_model_options
+@_budget_options
+@click.option(
+    "--dry-run", is_flag=True, help="Stop after the measured plan: feasibility without training."
+)
+def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """From a trained model to a verified, faster bundle.
+
+    MODEL is path/file.py:factory or package.module:factory. With an edgeprune.yaml in the folder (see `edgeprune init`), --target is all
+    that is needed.
+    """
+    options = _options(flags)
+    progress = _progress(quiet)
+    loaded = _load(flags, options)
+    from edgeprune import api, records
+
+    if dry_run:
+        plan, path = api.plan_loaded(loaded, options, progress)
+        click.echo(records.to_json(plan).decode() if as_json else _plan_text(plan), nl=not as_json)
+        click.echo(f"deploy without --dry-run goes on from {path}", err=True)
+        return
+    outcome = api.deploy_loaded(loaded, options, progress)
+    from edgeprune.report import render_terminal
+
+    if as_json:
+        click.echo(records.to_json(outcome.report).decode(), nl=False)
+    else:
+        click.echo(render_terminal(outcome.report, color=sys.stdout.isatty()), nl=False)
+        click.echo(f"bundle  {outcome.folder / 'bundle'} and {outcome.folder / 'bundle.zip'}")
+        click.echo(f"report  {outcome.folder / 'report.html'}")
+    if not outcome.report.passed:
+        raise _missed(outcome.report)
+
+
+def _missed(report: Any) -> BudgetError:
+    """What to say when a best-effort bundle was written."""
+    lines, advice = [], []
+    for gate in report.gates:
+        if gate.met:
+            continue
+        if gate.name == "latency":
+            lines.append(f"latency is {gate.value:.4g} {gate.unit}, the budget {gate.limit:.4g}")
+            fastest = min(c.measured_ms for c in report.checks)
+            advice.append(f"the fastest structure measured took {fastest:.4g} ms")
+        elif gate.name == "numerics":
+            lines.append(
+                f"device and host agree on {gate.value:.2%} of samples, {gate.limit:.0%} are needed"
+            )
+        else:
+            lines.append(
+                f"{gate.name} dropped {gate.value * 100:.2f} points, {gate.limit * 100:.2f} are allowed"
+            )
+            best = next(
+                r
+                for r in report.variants
+                if r.variant == "pruned" and r.precision == report.shipped
+            )
+            advice.append(
+                f"the best {gate.name} reached at this latency is {best.quality:.2%};"
+                " give a larger budget or more recovery epochs"
+            )
+    return BudgetError(
+        f"gate missed: {'; '.join(lines)}",
+        hint="; ".join([*advice, "the bundle is marked as best effort"]),
+    )
+
+
+def _plan_text(plan: Any) -> str:
+    lines = [
+        f"{'group':40} {'channels':>8} {'kept':>6} {'saves (predicted)':>18} {'cost (nats)':>12}"
+    ]
+    for group in plan.plan.groups:
+        lines.append(
+            f"{group.name:40} {group.channels:8} {len(group.kept):6}"
+            f" {group.saved_ms_predicted * 1000:15.1f} us {group.cost_nats:12.2g}"
+        )
+    last = next(c for c in plan.checks if c.widths == plan.plan.widths())
+    lines.append(
+        f"dense {plan.plan.dense_ms:.4g} ms, budget {plan.plan.limit_ms:.4g} ms,"
+        f" predicted {plan.plan.predicted_ms:.4g} ms, measured {last.measured_ms:.4g} ms"
+    )
+    return "\n".join(lines)
+
+
+@cli.command()
+@_model_options
+def profile(as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Where the milliseconds go: dense latency in fp32 and INT8, and every kernel."""
+    options = _options(flags)
+    progress = _progress(quiet)
+    loaded = _load(flags, options)
+    from edgeprune import api, records
+    from edgeprune.report.profile import render_profile
+
+    found = api.profile_loaded(loaded, options, progress)
+    click.echo(records.to_json(found).decode() if as_json else render_profile(found), nl=False)
+
+
+@cli.command()
+@click.option("--model", help="file.py:factory")
+@click.option("--weights", help="Weights file.")
+@click.option("--data", help="Image folder, .npz, or file.py:factory.")
+@click.option("--target", "-t", default="rpi4", show_default=True)
+@click.option("--yes", "-y", is_flag=True, help="Take every proposal without asking.")
+def init(model: str | None, weights: str | None, data: str | None, target: str, yes: bool) -> None:
+    """Look at this folder, ask, and write edgeprune.yaml."""
+    from edgeprune import catalog
+    from edgeprune.initialise import initialise
+
+    catalog.target(target)
+
+    def ask(question: str, default: str) -> str:
+        return str(click.prompt(question, default=default or None, err=True))
+
+    path = initialise(
+        Path.cwd(), model=model, weights=weights, data=data, target=target, ask=None if yes else ask
+    )
+    click.echo(f"wrote {path}; next: edgeprune deploy --target {target}")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--device", "-d", "names", multiple=True, help="Also run the golden samples there.")
+@click.option("--json", "as_json", is_flag=True)
+def verify(bundle: Path, names: Sequence[str], as_json: bool) -> None:
+    """Check a bundle: structure, hashes, model, golden samples on this machine and on devices."""
+    from edgeprune import catalog, records
+    from edgeprune.bundle.verify import require_ok
+    from edgeprune.bundle.verify import verify as verify_bundle
+
+    if not bundle.exists():
+        raise SpecError(f"there is no bundle at {bundle}")
+    found = verify_bundle(bundle, devices=[(name, catalog.device(name)) for name in names])
+    if as_json:
+        click.echo(records.to_json(found).decode(), nl=False)
+    else:
+        for level in found.levels:
+            click.echo(f"L{level.level} {level.name:28} {level.status:8} {_plain(level.detail)}")
+    require_ok(found)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True)
+def report(run: Path, as_json: bool) -> None:
+    """Show the report of a run again."""
+    from edgeprune import records
+    from edgeprune.report import render_terminal
+
+    found = _read_report(run)
+    click.echo(records.to_json(found).decode() if as_json else render_terminal(found), nl=False)
+
+
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+def compare(runs: Sequence[Path]) -> None:
+    """Runs side by side."""
+    from edgeprune.report import compare_text
+
+    click.echo(compare_text([_read_report(run) for run in runs]), nl=False)
+
+
+def _read_report(run: Path) -> Any:
+    from edgeprune import records
+    from edgeprune.results import Report
+
+    path = run / "report.json" if run.is_dir() else run
+    if not path.exists():
+        raise SpecError(f"there is no report at {path}", hint="the run has not finished yet")
+    return records.read_json(Report, path)
+
+
+@cli.group()
+def targets() -> None:
+    """What edgeprune can ship for."""
+
+
+@cli.group()
+def profiles() -> None:
+    """What is known of each piece of silicon."""
+
+
+@cli.group()
+def devices() -> None:
+    """The boards on this desk."""
+
+
+@targets.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def targets_list(as_json: bool) -> None:
+    """All targets."""
+    from edgeprune import catalog
+
+    found = {name: catalog.target(path) for name, path in catalog.targets().items()}
+    _print_list(
+        as_json,
+        {
+            n: {"format": t.format, "profile": t.profile, "summary": t.summary}
+            for n, t in found.items()
+        },
+    )
+
+
+@profiles.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def profiles_list(as_json: bool) -> None:
+    """All profiles."""
+    from edgeprune import catalog
+
+    found = {name: catalog.profile(path) for name, path in catalog.profiles().items()}
+    _print_list(as_json, {n: {"isa": p.isa, "summary": p.summary} for n, p in found.items()})
+
+
+@devices.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def devices_list(as_json: bool) -> None:
+    """All devices of devices.yaml, and this machine."""
+    from edgeprune import catalog
+
+    found = {
+        name: {
+            "transport": d.transport,
+            "address": f"{d.user}@{d.host}:{d.port}" if d.transport == "ssh" else "local",
+            "targets": " ".join(d.targets),
+        }
+        for name, d in catalog.devices().items()
+    }
+    _print_list(as_json, found)
+
+
+@targets.command("show")
+@click.argument("name")
+def targets_show(name: str) -> None:
+    """One target as YAML."""
+    from edgeprune import catalog
+
+    _print_yaml(catalog.target(name))
+
+
+@profiles.command("show")
+@click.argument("name")
+def profiles_show(name: str) -> None:
+    """One profile as YAML, every fact with its source."""
+    from edgeprune import catalog
+
+    _print_yaml(catalog.profile(name))
+
+
+def _print_list(as_json: bool, rows: dict[str, dict[str, str]]) -> None:
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    width = max(map(len, rows), default=0)
+    columns = list(next(iter(rows.values()), {}))
+    widths = {c: max(len(row[c]) for row in rows.values()) for c in columns[:-1]}
+    for name, row in rows.items():
+        cells = [row[c].ljust(widths.get(c, 0)) for c in columns]
+        click.echo(f"{name:{width}}  {'  '.join(cells)}")
+
+
+def _print_yaml(record: Any) -> None:
+    import yaml
+
+    click.echo(yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@cli.command()
+def doctor() -> None:
+    """What this machine has: packages, formats, devices."""
+    from importlib import metadata
+
+    from edgeprune import catalog
+
+    click.echo(f"edgeprune {edgeprune.__version__}, Python {sys.version.split()[0]}")
+    wanted = {
+        "core": ("torch", "torch-pruning", "paramiko", "numpy"),
+        "tflite": ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
+        "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    }
+    for extra, packages in wanted.items():
+        found = []
+        for package in packages:
+            try:
+                found.append(f"{package} {metadata.version(package)}")
+            except metadata.PackageNotFoundError:
+                found.append(f"{package} MISSING (pip install 'edgeprune[{extra}]')")
+        click.echo(f"{extra:8} {', '.join(found)}")
+    click.echo(f"devices  {', '.join(catalog.devices())}")
+
+
+def _progress(quiet: bool) -> Progress:
+    from edgeprune.progress import Silent, Terminal
+
+    return Silent() if quiet else Terminal()
+
+
+def _options(flags: dict[str, Any]) -> Options:
+    from edgeprune.api import Options
+
+    return Options(
+        target=flags.get("target"),
+        latency=flags.get("latency"),
+        max_drop=flags.get("max_drop"),
+        device=flags.get("device"),
+        importance=flags.get("importance") or "fisher",
+        seed=flags.get("seed"),
+        run=flags.get("run"),
+        resume=flags.get("resume"),
+        command=shlex.join(["edgeprune", *sys.argv[1:]]),
+    )
+
+
+def _load(flags: dict[str, Any], options: Options) -> LoadedWorkload:
+    """The workload that the flags and ``edgeprune.yaml`` name; wrong names fail before torch is imported."""
+    workload, base = _workload(flags)
+    from edgeprune import api
+    from edgeprune.workload import load_workload
+
+    api.check_names(options, workload)
+    return load_workload(workload, base)
+
+
+def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
+    from edgeprune import catalog, records
+    from edgeprune.specs import Workload
+
+    base = catalog.example_dir(flags["example"]) if flags["example"] else Path.cwd()
+    file = base / "edgeprune.yaml"
+    given = {k: flags[k] for k in ("model", "weights", "data") if flags[k] is not None}
+    if flags["example"] and given:
+        raise SpecError(f"--example brings its own {', '.join(given)}", hint="leave them out")
+    record: dict[str, Any] = {}
+    if file.is_file() and "model" not in given:
+        record = records.read_yaml(Workload, file).model_dump(mode="json")
+    elif "model" not in given:
+        raise SpecError("no model was named", hint="give MODEL, or run: edgeprune init")
+    elif "data" not in given:
+        raise SpecError(
+            "a model needs data", hint="add --data: an image folder, .npz or file.py:factory"
+        )
+    preprocess = {k: list(flags[k]) for k in ("mean", "std", "size") if flags[k]}
+    if flags["color"]:
+        preprocess["color"] = flags["color"]
+    if preprocess:
+        record["preprocess"] = {**record.get("preprocess", {}), **preprocess}
+    where = str(file) if record and not given else "the command line"
+    return records.parse(Workload, {**record, **given}, where=where), base

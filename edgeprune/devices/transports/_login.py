@@ -1,0 +1,223 @@
+"""From an address to a logged-in SSH connection: resolve, connect, compare the host key, log in once, each under a total deadline."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import paramiko
+from paramiko.ssh_exception import IncompatiblePeer
+
+from edgeprune.devices.transports._secrets import read_private, resolve
+from edgeprune.errors import DeadlineExceeded, DeviceError, HostKeyMismatch, SpecError, Unreachable
+from edgeprune.specs import AgentAuth, Device, HostKey, PasswordAuth
+
+LOGIN_S = 15.0
+HANDSHAKE_RATIO = 2.0  # time for the key exchange, against the time to connect
+DEAD_LINK_MS = 8_000
+CIPHERS = (
+    "aes256-gcm@openssh.com",
+    "aes128-gcm@openssh.com",
+    "aes256-ctr",
+    "aes192-ctr",
+    "aes128-ctr",
+)
+MACS = (
+    "hmac-sha2-256-etm@openssh.com",
+    "hmac-sha2-512-etm@openssh.com",
+    "hmac-sha2-256",
+    "hmac-sha2-512",
+)
+
+_log_name = "edgeprune.ssh"
+# paramiko reports broken connections on stderr unless its logger has a handler; we raise instead.
+logging.getLogger(_log_name).addHandler(logging.NullHandler())
+
+
+@contextlib.contextmanager
+def within(sock: socket.socket, deadline: float, doing: str) -> Iterator[None]:
+    """The total deadline: a timer that shuts the socket, which ends whatever waits on it."""
+    cut = threading.Event()
+
+    def shut() -> None:
+        cut.set()
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (paramiko.SSHException, OSError, EOFError, DeviceError) as error:
+        if not cut.is_set():
+            if isinstance(error, DeviceError):
+                raise
+            raise DeviceError(f"{doing} failed: {error or type(error).__name__}") from error
+    finally:
+        timer.cancel()
+    if cut.is_set():
+        raise DeadlineExceeded(f"{doing} outlasted its deadline")
+
+
+def seen_host_key(host: str, port: int, timeout_s: float) -> HostKey:
+    """The Ed25519 host key that a server shows now, for a person to compare with the one on its console. Nothing is sent to it.
+
+    Raises:
+        Unreachable: no address of the host answered in time.
+        HostKeyMismatch: the server has no Ed25519 key.
+    """
+    sock = connect(host, port, timeout_s)
+    try:
+        client = handshake(sock, f"{host}:{port}", "ssh-ed25519", timeout_s)
+        try:
+            key = client.get_remote_server_key()
+            return HostKey(sha256=_fingerprint(key), key_type=key.get_name())
+        finally:
+            client.close()
+    finally:
+        sock.close()
+
+
+def connect(host: str, port: int, timeout_s: float) -> socket.socket:
+    """A TCP connection to the first address that answers; each gets its own time, so that a dead IPv6 address costs only its share."""
+    problem = "it has no address"
+    for family, kind, protocol, _, address in _addresses(host, port, timeout_s):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_LINK_MS)
+            return sock
+        except OSError as error:
+            sock.close()
+            problem = f"no answer in {timeout_s:g} s" if isinstance(error, TimeoutError) else ""
+            problem = problem or (error.strerror or type(error).__name__).lower()
+    raise Unreachable(
+        f"{host}:{port} cannot be reached: {problem}",
+        hint="check that the board is on and that its host and port are right",
+    )
+
+
+def _addresses(host: str, port: int, timeout_s: float) -> list[Any]:
+    """All addresses of a host. The resolver has no timeout, so it runs aside and is left behind when it takes too long."""
+    found: list[Any] = []
+
+    def look() -> None:
+        with contextlib.suppress(OSError, UnicodeError):
+            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return list(found)
+
+
+def handshake(
+    sock: socket.socket, place: str, key_type: str, timeout_s: float
+) -> paramiko.Transport:
+    """Exchange keys, in twice the time allowed to connect. Only the pinned type of host key is asked for: another would look changed."""
+    client = paramiko.Transport(sock)
+    client.set_log_channel(_log_name)
+    client.daemon = True
+    limit_s = HANDSHAKE_RATIO * timeout_s
+    client.banner_timeout = client.handshake_timeout = limit_s
+    client.auth_timeout = client.channel_timeout = LOGIN_S
+    options = client.get_security_options()
+    options.ciphers, options.digests = CIPHERS, MACS
+    try:
+        options.key_types = (
+            ("rsa-sha2-512", "rsa-sha2-256") if key_type == "ssh-rsa" else (key_type,)
+        )
+    except ValueError:
+        raise SpecError(f"host_key.key_type {key_type!r} is not a known type") from None
+    try:
+        with within(sock, time.monotonic() + limit_s, f"the SSH handshake ({place})"):
+            client.start_client(timeout=limit_s)
+    except DeadlineExceeded as error:
+        client.close()
+        raise Unreachable(f"{place} accepts connections but does not speak SSH") from error
+    except DeviceError as error:
+        client.close()
+        if isinstance(error.__cause__, IncompatiblePeer):
+            raise HostKeyMismatch(
+                f"{place} shares no {key_type} host key, cipher or key exchange with this program"
+            ) from error
+        raise Unreachable(f"{error.message}", hint="is this the SSH port?") from error
+    return client
+
+
+def _fingerprint(key: paramiko.PKey) -> str:
+    digest = hashlib.sha256(key.asbytes()).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def check_host_key(client: paramiko.Transport, pinned: HostKey, place: str) -> None:
+    key = client.get_remote_server_key()
+    seen = _fingerprint(key)
+    if (key.get_name(), seen) != (pinned.key_type, pinned.sha256):
+        raise HostKeyMismatch(
+            f"{place} shows the host key {key.get_name()} {seen}, but {pinned.sha256} is pinned",
+            hint="compare with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on its console before you pin the new key",
+        )
+
+
+def login(client: paramiko.Transport, sock: socket.socket, device: Device, place: str) -> None:
+    """One attempt with the one method of the device."""
+    assert device.user is not None
+    auth = device.auth
+    assert auth is not None
+    password = resolve(auth.password_ref) if isinstance(auth, PasswordAuth) else None
+    key = None if isinstance(auth, PasswordAuth) else _private_key(device)
+    refused = ""
+    with within(sock, time.monotonic() + LOGIN_S, f"the login ({place})"):
+        try:
+            if password is not None:
+                client.auth_password(device.user, password, fallback=False)
+            else:
+                assert key is not None
+                client.auth_publickey(device.user, key)
+        except paramiko.AuthenticationException as error:
+            refused = type(error).__name__
+    if refused or not client.is_authenticated():
+        raise DeviceError(
+            f"login refused: {place} does not let {device.user!r} in by {auth.method}",
+            hint="check user and auth of the device; nothing else was tried",
+        ) from None
+
+
+def _private_key(device: Device) -> paramiko.PKey:
+    auth = device.auth
+    if isinstance(auth, AgentAuth):
+        for key in paramiko.Agent().get_keys():
+            if _fingerprint(key) == auth.key_fingerprint:
+                return key
+        raise SpecError(
+            f"the running ssh-agent has no key {auth.key_fingerprint}", hint="run: ssh-add"
+        )
+    assert auth is not None
+    assert auth.method == "key"
+    return _load_key(auth.key_file, resolve(auth.passphrase_ref) if auth.passphrase_ref else None)
+
+
+def _load_key(path: str, passphrase: str | None) -> paramiko.PKey:
+    content = read_private(Path(path)).decode(errors="replace")
+    for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
+        # The crypto library tells another kind of key, a wrong passphrase and damage apart in words only, and those may quote the file.
+        with contextlib.suppress(ValueError, TypeError, paramiko.SSHException):
+            key: paramiko.PKey = kind.from_private_key(io.StringIO(content), passphrase)
+            return key
+    raise SpecError(
+        f"the key file {path} must hold an Ed25519, ECDSA or RSA private key that auth.passphrase_ref opens, if it is locked"
+    )

@@ -1,0 +1,59 @@
+"""Secrets by reference. A secret is never stored, shown or logged: messages name the reference alone."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from edgeprune.errors import SpecError
+
+MAX_SECRET_BYTES = 64 * 1024
+
+
+def resolve(reference: str) -> str:
+    """The secret behind ``env:NAME`` or ``file:/path``; a file's last newline does not belong to it.
+
+    Raises:
+        SpecError: the variable is not set, or the file is not a private regular file of this user.
+    """
+    kind, _, place = reference.partition(":")
+    if kind == "env":
+        value = os.environ.get(place)
+        if not value:
+            raise SpecError(f"the environment variable {place} must hold a secret, but is not set")
+        return value
+    if kind != "file":
+        raise SpecError(
+            f"a secret reference must start with env: or file:, but starts with {kind!r}"
+        )
+    try:
+        return read_private(Path(place)).decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise SpecError(f"the secret file {place} must be UTF-8 text") from None
+
+
+def read_private(path: Path) -> bytes:
+    """Content of a file that only this user can read.
+
+    Raises:
+        SpecError: it cannot be read, is a link, is over 64 KiB, belongs to another user, or others may read it.
+    """
+    path = path.expanduser()
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SpecError(f"cannot read the secret file {path}: {error.strerror}") from error
+    with os.fdopen(handle, "rb") as stream:
+        facts = os.fstat(stream.fileno())
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_SECRET_BYTES:
+            raise SpecError(
+                f"the secret file {path} must be a regular file of at most {MAX_SECRET_BYTES} bytes"
+            )
+        if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+            raise SpecError(
+                f"the secret file {path} must be readable by its owner alone,"
+                f" but has mode {stat.S_IMODE(facts.st_mode):04o}",
+                hint=f"run: chmod 600 {path}",
+            )
+        return stream.read()

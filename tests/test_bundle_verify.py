@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundle_fixture import expected, facts, images, make_bundle, onnx_file, tflite_file
+
+from edgeprune.bundle import golden, manifest, verify
+from edgeprune.bundle.integrity import sums_text
+from edgeprune.bundle.verify import Level, VerifyReport, require_ok
+from edgeprune.bundle.write import Payload, write_bundle, zip_path
+from edgeprune.errors import DeviceError, IntegrityError
+from edgeprune.records import read_json, sha256_bytes, to_json, write_json
+from edgeprune.specs import Device
+
+STAND_IN = Device(transport="local", targets=("rpi4",), stand_in=True)
+
+
+def _statuses(report: VerifyReport) -> list[str]:
+    return [level.status for level in report.levels]
+
+
+def _failure(path: Path) -> Level:
+    """The failed level of a bundle that must not pass."""
+    report = verify.verify(path)
+    assert not report.ok
+    failed = [level for level in report.levels if level.status == "failed"]
+    assert len(failed) == 1
+    later = [level for level in report.levels if level.level > failed[0].level]
+    assert failed[0].level == 4 or all(level.status == "not-run" for level in later)
+    with pytest.raises(IntegrityError, match=f"failed level {failed[0].level}"):
+        require_ok(report)
+    return failed[0]
+
+
+def _resealed(folder: Path, **changes: object) -> None:
+    """Change files and facts, then make every digest right again: only what the files mean is wrong now."""
+    path = folder / manifest.MANIFEST
+    value = json.loads(path.read_bytes())
+    value.update(changes)
+    for file in value["files"]:
+        content = (folder / file["path"]).read_bytes()
+        file.update(sha256=sha256_bytes(content), size_bytes=len(content))
+        if file["path"] == value["model"]["path"]:
+            value["model"].update(sha256=file["sha256"], size_bytes=len(content))
+    path.write_bytes(json.dumps(value).encode())
+    (folder / manifest.SUMS).write_bytes(sums_text(folder))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "bundle")
+
+
+def test_a_whole_bundle_passes_as_folder_and_as_zip(folder: Path) -> None:
+    for path in (folder, zip_path(folder)):
+        report = verify.verify(path)
+        assert report.ok
+        assert _statuses(report) == ["passed", "passed", "not-run", "passed", "passed"]
+        require_ok(report)
+    assert "unsigned" in report.levels[2].detail
+    assert "8 samples" in report.levels[4].detail
+
+
+def test_a_report_survives_its_file(folder: Path, tmp_path: Path) -> None:
+    report = verify.verify(folder)
+    write_json(report, tmp_path / "report.json")
+    assert read_json(VerifyReport, tmp_path / "report.json") == report
+
+
+def test_golden_samples_run_on_every_device_that_is_named(folder: Path) -> None:
+    report = verify.verify(folder, devices=[("desk-a", STAND_IN), ("desk-b", STAND_IN)])
+    assert [level.name for level in report.levels[5:]] == ["golden on desk-a", "golden on desk-b"]
+    assert _statuses(report)[5:] == ["passed", "passed"]
+
+
+def test_a_device_that_cannot_be_reached_is_not_a_pass(folder: Path) -> None:
+    gone = Device.model_validate(
+        {
+            "transport": "ssh",
+            "targets": ("rpi4",),
+            "host": "127.0.0.1",
+            "port": 1,
+            "user": "edge",
+            "auth": {"method": "password", "password_ref": "env:EDGEPRUNE_NO_SUCH_SECRET"},
+            "host_key": {"sha256": "SHA256:" + "A" * 43},
+        }
+    )
+    report = verify.verify(folder, devices=[("pi", gone)])
+    assert not report.ok
+    assert report.levels[5].status in ("not-run", "failed")
+    with pytest.raises((DeviceError, IntegrityError), match="golden on pi"):
+        require_ok(report)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["models/model.fp32.onnx", "labels.txt", "golden/outputs.npy", "samples/python/predict.py"],
+)
+def test_a_cut_or_flipped_byte_fails_the_hashes_and_names_the_file(folder: Path, name: str) -> None:
+    whole = (folder / name).read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        (folder / name).write_bytes(damaged)
+        failed = _failure(folder)
+        assert (failed.level, failed.name) == (1, "hashes")
+        assert failed.detail.startswith(f"{name} is not what its digest says")
+
+
+def test_no_model_is_parsed_when_a_digest_is_wrong(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(*arguments: object) -> None:
+        raise AssertionError("a parser ran before the digests were checked")
+
+    monkeypatch.setattr(verify, "weight_elements", parsed)
+    monkeypatch.setattr(verify, "open_board", parsed)
+    with (folder / "models/model.fp32.onnx").open("ab") as stream:
+        stream.write(b"\0")
+    assert _failure(folder).level == 1
+
+
+def test_an_extra_a_missing_and_a_swapped_file_are_named(folder: Path) -> None:
+    extra = folder / "samples/python/extra.py"
+    extra.write_text("print()")
+    assert "samples/python/extra.py is not listed" in _failure(folder).detail
+    extra.unlink()
+    labels, readme = folder / "labels.txt", folder / "README.md"
+    first, second = labels.read_bytes(), readme.read_bytes()
+    labels.write_bytes(second)
+    readme.write_bytes(first)
+    assert "README.md is not what" in _failure(folder).detail
+    labels.unlink()
+    assert "labels.txt is missing" in _failure(folder).detail
+
+
+def test_an_edited_manifest_fails_the_hashes(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"median_ms": 1.5', '"median_ms": 0.5'))
+    assert _failure(folder).detail.startswith("manifest.json is not what its digest says")
+
+
+def test_an_edited_manifest_with_new_sums_still_has_to_match_the_files(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"mean": [\n   0.4', '"mean": [\n   0.1'))
+    (folder / "SHA256SUMS").write_bytes(sums_text(folder))
+    failed = _failure(folder)
+    assert (failed.level, failed.detail) == (
+        3,
+        "preprocess.json does not say what manifest.json says",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a valid Manifest"),
+        (b"[" * 100_000, "not a valid Manifest"),
+        (b'{"schema_version": 2}', "not a valid Manifest"),
+        (b'{"surprise": 1}', "not a valid Manifest"),
+        (b" " * (9 * 1024**2), "at most"),
+    ],
+)
+def test_a_manifest_that_breaks_the_schema_fails_the_structure(
+    folder: Path, content: bytes, message: str
+) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    failed = _failure(folder)
+    assert failed.level == 0
+    assert message in failed.detail
+
+
+def test_broken_sums_fail_the_hashes(folder: Path) -> None:
+    sums = folder / "SHA256SUMS"
+    whole = sums.read_bytes()
+    line = whole.splitlines(keepends=True)[0]
+    for wrong in (b"\xff\xfe", b"hello\n", whole + line, b"0" * 64 + b"  ../../etc/passwd\n", b""):
+        sums.write_bytes(wrong)
+        assert _failure(folder).level == 1
+
+
+def test_a_link_in_the_folder_fails_the_structure(folder: Path, tmp_path: Path) -> None:
+    model = folder / "models/model.fp32.onnx"
+    model.rename(tmp_path / "elsewhere.onnx")
+    model.symlink_to(tmp_path / "elsewhere.onnx")
+    failed = _failure(folder)
+    assert failed.level == 0
+    assert failed.detail.startswith("models/model.fp32.onnx must be a regular file")
+
+
+def test_a_hostile_zip_fails_the_structure(folder: Path, tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile.zip"
+    hostile.write_bytes(zip_path(folder).read_bytes())
+    with zipfile.ZipFile(hostile, "a") as out:
+        out.writestr("tiny-net/../../escape", "x")
+    failed = _failure(hostile)
+    assert failed.level == 0
+    assert "escape" in failed.detail
+    assert "there is no bundle" in _failure(tmp_path / "nowhere").detail
+
+
+def test_a_model_that_is_not_a_model_fails_in_the_child_only(folder: Path) -> None:
+    model = folder / "models/model.fp32.onnx"
+    for content in (b"", b"\x3a\x02\x28\x00", b"\x3a\x00" + b"\x00" * 64, b"garbage" * 20):
+        model.write_bytes(content)
+        _resealed(folder)
+        assert _failure(folder).level == 3
+
+
+def test_a_model_with_other_tensors_than_the_manifest_fails(folder: Path) -> None:
+    model = json.loads((folder / "manifest.json").read_bytes())["model"]
+    model["outputs"][0]["shape"] = [1, 4]
+    value = json.loads((folder / "preprocess.json").read_bytes())
+    value["output"]["shape"] = [1, 4]
+    (folder / "preprocess.json").write_text(json.dumps(value))
+    _resealed(folder, model=model)
+    assert "must be float32 [1, 4], but the model has float32 [1, 3]" in _failure(folder).detail
+
+
+def test_an_int8_bundle_must_hold_int8_weights(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "bundle", eight_bit=True)
+    report = verify.verify(folder)
+    assert report.ok, report
+    assert "144 int8" in report.levels[3].detail
+    onnx_file(folder / "models/model.int8.onnx")
+    _resealed(folder)
+    assert "stores 0% (144 float32)" in _failure(folder).detail
+
+
+def test_wrong_golden_outputs_fail_on_the_host_with_the_figures(folder: Path) -> None:
+    (folder / "golden/outputs.npy").write_bytes(golden.npy_bytes(expected(images()) + 1))
+    _resealed(folder)
+    failed = _failure(folder)
+    assert (failed.level, failed.name) == (4, "golden on this machine")
+    assert "largest error 1 (allowed" in failed.detail
+
+
+def test_golden_arrays_with_pickles_or_nan_or_other_shapes_fail(folder: Path) -> None:
+    path = folder / "golden/outputs.npy"
+    with path.open("wb") as stream:
+        np.save(stream, np.array([{"a": 1}] * 8, dtype=object), allow_pickle=True)
+    _resealed(folder)
+    assert "not a plain .npy array" in _failure(folder).detail
+    for wrong in (expected(images())[:, :2], expected(images()) * np.float32("nan")):
+        path.write_bytes(golden.npy_bytes(wrong))
+        _resealed(folder)
+        assert "do not fit the manifest" in _failure(folder).detail
+
+
+def test_a_runtime_that_is_not_installed_here_is_not_run_with_the_reason(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "bundle", runtime="tensorrt")
+    report = verify.verify(folder)
+    assert report.ok
+    assert _statuses(report) == ["passed", "passed", "not-run", "not-run", "not-run"]
+    assert "tensors not compared: tensorrt does not run on this-machine" in report.levels[3].detail
+    assert not verify.verify(folder, devices=[("desk", STAND_IN)]).ok
+
+
+def test_an_int8_tflite_bundle_passes_with_and_without_xnnpack(tmp_path: Path) -> None:
+    artifact = tflite_file(tmp_path / "m.tflite")
+    steps = np.rint(np.clip(expected(images()) / 0.25, -128, 127))
+    payload = Payload(
+        model=artifact,
+        model_file=tmp_path / "m.tflite",
+        golden_inputs=images(),
+        golden_outputs=(steps * 0.25).astype(np.float32),
+    )
+    folder = write_bundle(tmp_path / "bundle", facts("litert"), payload)
+    report = verify.verify(folder)
+    assert report.ok, report
+    assert "allowed 0.75" in report.levels[4].detail
+    assert report.levels[4].detail.endswith("the built-in kernels run it too")
+
+
+def test_the_report_of_a_best_effort_bundle_says_so(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "bundle", failed_gates=("latency",))
+    detail = verify.verify(folder).levels[0].detail
+    assert detail == "tiny-net for rpi4, best-effort, gates missed: latency"
+
+
+def test_a_manifest_in_another_key_order_is_still_the_manifest(folder: Path) -> None:
+    assert (folder / "manifest.json").read_bytes() == to_json(
+        read_json(manifest.Manifest, folder / "manifest.json")
+    )
+    _resealed(folder)
+    assert verify.verify(folder).ok

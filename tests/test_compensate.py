@@ -1,0 +1,372 @@
+"""Repair without training: fresh batch-norm statistics, and least squares on what a pruned layer sees."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune.compress import compensate as module
+from edgeprune.compress import evaluate
+from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
+from edgeprune.compress.evaluate import kl_nats, logits, quality
+from edgeprune.compress.least_squares import LayerFit, as_positions, input_rows, refit
+from edgeprune.errors import ModelError
+from edgeprune.progress import Silent
+
+KEPT = (0, 2, 3, 5, 6, 7, 9, 11)
+
+
+class ConvNet(nn.Module):
+    """Plain, strided, depthwise and grouped convolutions and a classifier; the spine of 12 channels can be pruned."""
+
+    def __init__(self, spine: int = 12, groups: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, spine, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(spine)
+        self.depthwise = nn.Conv2d(spine, spine, 3, padding=1, groups=spine)
+        self.mix = nn.Conv2d(spine, 16, 3, stride=2, padding=1, groups=groups)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.classifier = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.stem(x)))
+        x = torch.relu(self.norm2(self.mix(torch.relu(self.depthwise(x)))))
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+def dense_net(groups: int = 1) -> ConvNet:
+    torch.manual_seed(0)
+    net = ConvNet(groups=groups).eval()
+    with torch.no_grad():
+        net.classifier.weight.mul_(20)  # logits that tell classes apart
+        for norm in (net.norm1, net.norm2):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-0.3, 0.3)
+    return recalibrate_batchnorm(net, samples(256))
+
+
+def samples(n: int, seed: int = 1) -> Tensor:
+    """Smooth random images ``[n, 3, 8, 8]``: neighbours correlate, as in photographs."""
+    noise = torch.randn(n, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
+    return functional.avg_pool2d(noise, 3, 1) * 3
+
+
+def without_channels(dense: ConvNet, kept: tuple[int, ...]) -> ConvNet:
+    """The spine cut to ``kept`` by hand; the mixing convolution must have no groups."""
+    small, index = ConvNet(len(kept)).eval(), torch.tensor(kept)
+    state = dense.state_dict()
+    for name, tensor in state.items():
+        if name == "mix.weight":
+            state[name] = tensor[:, index]
+        elif name.split(".")[0] in ("stem", "norm1", "depthwise") and tensor.ndim:
+            state[name] = tensor[index]
+    small.load_state_dict(state)
+    return small
+
+
+KEPT_OUTPUTS = {"stem": KEPT, "depthwise": KEPT}
+
+
+def test_recalibrated_statistics_are_those_of_the_data() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.3), nn.Dropout(0.9))
+    net.train()
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(10, 3)
+    whole = recalibrate_batchnorm(net, x)
+    seen = net[0](x).detach()
+    torch.testing.assert_close(whole[1].running_mean, seen.mean(0))
+    torch.testing.assert_close(whole[1].running_var, seen.var(0, correction=1))
+    halves = recalibrate_batchnorm(net, x, batch_size=5)
+    mean = (seen[:5].mean(0) + seen[5:].mean(0)) / 2
+    var = (seen[:5].var(0, correction=1) + seen[5:].var(0, correction=1)) / 2
+    torch.testing.assert_close(halves[1].running_mean, mean)
+    torch.testing.assert_close(halves[1].running_var, var)
+    assert whole[1].momentum == 0.3
+    assert not any(part.training for part in whole.modules())
+    assert net.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_the_last_batch_is_never_a_single_sample() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    x = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    for size in (1, 2, 4, 8):
+        assert recalibrate_batchnorm(net, x, batch_size=size)[1].running_var.isfinite().all()
+    with pytest.raises(ModelError, match="at least 2"):
+        recalibrate_batchnorm(net, x[:1])
+
+
+def test_a_net_without_batchnorm_comes_back_as_a_copy() -> None:
+    net = nn.Linear(2, 2)
+    found = recalibrate_batchnorm(net, torch.zeros(1, 2))
+    assert found is not net
+    assert torch.equal(found.weight, net.weight)
+    assert found.weight.data_ptr() != net.weight.data_ptr()
+
+
+def test_compensation_brings_a_pruned_net_closer_to_the_dense_one() -> None:
+    dense = dense_net()
+    pruned = without_channels(dense, KEPT)
+    kept_states = [copy.deepcopy(net.state_dict()) for net in (dense, pruned)]
+    found, report = compensate(pruned, dense, KEPT_OUTPUTS, samples(200), progress=Silent())
+    assert report.used
+    assert report.kl_compensated < 0.7 * report.kl_recalibrated
+    assert [fit.name for fit in report.fitted] == ["mix"]
+    assert report.fitted[0].error_after < report.fitted[0].error_before
+    fresh = samples(300, seed=9)
+    reference = logits(dense, fresh)
+    recalibrated = recalibrate_batchnorm(pruned, samples(200))
+    after, before = (kl_nats(reference, logits(net, fresh)) for net in (found, recalibrated))
+    assert after < before
+    for net, state in zip((dense, pruned), kept_states, strict=True):
+        assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+        assert not net.training
+
+
+def test_channels_that_others_repeat_cost_nothing_after_compensation() -> None:
+    dense = dense_net()
+    twins = {
+        1: 0,
+        4: 3,
+        8: 7,
+        10: 11,
+    }  # each removed channel says what a kept one says, twice as loud
+    with torch.no_grad():
+        for gone, twin in twins.items():
+            for layer in (dense.stem, dense.norm1, dense.depthwise):
+                for tensor in layer.state_dict().values():
+                    if tensor.ndim:
+                        tensor[gone] = tensor[twin]
+            dense.norm1.weight[gone] *= 2
+            dense.norm1.bias[gone] *= 2
+            dense.depthwise.bias[gone] *= 2
+    dense = recalibrate_batchnorm(dense, samples(400))
+    pruned = without_channels(dense, KEPT)
+    found, report = compensate(
+        pruned, dense, KEPT_OUTPUTS, samples(400), progress=Silent(), ridge=1e-6
+    )
+    assert report.kl_recalibrated > 1e-2
+    assert report.kl_compensated < 1e-3
+    assert report.fitted[0].error_before > 0.05
+    assert report.fitted[0].error_after < 1e-4
+    wanted = dense.mix.weight[:, list(KEPT)].detach().clone()
+    for gone, twin in twins.items():
+        wanted[:, KEPT.index(twin)] += 2 * dense.mix.weight[:, gone]
+    torch.testing.assert_close(found.mix.weight, wanted, rtol=0, atol=0.02)
+
+
+def test_a_net_that_lost_nothing_is_left_alone() -> None:
+    dense = dense_net()
+    found, report = compensate(dense, dense, {}, samples(50), progress=Silent())
+    assert not report.fitted
+    assert not report.skipped
+    assert not report.used
+    assert "no layer" in report.note
+    assert torch.equal(found.mix.weight, dense.mix.weight)
+
+
+def test_a_repair_that_does_not_help_is_not_kept() -> None:
+    dense = dense_net()
+    pruned = without_channels(dense, KEPT)
+    x = samples(200)
+    x[:160] = 0.01 * x[:160] + 5  # what is fitted says nothing about what is held out
+    found, report = compensate(pruned, dense, KEPT_OUTPUTS, x, progress=Silent(), ridge=1e-4)
+    assert not report.used
+    assert report.kl_compensated >= report.kl_recalibrated
+    assert "not kept" in report.note
+    assert torch.equal(found.mix.weight, pruned.mix.weight)
+
+
+def test_layers_that_cannot_be_refitted_are_skipped_with_the_reason() -> None:
+    class Odd(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, width)
+            self.twice = nn.Linear(width, width)
+            self.grouped = nn.Conv2d(width, 8, 1, groups=2)
+            self.wide = nn.Linear(width, 8)
+            self.unused = nn.Linear(width, 8)
+            self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(width, 4))
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.twice(torch.relu(self.twice(torch.relu(self.first(x))))))
+            mixed = self.grouped(x[..., None, None]).flatten(1)
+            return self.last(mixed + self.wide(x)) + self.computed(x)[:, :3]
+
+    torch.manual_seed(0)
+    dense, pruned = Odd(8), Odd(6)
+    kept = {"first": tuple(range(6)), "twice": tuple(range(6))}
+    _, report = compensate(pruned, dense, kept, torch.randn(60, 6), progress=Silent(), max_inputs=3)
+    assert dict(report.skipped) == {
+        "twice": "it does not run exactly once on one tensor of all samples",
+        "grouped": "grouped convolution",
+        "wide": "6 input taps are over the limit of 3",
+        "unused": "it does not run exactly once on one tensor of all samples",
+        "computed": "its weight is computed by a parametrisation",
+    }
+    assert not report.fitted
+    _, report = compensate(pruned, dense, kept, torch.randn(10, 6), progress=Silent())
+    assert dict(report.skipped)["wide"] == "8 rows are too few for 6 input taps"
+
+
+def test_linear_layers_over_tokens_are_fitted_with_their_bias() -> None:
+    class Tokens(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.up = nn.Linear(6, width)
+            self.down = nn.Linear(width, 6)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x + self.down(functional.gelu(self.up(x)))).mean(1))
+
+    torch.manual_seed(0)
+    dense, pruned = Tokens(16), Tokens(10)
+    with torch.no_grad():
+        dense.head.weight.mul_(10)
+        dense.up.bias.add_(
+            2
+        )  # removed neurons leave a mean behind, which only the bias can replace
+    kept = tuple(range(10))
+    state = dense.state_dict()
+    state["up.weight"], state["up.bias"] = state["up.weight"][:10], state["up.bias"][:10]
+    state["down.weight"] = state["down.weight"][:, :10]
+    pruned.load_state_dict(state)
+    x = torch.randn(200, 7, 6, generator=torch.Generator().manual_seed(0))
+    found, report = compensate(pruned, dense, {"up": kept}, x, progress=Silent())
+    assert report.used
+    assert [fit.name for fit in report.fitted] == ["down"]
+    assert report.fitted[0].rows == 160 * 7
+    assert report.kl_compensated < 0.2 * report.kl_recalibrated
+    assert not torch.equal(found.down.bias, pruned.down.bias)
+
+
+def test_a_strong_pull_leaves_the_weights_where_they_are() -> None:
+    dense = dense_net()
+    pruned = without_channels(dense, KEPT)
+    x, y = torch.randn(400, 72), torch.randn(400, 16)
+    layer = copy.deepcopy(pruned.mix)
+    assert isinstance(refit("mix", layer, x, y, ridge=1e9, centred=True), LayerFit)
+    torch.testing.assert_close(layer.weight, pruned.mix.weight, rtol=0, atol=1e-5)
+
+
+def test_the_solution_is_that_of_the_stacked_least_squares_problem() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(5, 3)
+    x, y = (torch.randn(90, n, generator=generator) for n in (5, 3))
+    now = layer.weight.detach().double().T
+    deviations = (x - x.mean(0)).double()
+    pull = 0.1 * float(deviations.square().sum(0).mean())
+    rows = torch.cat([deviations, math.sqrt(pull) * torch.eye(5, dtype=torch.float64)])
+    wanted = torch.cat([(y - y.mean(0)).double(), math.sqrt(pull) * now])
+    expected = torch.linalg.lstsq(rows, wanted).solution
+    found = refit("layer", layer, x, y, ridge=0.1, centred=True)
+    assert isinstance(found, LayerFit)
+    torch.testing.assert_close(layer.weight.T.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer(x).mean(0), y.mean(0), rtol=0, atol=1e-5)
+    missed = (deviations @ expected - (y - y.mean(0))).square().sum() / (
+        y - y.mean(0)
+    ).square().sum()
+    assert found.error_after == pytest.approx(float(missed), rel=1e-3)
+    silent = refit("layer", layer, torch.zeros(90, 5), y, ridge=0.1, centred=True)
+    assert silent == "its inputs or the dense outputs do not vary"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (3, 2), "padding": "same", "dilation": 2},
+        {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 2)},
+        {"kernel_size": 5, "padding": "valid"},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "reflect"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    ],
+)
+def test_sampled_rows_times_the_weight_are_the_convolution(options: dict) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, bias=False, **options)
+    x = torch.randn(2, 3, 7, 8)
+    output = as_positions(layer, layer(x)).detach()
+    where = torch.randint(output.shape[1], (2, 9), generator=torch.Generator().manual_seed(0))
+    rows = input_rows(layer, x, where)
+    expected = torch.stack([output[n, where[n]] for n in range(2)]).flatten(0, 1)
+    torch.testing.assert_close(rows @ layer.weight.detach().flatten(1).T, expected)
+
+
+def test_the_bounds_on_memory_reduce_the_samples_and_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense = dense_net()
+    pruned = without_channels(dense, KEPT)
+    whole = compensate(pruned, dense, KEPT_OUTPUTS, samples(500), progress=Silent())[1]
+    assert (whole.n_samples, whole.fitted[0].rows) == (400, 4400)
+    monkeypatch.setattr(module, "MAX_CACHE_BYTES", 4 * 400 * 3 * 16)
+    fewer_rows = compensate(pruned, dense, KEPT_OUTPUTS, samples(500), progress=Silent())[1]
+    assert (fewer_rows.n_samples, fewer_rows.fitted[0].rows) == (400, 1200)
+    monkeypatch.setattr(module, "MAX_ACTIVATION_BYTES", 100 * 4 * 4 * 16 * 64)
+    fewer = compensate(pruned, dense, KEPT_OUTPUTS, samples(500), progress=Silent())[1]
+    assert 100 <= fewer.n_samples < 400
+
+
+def test_kept_channels_must_fit_the_layers() -> None:
+    dense = dense_net()
+    pruned = without_channels(dense, KEPT)
+    wrong = {**KEPT_OUTPUTS, "mix": (0, 1)}
+    with pytest.raises(ModelError, match="'mix' must name 16 of 16"):
+        compensate(pruned, dense, wrong, samples(40), progress=Silent())
+    with pytest.raises(ModelError, match="at least 10"):
+        compensate(pruned, dense, KEPT_OUTPUTS, samples(9), progress=Silent())
+
+
+def test_the_same_inputs_give_the_same_repair() -> None:
+    dense = dense_net()
+    pruned = without_channels(dense, KEPT)
+    found = [
+        compensate(pruned, dense, KEPT_OUTPUTS, samples(100), progress=Silent())[0]
+        for _ in range(2)
+    ]
+    states = [net.state_dict() for net in found]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_quality_is_accuracy_with_labels_and_agreement_without() -> None:
+    found = np.array([[2.0, 1.0], [0.0, 3.0], [np.nan, 0.0], [1.0, 0.0]])
+    reference = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    assert quality(found, np.array([0, 1, 0, 1]), reference) == ("accuracy", 0.5)
+    assert quality(found, None, reference) == ("agreement", 0.5)  # a row of NaN never counts
+
+
+def test_the_divergence_is_that_of_the_formula() -> None:
+    reference, found = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])
+    assert kl_nats(reference, reference) == 0
+    expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert kl_nats(reference, found) == pytest.approx(expected)
+    assert kl_nats(reference + 5, found - 2) == pytest.approx(expected)
+
+
+def test_logits_do_not_depend_on_the_batches_and_restore_every_mode() -> None:
+    net = dense_net().train()
+    net.norm1.eval()
+    x = samples(7)
+    whole = logits(net, x)
+    assert whole.shape == (7, 5)
+    torch.testing.assert_close(logits(net, x, batch_size=2), whole)
+    assert net.training
+    assert not net.norm1.training
+    (whole.requires_grad_() ** 2).sum().backward()  # not an inference tensor: usable as a target
+    with pytest.raises(ModelError, match="at least one sample"):
+        logits(net, x[:0])
+    with pytest.raises(ModelError, match=r"returned \[7, 3, 8, 8\]"):
+        logits(nn.Identity(), x)
+    with pytest.raises(ModelError, match="returned tuple"):
+        logits(nn.LSTM(3, 3), torch.zeros(2, 2, 3))
+    assert evaluate.device_of(nn.Identity()).type == "cpu"

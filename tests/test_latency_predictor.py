@@ -1,0 +1,219 @@
+"""Whole nets from kernel tables: prediction, correction, sampling, and the widths that pay."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from edgeprune.errors import SpecError
+from edgeprune.latency.predictor import (
+    Factor,
+    LatencyModel,
+    TimedNet,
+    admissible_grids,
+    build_model,
+    correct,
+    dense_net,
+    evaluate,
+    restrict,
+    sample_nets,
+    smallest_net,
+)
+from edgeprune.latency.table import LatencyTable, probe_points, slot_grids, tabulate
+
+GRIDS = {
+    "stem": (8, 16, 24, 32),
+    "inner": tuple(range(16, 97, 8)),
+    "late": tuple(range(16, 129, 8)),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    signature: str
+    op: str
+    variables: tuple[str, ...]
+
+
+KERNELS = (
+    Shape("first", "CONV_2D", ("stem",)),
+    Shape("conv", "CONV_2D", ("stem", "inner")),
+    Shape("dw", "DEPTHWISE", ("inner",)),
+    Shape("conv2", "CONV_2D", ("inner", "late")),
+    Shape("square", "CONV_2D", ("late", "late")),
+    Shape("end", "SOFTMAX", ()),
+)
+COSTS: dict[str, Callable[..., float]] = {
+    "first": lambda w: 9e4 + 3000.0 * w,
+    "conv": lambda i, o: 2e4 + 120.0 * i * o,
+    "dw": lambda w: 1e4 + 2500.0 * w,
+    "conv2": lambda i, o: 2e4 + 80.0 * i * o,
+    "square": lambda i, o: 3e4 + 25.0 * i * o,
+    "end": lambda: 1e5,
+}
+
+
+def kernels_ms(widths: Mapping[str, int], scales: Mapping[str, float] | None = None) -> float:
+    """The sum of the kernels, written out."""
+    return sum(
+        (scales or {}).get(k.op, 1.0) * COSTS[k.signature](*(widths[v] for v in k.variables)) / 1e6
+        for k in KERNELS
+    )
+
+
+def model() -> LatencyModel:
+    ops = {k.signature: k.op for k in KERNELS}
+    kernels = tuple(
+        tabulate(name, ops[name], grids, {p: COSTS[name](*p) for p in probe_points(grids, seed=0)})
+        for name, grids in slot_grids(KERNELS, GRIDS).items()
+    )
+    table = LatencyTable(fingerprint_key="pi", precision="fp32", format="tflite", kernels=kernels)
+    return build_model(table, KERNELS, GRIDS)
+
+
+def timed(
+    truth: Callable[[Mapping[str, int]], float], count: int, seed: int, noise: float = 0.0
+) -> list[TimedNet]:
+    draw = random.Random(seed)
+    nets = [dense_net(GRIDS), smallest_net(GRIDS), *sample_nets(GRIDS, count, seed)]
+    return [TimedNet(net, truth(net) * (1 + draw.gauss(0, noise))) for net in nets]
+
+
+def test_the_prediction_is_the_sum_of_the_kernels_at_every_structure() -> None:
+    built = model()
+    for net in sample_nets(GRIDS, 30, seed=1):
+        assert built.predict(net) == pytest.approx(kernels_ms(net), rel=1e-3)
+    assert built.predict({}) == pytest.approx(kernels_ms(dense_net(GRIDS)))
+
+
+def test_merging_for_the_solver_changes_no_prediction() -> None:
+    corrected = LatencyModel(
+        GRIDS, model().factors, 0.2, 1.3, -0.05, {"CONV_2D": 0.7, "": 2.0, "DEPTHWISE": 3.0}
+    )
+    constant, factors = corrected.merged()
+    assert len({f.variables for f in factors}) == len(factors)
+    for net in sample_nets(GRIDS, 10, seed=2):
+        place = {name: GRIDS[name].index(width) for name, width in net.items()}
+        total = constant + sum(
+            float(f.cost_ms[tuple(place[v] for v in f.variables)]) for f in factors
+        )
+        assert total == pytest.approx(corrected.predict(net))
+
+
+def test_widths_off_the_grid_and_unknown_groups_are_refused() -> None:
+    with pytest.raises(SpecError, match="width 33 of 'inner' is not on the grid"):
+        model().predict({"inner": 33})
+    with pytest.raises(SpecError, match="no such group"):
+        model().predict({"outer": 32})
+
+
+def test_factors_must_fit_their_grids() -> None:
+    with pytest.raises(ValueError, match="must have shape"):
+        LatencyModel(GRIDS, (Factor(("stem",), np.zeros(3)),))
+    with pytest.raises(ValueError, match="once"):
+        LatencyModel(GRIDS, (Factor(("stem", "stem"), np.zeros((4, 4))),))
+
+
+@pytest.mark.parametrize(("scale", "offset_ms"), [(0.85, 0.3), (1.17, -0.08), (3.0, 0.0)])
+def test_ten_noisy_nets_recover_scale_and_offset(scale: float, offset_ms: float) -> None:
+    def truth(net: Mapping[str, int]) -> float:
+        return scale * kernels_ms(net) + offset_ms
+
+    corrected = correct(model(), timed(truth, 8, seed=3, noise=0.01))
+    assert corrected.scale == pytest.approx(scale, rel=0.05)
+    assert corrected.offset_ms == pytest.approx(offset_ms, abs=0.05 * truth(dense_net(GRIDS)))
+    assert not corrected.class_scales
+    mean, worst = evaluate(corrected, timed(truth, 20, seed=4))
+    assert mean < 0.01
+    assert worst < 0.03
+    assert evaluate(model(), timed(truth, 20, seed=4))[0] > 0.05
+
+
+def test_a_correction_starts_from_the_kernels_whatever_was_there_before() -> None:
+    nets = timed(lambda net: 1.4 * kernels_ms(net), 8, seed=3, noise=0.01)
+    once = correct(model(), nets)
+    twice = correct(correct(correct(model(), nets[:3]), nets), nets)
+    assert (twice.scale, twice.offset_ms) == (once.scale, once.offset_ms)
+
+
+def test_without_nets_nothing_is_corrected() -> None:
+    corrected = correct(model(), [])
+    assert corrected.scale == pytest.approx(1)
+    assert corrected.offset_ms == 0
+
+
+def test_heavy_nets_pull_the_fit_towards_them() -> None:
+    nets = timed(lambda net: 1.2 * kernels_ms(net), 8, seed=3)
+    odd = TimedNet(sample_nets(GRIDS, 1, seed=9)[0], 0.0, 1.0)
+    odd = odd._replace(ms=1.3 * kernels_ms(odd.widths))
+    errors = [
+        abs(correct(model(), [*nets, odd._replace(weight=w)]).predict(odd.widths) / odd.ms - 1)
+        for w in (1.0, 3.0, 30.0)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_kernel_classes_get_their_own_scales_when_one_is_not_enough() -> None:
+    scales = {"CONV_2D": 0.8, "DEPTHWISE": 3.0}
+
+    def truth(net: Mapping[str, int]) -> float:
+        return kernels_ms(net, scales) + 0.1
+
+    nets = timed(truth, 10, seed=5, noise=0.005)
+    corrected = correct(model(), nets)
+    ratio = corrected.class_scales["DEPTHWISE"] / corrected.class_scales["CONV_2D"]
+    assert ratio == pytest.approx(3.0 / 0.8, rel=0.2)
+    assert evaluate(corrected, timed(truth, 20, seed=6))[0] < 0.02
+
+
+def test_predictions_stay_above_zero_whatever_the_nets_say() -> None:
+    nets = [(net, max(1e-3, kernels_ms(net) - 0.6), 1.0) for net in sample_nets(GRIDS, 8, 0)]
+    corrected = correct(model(), nets)
+    assert corrected.scale > 0
+    assert corrected.predict(smallest_net(GRIDS)) > 0
+
+
+def test_timings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        correct(model(), [(dense_net(GRIDS), 0.0, 1.0)])
+    with pytest.raises(ValueError, match="held-out"):
+        evaluate(model(), [])
+
+
+def test_any_first_few_sampled_nets_span_small_to_large() -> None:
+    grids = {f"g{i}": tuple(range(8, 129, 8)) for i in range(30)}
+    nets = sample_nets(grids, 12, seed=0)
+    assert nets == sample_nets(grids, 12, seed=0)
+    assert nets != sample_nets(grids, 12, seed=1)
+    shares = [sum(net.values()) / sum(dense_net(grids).values()) for net in nets]
+    assert min(shares[:8]) < 0.35
+    assert max(shares[:8]) > 0.75
+    assert all(net[g] in grid for net in nets for g, grid in grids.items())
+    gaps = np.diff(sorted(shares))
+    assert gaps.max() < 0.2
+
+
+def test_the_widths_that_pay_come_from_all_kernels_a_group_touches() -> None:
+    widths = tuple(range(4, 65, 4))
+    stairs = np.array([-(-w // 16) * 16.0 for w in widths])
+    smooth = np.arange(4.0, 65.0, 4.0)
+    grids = {"a": widths, "b": widths, "fixed": (10,)}
+    tiled = LatencyModel(grids, (Factor(("a", "b"), np.multiply.outer(smooth, stairs)),))
+    assert admissible_grids(tiled) == {"a": widths, "b": (16, 32, 48, 64), "fixed": (10,)}
+    assert len(admissible_grids(tiled, most=5)["a"]) == 5
+    both = LatencyModel(grids, (*tiled.factors, Factor(("b",), 100 * smooth)))
+    assert admissible_grids(both)["b"] == widths
+
+
+def test_a_restricted_model_predicts_the_same_on_fewer_widths() -> None:
+    full = correct(model(), timed(lambda net: 1.2 * kernels_ms(net) + 0.2, 8, seed=0))
+    grids = {"stem": (16, 32), "inner": (16, 56, 96), "late": (128,)}
+    small = restrict(full, grids)
+    for chosen in itertools.product(*grids.values()):
+        net = dict(zip(grids, chosen, strict=True))
+        assert small.predict(net) == pytest.approx(full.predict(net), rel=1e-12)

@@ -1,0 +1,140 @@
+"""The report as text, and reports beside each other: the same figures as the page, in any width."""
+
+# ruff: noqa: RUF001  (figures are printed with a true minus sign)
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from report_fixture import make_empty_report, make_report, median_of
+
+from edgeprune.report import compare_text, render_html, render_terminal
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_text_has_the_headline_figures_of_the_page() -> None:
+    report = make_report()
+    text, page = flat(render_terminal(report, width=100)), render_html(report).decode()
+    ratio = median_of(report, "dense-int8") / median_of(report, "pruned-int8")
+    for figure in (
+        "PASSED",
+        report.headline,
+        f"{median_of(report, 'pruned-int8'):.2f} ms",
+        f"{ratio:.2f}{TIMES}",
+        "92.18 %",
+        "−0.44 pp against dense INT8",
+        "−0.66 pp against dense FP32",
+        "445 kB",
+        "47.91 % of dense int8",
+        "−51.52 pp",
+        "2.1 %",
+        "91.99 %",
+    ):
+        assert figure in text, figure
+        assert figure in page, figure
+
+
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_no_line_is_wider_than_the_terminal_and_no_figure_is_cut(width: int) -> None:
+    text = render_terminal(make_report(), width=width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    assert text.endswith("\n")
+    for figure in ("dense FP32", "pruned INT8", "445 kB", "21.5 M"):
+        assert figure in text
+
+
+def test_the_stamp_stands_above_the_figures_unless_a_board_was_measured() -> None:
+    stand_in = flat(render_terminal(make_report(), width=100))
+    assert stand_in.index("Stand-in figures") < stand_in.index("Result")
+    assert "ms stand-in, budget" in stand_in
+    assert "Emulated board" in flat(render_terminal(make_report(stamp="emulated"), width=100))
+    measured = flat(render_terminal(make_report(stamp="measured"), width=100))
+    assert "Stand-in figures" not in measured
+    assert "Emulated" not in measured
+    assert "ms measured, budget" in measured
+
+
+def test_a_best_effort_names_the_missed_gates() -> None:
+    gates = tuple(g.model_copy(update={"met": g.name != "latency"}) for g in make_report().gates)
+    text = render_terminal(make_report(passed=False, gates=gates), width=100)
+    assert text.startswith("BEST EFFORT\n")
+    assert "missed: latency" in text
+    assert "PASSED" not in text
+
+
+def test_an_empty_report_still_prints() -> None:
+    text = render_terminal(make_empty_report(), width=80)
+    assert text.startswith("BEST EFFORT\nNothing was timed\n")
+    assert "error not judged" in text
+
+
+def test_hostile_names_reach_the_terminal_neither_as_escapes_nor_as_markup() -> None:
+    text = render_terminal(
+        make_report(model="\x1b[2J[bold red]evil[/]\r:boom:", notes=("a\nb",)), width=100
+    )
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert "[bold red]evil[/] :boom:" in text
+    assert "- a b" in text
+
+
+def test_colour_only_comes_when_asked_for_and_changes_no_word() -> None:
+    import re
+
+    report = make_report()
+    colored = render_terminal(report, width=90, color=True)
+    assert "\x1b[" in colored
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", colored)
+    assert flat(plain) == flat(render_terminal(report, width=90))
+
+
+def test_many_groups_are_cut_short_with_the_number_left_out() -> None:
+    plan = make_report().plan
+    many = tuple(
+        g.model_copy(update={"name": f"{g.name}{i}"}) for g in plan.groups for i in range(3)
+    )
+    text = render_terminal(make_report(plan=plan.model_copy(update={"groups": many})), width=90)
+    assert f"and {len(many) - 12} more in the page" in text
+
+
+def test_compared_runs_stand_in_columns() -> None:
+    first = make_report()
+    second = make_report(model="other.py:net", passed=False, budget="9ms", limit_ms=9.0)
+    text = compare_text([first, second], width=100)
+    lines = {line.split("  ")[0].strip(): line for line in text.splitlines()}
+    assert "PASSED" in lines["result"]
+    assert "BEST EFFORT" in lines["result"]
+    assert "net.py:build" in lines["model"]
+    assert "other.py:net" in lines["model"]
+    assert "50% (6.60 ms)" in lines["budget"]
+    assert "9ms (9.00 ms)" in lines["budget"]
+    assert lines["speed-up*"].count(TIMES) == 4  # value and interval, twice
+    assert "!" not in text
+
+
+def test_runs_that_do_not_compare_are_called_out() -> None:
+    other = make_report(stamp="measured", ledger=make_report().ledger[:1])
+    fewer = other.model_copy(update={"ledger": (other.ledger[0].model_copy(update={"n": 50}),)})
+    text = flat(compare_text([make_report(), fewer], width=110))
+    assert "different devices or set-ups" in text
+    assert "different stamps" in text
+    assert "on other samples" in text
+
+
+def test_runs_with_missing_parts_and_no_runs_at_all_still_compare() -> None:
+    text = compare_text([make_empty_report(), make_report()], width=100)
+    assert next(line for line in text.splitlines() if line.startswith("latency")).split()[1] == "—"
+    assert compare_text([], width=80) == "No run to compare.\n"
+
+
+def test_the_report_never_imports_torch() -> None:
+    code = "import sys, edgeprune.report; sys.exit('torch' in sys.modules or 'rich.table' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,281 @@
+"""The search against enumeration: feasible always, best almost always, never far from it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.errors import BudgetError
+from edgeprune.latency.predictor import Factor, LatencyModel
+from edgeprune.search import Problem, alternatives, fastest, pareto, solve
+
+
+def random_problem(draw: np.random.Generator, groups: int, widths: int) -> Problem:
+    """A chain of spines with inner groups between neighbours, kernels of padded bilinear cost, and sometimes a concat of three."""
+    names = [f"g{i:02d}" for i in range(groups)]
+    grids = {name: tuple(range(8, 8 * widths + 1, 8)) for name in names}
+    factors: list[Factor] = []
+
+    def kernel(*variables: str) -> None:
+        cost = np.array(1.0)
+        for name in variables:
+            tile = int(draw.choice([8, 16]))
+            cost = cost[..., None] * np.array([-(-w // tile) * tile / 64 for w in grids[name]])
+        factors.append(Factor(variables, draw.uniform(0.1, 1) * (cost + draw.uniform(0, 0.4))))
+
+    spines = max(1, groups // 3)
+    for inner in range(spines, groups):
+        spine = int(draw.integers(spines))
+        kernel(names[spine], names[inner])
+        kernel(names[inner])
+        kernel(names[inner], names[min(spines - 1, spine + 1)])
+    if groups >= 4 and draw.random() < 0.5:
+        kernel(*draw.choice(names, 3, replace=False).tolist())
+    costs = {}
+    for name in names:
+        curve = np.sort(draw.exponential(size=widths))[::-1] * draw.lognormal()
+        costs[name] = curve - curve[-1]
+    model = LatencyModel(
+        grids, tuple(factors), 0.1, draw.uniform(0.8, 1.4), draw.uniform(-0.05, 0.3)
+    )
+    return Problem(grids, costs, model)
+
+
+def enumerated(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Latency and cost of every structure, one axis per group."""
+    names = list(problem.grids)
+    shape = [len(problem.grids[name]) for name in names]
+    model = problem.model
+    time_ms = np.full(shape, model.constant_ms)
+    cost = np.zeros(shape)
+    for factor in model.factors:
+        axes = [names.index(v) for v in factor.variables]
+        table = np.transpose(factor.cost_ms, np.argsort(axes))
+        time_ms += table.reshape([n if i in axes else 1 for i, n in enumerate(shape)])
+    for axis, name in enumerate(names):
+        cost += problem.cost_nats[name].reshape([-1 if i == axis else 1 for i in range(len(names))])
+    return model.scale * time_ms + model.offset_ms, cost
+
+
+def limit_at(time_ms: np.ndarray, share: float) -> float:
+    """A limit between the fastest structure and the dense one, both included whatever the order of summation rounds to."""
+    return float(time_ms.min() + share * (time_ms.flat[-1] - time_ms.min())) + 1e-9
+
+
+def test_small_problems_are_solved_within_the_limit_and_almost_always_exactly() -> None:
+    draw = np.random.default_rng(0)
+    exact, total = 0, 150
+    for _ in range(total):
+        problem = random_problem(draw, int(draw.integers(2, 7)), 4)
+        time_ms, cost = enumerated(problem)
+        limit_ms = limit_at(time_ms, draw.uniform(0.02, 0.98))
+        best = float(cost[time_ms <= limit_ms].min())
+        found = solve(problem, limit_ms)
+        assert problem.model.predict(found.widths) <= limit_ms + 1e-12
+        assert found.predicted_ms == pytest.approx(problem.model.predict(found.widths))
+        assert found.cost_nats <= 1.05 * best + 1e-3 * cost.max()
+        assert found.bound_nats is not None
+        assert found.bound_nats <= best + 1e-9
+        exact += found.cost_nats <= best + 1e-9
+    assert exact >= 0.95 * total
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000))
+def test_a_larger_limit_never_costs_more(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    problem = random_problem(draw, int(draw.integers(2, 7)), 4)
+    time_ms, _ = enumerated(problem)
+    costs = [
+        solve(problem, limit_at(time_ms, share)).cost_nats for share in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    # Exact solutions are monotone; the 5 % is what local search may leave.
+    assert all(b <= 1.05 * a + 1e-9 for a, b in itertools.pairwise(costs))
+    assert costs[-1] == 0
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000))
+def test_the_fastest_structure_is_the_fastest_of_all_and_is_the_last_feasible(seed: int) -> None:
+    problem = random_problem(np.random.default_rng(seed), 5, 4)
+    time_ms, _ = enumerated(problem)
+    edge = fastest(problem)
+    assert edge.predicted_ms == pytest.approx(time_ms.min())
+    assert solve(problem, edge.predicted_ms).predicted_ms <= edge.predicted_ms
+    with pytest.raises(BudgetError, match=r"the fastest structure is predicted at"):
+        solve(problem, 0.999 * edge.predicted_ms)
+    with pytest.raises(BudgetError):
+        alternatives(problem, 0.999 * edge.predicted_ms, 3, 2)
+
+
+def test_the_message_of_an_infeasible_budget_names_a_limit_that_works() -> None:
+    problem = random_problem(np.random.default_rng(3), 6, 4)
+    with pytest.raises(BudgetError) as caught:
+        solve(problem, 0.01)
+    assert f"{fastest(problem).predicted_ms:.4g} ms" in caught.value.message
+    suggested = float(str(caught.value.hint).split("at least ")[1].split(" ms")[0])
+    assert solve(problem, suggested).predicted_ms <= suggested
+
+
+def test_a_limit_above_the_dense_latency_prunes_nothing_that_costs() -> None:
+    problem = random_problem(np.random.default_rng(4), 6, 4)
+    found = solve(problem, 2 * problem.model.predict({}))
+    assert found.cost_nats == 0
+    assert found.bound_nats == 0
+
+
+@given(st.integers(0, 10_000))
+def test_the_front_is_the_convex_hull_of_all_structures(seed: int) -> None:
+    problem = random_problem(np.random.default_rng(seed), 4, 4)
+    time_ms, cost = enumerated(problem)
+    front = pareto(problem)
+    times, costs = [s.predicted_ms for s in front], [s.cost_nats for s in front]
+    assert times == sorted(times)
+    assert costs == sorted(costs, reverse=True)
+    assert times[0] == pytest.approx(time_ms.min())
+    assert costs[-1] == pytest.approx(0)
+    hull = np.interp(time_ms, times, costs)
+    assert (cost >= hull - 1e-6 * cost.max()).all()
+    assert len(pareto(problem, points=3)) <= 3
+
+
+@settings(max_examples=12)
+@given(st.integers(0, 10_000), st.floats(0.2, 0.8))
+def test_alternatives_are_feasible_different_and_nearly_as_good(seed: int, share: float) -> None:
+    problem = random_problem(np.random.default_rng(seed), 6, 6)
+    time_ms, cost = enumerated(problem)
+    limit_ms = limit_at(time_ms, share)
+    found = alternatives(problem, limit_ms, 3, 2)
+    assert found[0].cost_nats <= solve(problem, limit_ms).cost_nats
+    assert [s.cost_nats for s in found] == sorted(s.cost_nats for s in found)
+    for i, one in enumerate(found):
+        assert problem.model.predict(one.widths) <= limit_ms + 1e-12
+        for other in found[:i]:
+            assert sum(one.widths[g] != other.widths[g] for g in problem.grids) >= 2
+    assert all(s.cost_nats < 0.5 * cost.max() + found[0].cost_nats for s in found)
+
+
+def test_alternatives_exist_and_cost_little_in_a_net_of_usual_size() -> None:
+    problem = random_problem(np.random.default_rng(5), 20, 12)
+    low, high = fastest(problem).predicted_ms, problem.model.predict({})
+    found = alternatives(problem, (low + high) / 2, 3, 3)
+    assert len(found) == 3
+    assert found[-1].cost_nats < 1.1 * found[0].cost_nats
+
+
+def test_the_same_problem_gives_the_same_result() -> None:
+    def once() -> tuple[object, ...]:
+        problem = random_problem(np.random.default_rng(6), 15, 8)
+        low, high = fastest(problem).predicted_ms, problem.model.predict({})
+        limit_ms = 0.4 * high + 0.6 * low
+        return solve(problem, limit_ms), alternatives(problem, limit_ms, 3, 3), pareto(problem)
+
+    assert once() == once()
+
+
+def test_groups_without_a_choice_keep_their_width() -> None:
+    grids = {"fixed": (24,), "free": (8, 16)}
+    factor = Factor(("fixed", "free"), np.array([[1.0, 2.0]]))
+    costs = {"fixed": np.zeros(1), "free": np.array([0.5, 0.0])}
+    problem = Problem(grids, costs, LatencyModel(grids, (factor,)))
+    assert solve(problem, 1.5).widths == {"fixed": 24, "free": 8}
+    assert solve(problem, 2.5).widths == {"fixed": 24, "free": 16}
+    only = {"fixed": (24,)}
+    still = Problem(only, {"fixed": np.zeros(1)}, LatencyModel(only, (), 1.0))
+    assert solve(still, 1.0).widths == only_widths(still)
+    assert [s.widths for s in pareto(still)] == [only_widths(still)]
+    assert len(alternatives(still, 1.0, 3, 3)) == 1
+    with pytest.raises(BudgetError):
+        solve(still, 0.9)
+
+
+def only_widths(problem: Problem) -> dict[str, int]:
+    return {name: grid[0] for name, grid in problem.grids.items()}
+
+
+def test_a_net_too_entangled_for_elimination_is_still_solved_within_the_limit() -> None:
+    draw = np.random.default_rng(7)
+    names = [f"g{i}" for i in range(9)]
+    grids = {name: tuple(range(8, 97, 8)) for name in names}
+    factors = [
+        Factor((a, b), draw.uniform(0.1, 1) * np.multiply.outer(grids[a], grids[b]) / 9216)
+        for i, a in enumerate(names)
+        for b in names[:i]
+    ]
+    costs = {name: draw.lognormal() * (96 / np.array(grids[name]) - 1) for name in names}
+    problem = Problem(grids, costs, LatencyModel(grids, tuple(factors)))
+    dense_ms = problem.model.predict({})
+    found = solve(problem, 0.5 * dense_ms)
+    assert found.bound_nats is None
+    assert found.predicted_ms <= 0.5 * dense_ms
+    # Far better than the same ratio everywhere: 64 of 96 channels is the largest uniform net below half the latency.
+    uniform = dict.fromkeys(names, 64)
+    assert problem.model.predict(uniform) <= 0.5 * dense_ms
+    assert found.cost_nats < 0.97 * sum(float(c[7]) for c in costs.values())
+
+
+def mobile_net(groups: int, widths: int) -> Problem:
+    """An inverted-bottleneck chain: one spine a stage, an expanded group a block, its depthwise kernel, and the additions."""
+    draw = np.random.default_rng(8)
+    names, factors = ["s0"], []
+    grids = {"s0": tuple(range(4, 4 * widths + 1, 4))}
+    spine = "s0"
+    for block in range(groups // 2):
+        inner = f"b{block}"
+        names.append(inner)
+        grids[inner] = tuple(range(24, 24 * widths + 1, 24))
+        into, out = spine, spine if block % 3 else f"s{block + 1}"
+        if out not in grids:
+            names.append(out)
+            grids[out] = tuple(range(8, 8 * widths + 1, 8))
+        spine = out
+        for a, b in ((into, inner), (inner, out)):
+            a_, b_ = np.array(grids[a]), np.array(grids[b])
+            factors.append(Factor((a, b), 0.01 + 2e-5 * np.multiply.outer(a_, b_)))
+        factors.append(Factor((inner,), 0.005 + 2e-4 * np.array(grids[inner])))
+        factors.append(Factor((out,), 1e-4 * np.array(grids[out])))
+    costs = {}
+    for name in names:
+        curve = np.sort(draw.exponential(size=widths)).cumsum()[::-1] * draw.lognormal()
+        costs[name] = curve - curve[-1]
+    return Problem(grids, costs, LatencyModel(grids, tuple(factors), 0.1))
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def test_a_mobile_net_is_solved_in_about_a_second_and_close_to_its_bound() -> None:
+    problem = mobile_net(60, 16)
+    assert len(problem.grids) >= 40
+    low, high = fastest(problem).predicted_ms, problem.model.predict({})
+    limit_ms = 0.5 * (low + high)
+    found = solve(problem, limit_ms)
+    assert found.bound_nats is not None
+    assert found.cost_nats <= 1.02 * found.bound_nats
+    assert cpu_seconds(lambda: solve(problem, limit_ms)) < 3
+    assert cpu_seconds(lambda: pareto(problem)) < 3
+
+
+@pytest.mark.parametrize(
+    ("costs", "match"),
+    [
+        ({"a": np.array([1.0, 2.0, 0.0])}, "must fall to 0"),
+        ({"a": np.array([2.0, 1.0, 0.5])}, "must fall to 0"),
+        ({"a": np.array([1.0, 0.0])}, "one finite cost"),
+        ({"a": np.array([np.inf, 1.0, 0.0])}, "one finite cost"),
+        ({"b": np.array([2.0, 1.0, 0.0])}, "same groups"),
+    ],
+)
+def test_costs_that_make_no_sense_are_refused(costs: dict[str, np.ndarray], match: str) -> None:
+    grids = {"a": (8, 16, 24)}
+    with pytest.raises(ValueError, match=match):
+        Problem(grids, costs, LatencyModel(grids, ()))
