@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 
 from edgeprune import catalog, pipeline, records
+from edgeprune.closing import Outcome
 from edgeprune.compress import importance as importances
+from edgeprune.context import Context, Job
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.planning import PlanResult
 from edgeprune.profiling import profile as profile_context
@@ -19,7 +21,6 @@ from edgeprune.progress import Progress, Silent
 from edgeprune.results import ProfileReport, Report
 from edgeprune.runfolder import RunFolder
 from edgeprune.specs import Preprocess, Workload, parse_budget, parse_drop
-from edgeprune.stages import Context, Job
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
 
 WORKLOAD_FILE = "edgeprune.yaml"
@@ -110,7 +111,7 @@ def run_path(job: Job, options: Options) -> Path:
     return options.resume
 
 
-def deploy_loaded(loaded: LoadedWorkload, options: Options, progress: Progress) -> pipeline.Outcome:
+def deploy_loaded(loaded: LoadedWorkload, options: Options, progress: Progress) -> Outcome:
     """Deploy a workload that is loaded. Raises as :func:`deploy`."""
     job = resolve(loaded, options)
     return pipeline.deploy(job, run_path(job, options), progress)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from edgeprune import stages
+from edgeprune.context import Context
 from edgeprune.devices.board import SEARCH
 from edgeprune.devices.measure import measure, time_kernels
 from edgeprune.records import Record
 from edgeprune.results import Artifact, LayerTime, ProfileReport
-from edgeprune.stages import Context
 
 PROFILED_RUNS = 50
 

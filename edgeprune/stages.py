@@ -7,8 +7,6 @@ The order stands in :mod:`edgeprune.pipeline`. Nothing here prints; nothing here
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,27 +18,29 @@ from edgeprune import planning, records
 from edgeprune.compress import importance as importances
 from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import logits, quality
-from edgeprune.compress.groups import ChannelGroup, find_groups, remove_channels
+from edgeprune.compress.groups import remove_channels
 from edgeprune.compress.recover import recover
-from edgeprune.datasets import Split, model_input, to_layout
-from edgeprune.devices.board import REPORT, SEARCH, Board
-from edgeprune.devices.measure import ModelFile, compare, measure
+from edgeprune.context import Context
+from edgeprune.datasets import model_input
+from edgeprune.devices.board import REPORT, SEARCH
+from edgeprune.devices.measure import compare, measure
 from edgeprune.errors import FormatError
-from edgeprune.formats import Format, Resizable
+from edgeprune.formats import Resizable
 from edgeprune.formats._resize import distinct_widths
-from edgeprune.progress import Progress
-from edgeprune.records import Record
-from edgeprune.results import (
-    Artifact,
-    Comparison,
-    Fingerprint,
-    FrozenGroup,
-    LedgerEntry,
-    Measurement,
-    PruningPlan,
+from edgeprune.results import Artifact, LedgerEntry, PruningPlan
+from edgeprune.specs import Precision
+from edgeprune.stage_records import (
+    DenseFiles,
+    DenseLatency,
+    FinalLatency,
+    FinalQuality,
+    PrunedFiles,
+    PrunedResult,
+    RecoveredResult,
+    ScoresResult,
+    TestQuality,
+    VariantFile,
 )
-from edgeprune.specs import Budget, Device, Precision, Profile, Target
-from edgeprune.workload import LoadedWorkload
 
 PARITY_SAMPLES = 64
 PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another order
@@ -48,203 +48,6 @@ SCORE_SAMPLES = 1024
 CURVE_SAMPLES = 1024
 COMPENSATION_SAMPLES = 1024
 VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
-INFER_CHUNK = 256
-PIXEL_SEED = 20261123
-
-
-@dataclass(frozen=True)
-class Job:
-    """A fully resolved request."""
-
-    loaded: LoadedWorkload
-    target: Target
-    profile: Profile
-    device_name: str
-    device: Device
-    budget: Budget
-    max_drop: float
-    importance: str
-    seed: int
-    command: str
-
-
-class DenseFiles(Record):
-    """The dense model as files, checked against torch."""
-
-    fp32: Artifact
-    int8: Artifact
-    parity_error_ratio: float
-    built_in_agreement: float
-
-
-class DenseLatency(Record):
-    """Dense FP32 beside dense INT8 on the device, and the precision that the search uses."""
-
-    fingerprint: Fingerprint
-    measurements: dict[str, Measurement]
-    precision: Precision
-
-
-class VariantFile(Record):
-    """The narrower export that shows which dimension belongs to which group."""
-
-    widths: dict[str, int]
-    artifact: Artifact
-
-
-class ScoresResult(Record):
-    """Importance of every channel and the calibrated cost of every width."""
-
-    scores: dict[str, tuple[float, ...]]
-    curves: dict[str, tuple[float, ...]]
-
-
-class PrunedResult(Record):
-    """Quality before and after compensation, on the development split."""
-
-    entries: tuple[LedgerEntry, ...]
-    compensation: str
-
-
-class RecoveredResult(Record):
-    """What the distillation did."""
-
-    entry: LedgerEntry
-    epochs_run: float
-    best_epoch: float
-    interrupted: bool
-
-
-class PrunedFiles(Record):
-    """The pruned model as files."""
-
-    fp32: Artifact
-    int8: Artifact
-    built_in_agreement: float
-
-
-class FinalLatency(Record):
-    """The four files measured in the same rounds."""
-
-    measurements: dict[str, Measurement]
-    comparisons: tuple[Comparison, ...]
-
-
-class FinalQuality(Record):
-    """Quality of the four files on the development split; the pruned ones as the device answers."""
-
-    by_variant: dict[str, float]
-    metric: str
-    entries: tuple[LedgerEntry, ...]
-    device_agreement: dict[str, float]
-
-
-class TestQuality(Record):
-    """The test split, read once per final artefact."""
-
-    values: dict[str, float]
-    n: int
-
-
-@dataclass
-class Context:
-    """What every stage needs: the job, the boards, the data as the model sees it."""
-
-    job: Job
-    form: Format
-    board: Board
-    host: Board
-    progress: Progress
-
-    @property
-    def is_host(self) -> bool:
-        """Whether the device is this machine: then one run serves as host and as device."""
-        return self.board is self.host
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The dense model, in eval mode."""
-        return self.job.loaded.model
-
-    def inputs(self, split: Split, n: int, *, seed: int = PIXEL_SEED) -> np.ndarray:
-        """``n`` samples of a split, drawn by seed, as the torch model sees them: ``float32 [n, ...]``."""
-        order = np.random.default_rng(seed).permutation(len(split))[:n]
-        return model_input(split.x[np.sort(order)], self.job.loaded.preprocess)
-
-    @cached_property
-    def example(self) -> np.ndarray:
-        """One real input ``[1, ...]``."""
-        return self.inputs(self.job.loaded.dataset.train, 1)
-
-    @cached_property
-    def calibration(self) -> np.ndarray:
-        """The real samples that set the INT8 ranges."""
-        count = self.job.target.quantization.calibration_samples
-        return self.inputs(self.job.loaded.dataset.train, count)
-
-    @cached_property
-    def development(self) -> torch.Tensor:
-        """The development split as the model sees it."""
-        split = self.job.loaded.dataset.development
-        return torch.from_numpy(model_input(split.x, self.job.loaded.preprocess))
-
-    @cached_property
-    def reference(self) -> torch.Tensor:
-        """Logits of the dense model on the development split, ``[N, K]``."""
-        return logits(self.model, self.development)
-
-    @cached_property
-    def groups(self) -> tuple[tuple[ChannelGroup, ...], tuple[FrozenGroup, ...]]:
-        """Channel groups, and what stays frozen."""
-        return find_groups(self.model, torch.from_numpy(self.example))
-
-    @property
-    def full(self) -> dict[str, int]:
-        """Full width of every group."""
-        return {g.name: g.channels for g in self.groups[0]}
-
-    def entry(
-        self,
-        stage: str,
-        found: torch.Tensor,
-        *,
-        precision: Precision = "fp32",
-        where: str = "torch",
-        note: str = "",
-    ) -> LedgerEntry:
-        """A ledger line from logits on (the first rows of) the development split."""
-        y = self.job.loaded.dataset.development.y
-        n = len(found)
-        metric, value = quality(found, None if y is None else y[:n], self.reference[:n])
-        return LedgerEntry.model_validate(
-            {
-                "stage": stage, "metric": metric, "value": value, "n": n,
-                "precision": precision, "where": where, "note": note,
-            }
-        )  # fmt: skip
-
-    def run_file(
-        self, board: Board, file: Path, x: np.ndarray, *, delegate: bool = True
-    ) -> torch.Tensor:
-        """Logits ``[N, K]`` of a file on a board, in that board's child process."""
-        runtime = self.job.target.runtime
-        key = f"{file.name}-{'fast' if delegate else 'built-in'}"
-        board.load(
-            key, file.read_bytes(), runtime=runtime.name, threads=runtime.threads, delegate=delegate
-        )
-        try:
-            laid_out = to_layout(x, self.form.info.layout)
-            parts = [
-                board.infer(key, laid_out[i : i + INFER_CHUNK])
-                for i in range(0, len(laid_out), INFER_CHUNK)
-            ]
-        finally:
-            board.unload([key])
-        return torch.from_numpy(np.concatenate(parts))
-
-    def model_file(self, name: str, path: Path, artifact: Artifact) -> ModelFile:
-        """A file ready to be measured."""
-        return ModelFile(name, path.read_bytes(), artifact.precision, artifact.sha256)
 
 
 def dense_files(context: Context, folder: Path) -> DenseFiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -16,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sshd import WEIGHT, matmul_file, script, serve, wait_until_gone
 
+from edgeprune.devices.agent import AGENT_PATH
 from edgeprune.devices.agent import agent as agent_program
 from edgeprune.devices.board import KERNEL, Board, TimingPlan, open_board
-from edgeprune.devices.frames import Refusal, clean
+from edgeprune.devices.frames import Frames, Refusal, clean
+from edgeprune.devices.transports import open_transport
 from edgeprune.errors import DeadlineExceeded, DeviceError
 from edgeprune.specs import Device
 
@@ -43,7 +46,7 @@ def test_the_fingerprint_says_what_and_where_and_that_it_is_a_stand_in(board):
     assert found.machine == os.uname().machine
     assert found.page_size_bytes == os.sysconf("SC_PAGE_SIZE")
     assert list(found.cpu_flags) == sorted(found.cpu_flags)
-    assert os.uname().nodename not in found.model_dump_json()
+    assert f'"{os.uname().nodename}"' not in found.model_dump_json()
 
 
 def test_a_device_that_is_no_stand_in_is_stamped_measured():
@@ -322,9 +325,11 @@ def test_outputs_that_are_not_finite_float32_of_the_right_count_are_refused(tmp_
 def test_text_from_a_board_cannot_steer_the_terminal(tmp_path):
     error = "bad\x1b[2J\x1b]0;owned\x07\r\nline \u202e\x9b1m end"
     code = f"({{'id': request['id'], 'ok': False, 'kind': 'load', 'error': {error!r}}}, b'')"
-    with open_board("fake", fake_device(tmp_path, code)) as opened:
-        with pytest.raises(Refusal) as caught:
-            opened.load("net", b"", **ORT)
+    with (
+        open_board("fake", fake_device(tmp_path, code)) as opened,
+        pytest.raises(Refusal) as caught,
+    ):
+        opened.load("net", b"", **ORT)
     assert str(caught.value).isprintable()
     assert "bad" in str(caught.value)
 
@@ -337,7 +342,7 @@ def test_cleaned_text_has_one_printable_line(text):
 
 
 def test_a_flood_before_the_magic_line_is_refused(tmp_path):
-    device = fake_device(tmp_path, "", prelude="out.write(b'x' * 200_000)")
+    device = fake_device(tmp_path, "(head, b'')", prelude="out.write(b'x' * 200_000)")
     with pytest.raises(DeviceError, match="printed more than"):
         open_board("fake", device)
 
@@ -360,8 +365,10 @@ def test_an_agent_that_dies_leaves_its_last_words(tmp_path):
 
 def test_an_agent_that_never_answers_is_given_up(tmp_path):
     device = fake_device(tmp_path, "time.sleep(60)")
-    with open_board("fake", device) as opened, pytest.raises(DeadlineExceeded, match="hello"):
-        opened._frames.request("hello", {}, timeout_s=0.2)
+    frames = Frames(open_transport(device).start([device.python]), "fake")
+    frames.handshake(20)
+    with pytest.raises(DeadlineExceeded, match="hello"):
+        frames.request("hello", {}, timeout_s=0.2)
 
 
 @pytest.fixture
@@ -385,6 +392,10 @@ def test_closing_a_board_ends_its_agent(pid_device):
     device, pid_file = pid_device
     open_board("here", device).close()
     wait_until_gone(int(pid_file.read_text()))
+
+
+def test_the_agent_is_written_in_the_python_of_old_boards():
+    ast.parse(AGENT_PATH.read_text(), feature_version=(3, 8))
 
 
 def test_the_agent_runs_where_nothing_but_python_is_installed(tmp_path):

@@ -70,7 +70,7 @@ class _Seen:
     normalised: bool
 
 
-def recalibrate_batchnorm(model: nn.Module, x: Tensor, *, batch_size: int = 256) -> nn.Module:
+def recalibrate_batchnorm(model: nn.Module, x: Tensor, *, batch_size: int = 128) -> nn.Module:
     """A copy of the model, in eval mode, whose batch-norm statistics are those of ``x``.
 
     Every batch weighs the same (cumulative averaging). Dropout and all else stay in eval mode; a model without batch norm comes back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shlex
 import site
@@ -345,15 +346,15 @@ def open_board(name: str, device: Device) -> Board:
         Unreachable, HostKeyMismatch: the device cannot be reached, or is not the pinned one.
         DeviceError: the login or the agent failed; the message has the end of what the board said.
     """
-    transport = open_transport(device)
-    try:
+    with contextlib.ExitStack() as opened:
+        transport = open_transport(device)
+        opened.callback(transport.close)
         is_local = device.transport == "local"
         argv = _local_agent(device) if is_local else _pushed_agent(transport, device)
         frames = Frames(transport.start(argv), name)
+        opened.callback(frames.close)
         frames.handshake(_LINK_S)
-    except BaseException:
-        transport.close()
-        raise
+        opened.pop_all()
     return Board(name, device, transport, frames)
 
 

@@ -17,11 +17,12 @@ MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_BLOB_BYTES = 256 * 1024 * 1024
 # C0, DEL and C1 controls, and the marks that reorder text: none may reach a terminal or a report from a device.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069]+")
+_CRASH_HINT = "run the command again; if it happens twice, the model may crash the runtime"
 
 
 def clean(text: str, limit: int = 400) -> str:
     """Text from a device on one line: controls become one space each run, and only the last ``limit`` characters stay."""
-    return _CONTROLS.sub(" ", text).strip()[-limit:]
+    return _CONTROLS.sub(" ", text).strip()[-limit:].strip()
 
 
 class Refusal(DeviceError):
@@ -54,14 +55,14 @@ class Frames:
             DeadlineExceeded: nothing came in time.
         """
         deadline = time.monotonic() + timeout_s
-        while (found := self._buffer.find(MAGIC)) < 0:
-            if len(self._buffer) > MAX_BANNER_BYTES:
-                self.close()
-                raise DeviceError(
-                    f"device {self._board!r} printed more than {MAX_BANNER_BYTES} bytes before the agent answered",
-                    hint="silence what its login shell prints (.bashrc, motd)",
-                )
-            self._receive(deadline)
+        while (found := self._buffer.find(MAGIC)) < 0 and len(self._buffer) <= MAX_BANNER_BYTES:
+            self._receive(deadline, hint="check python and workdir of the device")
+        if not 0 <= found <= MAX_BANNER_BYTES:
+            self.close()
+            raise DeviceError(
+                f"device {self._board!r} printed more than {MAX_BANNER_BYTES} bytes before the agent answered",
+                hint="silence what its login shell prints (.bashrc, motd)",
+            )
         del self._buffer[: found + len(MAGIC)]
 
     def request(
@@ -146,18 +147,18 @@ class Frames:
         del self._buffer[:n]
         return taken
 
-    def _receive(self, deadline: float) -> None:
+    def _receive(self, deadline: float, hint: str = _CRASH_HINT) -> None:
         piece = self._pipe.read(1 << 18, deadline)
         if not piece:
-            raise self._gone()
+            raise self._gone(hint)
         self._buffer += piece
 
-    def _gone(self) -> DeviceError:
+    def _gone(self, hint: str = _CRASH_HINT) -> DeviceError:
         tail = clean(self._pipe.stderr_tail())
         self.close()
         return DeviceError(
             f"the agent on device {self._board!r} ended" + (f": {tail}" if tail else ""),
-            hint="run the command again; if it happens twice, the model may crash the runtime",
+            hint=hint,
         )
 
     def _nonsense(self, problem: str) -> DeviceError:

@@ -164,6 +164,7 @@ def _fingerprint(key: paramiko.PKey) -> str:
 
 
 def check_host_key(client: paramiko.Transport, pinned: HostKey, place: str) -> None:
+    """Raise :class:`HostKeyMismatch`, which shows both fingerprints, unless the server's key is the pinned one."""
     key = client.get_remote_server_key()
     seen = _fingerprint(key)
     if (key.get_name(), seen) != (pinned.key_type, pinned.sha256):

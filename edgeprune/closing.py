@@ -1,0 +1,297 @@
+"""The last step of a deployment: quality, gates, the report and the bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import re
+import resource
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import edgeprune
+from edgeprune import records, report, stages, verdict
+from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed
+from edgeprune.bundle.write import Payload, write_bundle
+from edgeprune.compress.structure import layer_widths, work
+from edgeprune.context import Context, Job
+from edgeprune.planning import MeasuredTable, PlanResult
+from edgeprune.results import Artifact, PruningPlan, Report
+from edgeprune.runfolder import RunFolder, Stage
+from edgeprune.stage_records import (
+    DenseFiles,
+    DenseLatency,
+    FinalLatency,
+    FinalQuality,
+    PrunedFiles,
+    PrunedResult,
+    RecoveredResult,
+    TestQuality,
+)
+
+GOLDEN_SAMPLES = 16
+PACKAGES = (
+    "torch", "torch-pruning", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert",
+    "onnx", "onnxruntime", "onnxscript", "paramiko", "pydantic", "safetensors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before any training: dense figures, the plan, and how it was found."""
+
+    dense: Stage[DenseFiles]
+    latency: Stage[DenseLatency]
+    table: Stage[MeasuredTable]
+    plan: Stage[PlanResult]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a deployment."""
+
+    report: Report
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The last step: quality, gates, bundle, report."""
+
+    context: Context
+    run: RunFolder
+    planned: Planned
+    pruned: Stage[PrunedResult]
+    recovered: Stage[RecoveredResult]
+    files: Stage[PrunedFiles]
+    four: Mapping[str, tuple[Path, Artifact]]
+    final: Stage[FinalLatency]
+    model: nn.Module
+
+    def judge_and_write(self) -> Outcome:
+        """Decide what ships, write the report and the bundle."""
+        context, job = self.context, self.context.job
+        context.progress.say("[8/8] verify, judge, bundle")
+        quality = self.run.stage(
+            "quality",
+            "measuring",
+            {"export": self.files.digest, "final": self.final.digest},
+            FinalQuality,
+            lambda _: stages.final_quality(context, self.four, where=job.device_name),
+        )
+        measured = verdict.Measured(
+            measurements=self.final.result.measurements,
+            comparisons=self.final.result.comparisons,
+            quality=quality.result.by_variant,
+            metric=quality.result.metric,
+            artifacts={name: artifact for name, (_, artifact) in self.four.items()},
+        )
+        choice = verdict.choose(measured, job.budget, job.max_drop, job.target.precisions)
+        shipped = f"pruned-{choice.precision}"
+        test = self.run.stage(
+            "test",
+            "measuring",
+            {"artifact": self.four[shipped][1].sha256, "data": job.loaded.dataset.digest},
+            TestQuality,
+            lambda _: stages.test_quality(context, self.four[shipped][0]),
+        )
+        gates = (
+            verdict.latency_gate(measured, job.budget, choice.precision),
+            verdict.quality_gate(measured, job.max_drop, choice.precision),
+            verdict.numerics_gate(
+                quality.result.device_agreement[choice.precision],
+                self.files.result.built_in_agreement if choice.precision == "int8" else 1.0,
+            ),
+        )
+        found = self._report(measured, choice, gates, quality.result, test.result)
+        with self.run.timed("bundle and report", "other"):
+            folder = self.run.path / "bundle"
+            self._write(found, folder, self.four[shipped])
+        found = found.model_copy(update={"stages": tuple(self.run.costs)})
+        self._write_reports(found)
+        return Outcome(found, self.run.path)
+
+    def _report(
+        self,
+        measured: verdict.Measured,
+        choice: verdict.Choice,
+        gates: tuple[Any, ...],
+        quality: FinalQuality,
+        test: TestQuality,
+    ) -> Report:
+        job, planned = self.context.job, self.planned
+        fingerprint = planned.latency.result.fingerprint
+        plan: PruningPlan = planned.plan.result.plan
+        example = torch.from_numpy(self.context.example)
+        dense_entry = self.context.entry("dense", self.context.reference)
+        ledger = (
+            dense_entry,
+            *self.pruned.result.entries,
+            self.recovered.result.entry,
+            *(e for e in quality.entries if e.precision == choice.precision),
+        )
+        sizes = {"dense": work(self.context.model, example), "pruned": work(self.model, example)}
+        return Report(
+            edgeprune_version=edgeprune.__version__,
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            command=job.command,
+            model=job.loaded.workload.model,
+            target=job.target.name,
+            profile=job.profile.name,
+            device=job.device_name,
+            stamp=fingerprint.stamp,
+            fingerprint=fingerprint,
+            budget=job.budget.text,
+            limit_ms=job.budget.limit_ms(
+                measured.measurements[f"dense-{choice.precision}"].median_ms
+            ),
+            shipped=choice.precision,
+            shipped_reason=choice.reason,
+            gates=gates,
+            passed=all(g.met for g in gates),
+            headline=verdict.headline(measured, choice.precision, gates),
+            variants=verdict.rows(measured, sizes),
+            comparisons=tuple(measured.comparisons),
+            measurements=dict(measured.measurements),
+            ledger=ledger,
+            plan=plan,
+            layer_widths=layer_widths(self.context.model, self.model),
+            checks=planned.plan.result.checks,
+            latency_model=planned.plan.result.quality,
+            pareto=planned.plan.result.pareto,
+            test_quality=test.values,
+            test_n=test.n,
+            stages=tuple(self.run.costs),
+            peak_memory_bytes=peak_memory_bytes(),
+            versions=versions(),
+            settings=_settings(job, self.recovered.result),
+            notes=(*job.loaded.notes, *self.run.notes, *self._notes()),
+            bundle="bundle",
+        )
+
+    def _notes(self) -> Iterator[str]:
+        if self.recovered.result.interrupted:
+            yield "the recovery was interrupted; the best epoch so far was kept"
+        if self.context.is_host:
+            yield "host and device are the same machine; each file was run once"
+
+    def _write(self, found: Report, folder: Path, shipped: tuple[Path, Artifact]) -> None:
+        context, job = self.context, self.context.job
+        path, artifact = shipped
+        raw = job.loaded.dataset.development.head(GOLDEN_SAMPLES)
+        x = context.development[: len(raw)].numpy()
+        answers = context.run_file(context.host, path, x).numpy()
+        row = next(
+            r for r in found.variants if (r.variant, r.precision) == ("pruned", found.shipped)
+        )
+        dense = next(r for r in found.variants if (r.variant, r.precision) == ("dense", "fp32"))
+        labels = tuple(map(_plain, job.loaded.labels or ())) or tuple(
+            f"class {i}" for i in range(job.loaded.n_classes)
+        )
+        write_bundle(
+            folder,
+            Facts(
+                name=bundle_name(job),
+                edgeprune_version=edgeprune.__version__,
+                target=job.target.name,
+                profile=job.profile.name,
+                failed_gates=tuple(g.name for g in found.gates if not g.met),
+                runtime=RuntimeNeed(
+                    name=job.target.runtime.name,
+                    min_version=found.fingerprint.runtime_version,
+                    threads=job.target.runtime.threads,
+                ),
+                preprocess=job.loaded.preprocess,
+                labels=labels,
+                quality=Quality(
+                    metric=found.ledger[-1].metric,
+                    split="development",
+                    n=found.ledger[-1].n,
+                    dense=dense.quality,
+                    shipped=row.quality,
+                ),
+                latency=Latency(
+                    device=job.device_name,
+                    fingerprint_key=found.fingerprint.key(),
+                    stamp=found.stamp,
+                    median_ms=row.median_ms,
+                    p90_ms=row.p90_ms,
+                    limit_ms=found.limit_ms,
+                    budget=found.budget,
+                ),
+                provenance=Provenance(
+                    seed=job.seed,
+                    data_digest=job.loaded.dataset.digest,
+                    model_digest=job.loaded.model_digest,
+                    plan_digest=records.digest_of(found.plan),
+                    command=job.command,
+                ),
+            ),
+            Payload(
+                model=artifact,
+                model_file=path,
+                golden_inputs=np.ascontiguousarray(raw.x),
+                golden_outputs=answers,
+                report_html=report.render_html(found),
+                report_json=records.to_json(found),
+            ),
+        )
+
+    def _write_reports(self, found: Report) -> None:
+        records.write_json(found, self.run.path / "report.json")
+        records.write_bytes(self.run.path / "report.html", report.render_html(found))
+
+
+def bundle_name(job: Job) -> str:
+    """The bundle's name: the model's file stem and the target, as plain lower-case ASCII."""
+    stem = Path(job.loaded.workload.model.split(":")[0]).stem
+    ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
+    plain = re.sub(r"[^a-z0-9]+", "-", ascii_stem).strip("-") or "model"
+    return f"{plain[:30].rstrip('-')}-{job.target.name}"[:63]
+
+
+def _plain(text: str) -> str:
+    """A label on one line."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _settings(job: Job, recovered: RecoveredResult) -> dict[str, str | int | float | bool | None]:
+    recovery = job.loaded.workload.recovery
+    return {
+        "seed": job.seed,
+        "importance": job.importance,
+        "max_drop": job.max_drop,
+        "threads on the device": job.target.runtime.threads,
+        "calibration samples": job.target.quantization.calibration_samples,
+        "recovery epochs": recovery.epochs,
+        "recovery epochs run": recovered.epochs_run,
+        "recovery epoch kept": recovered.best_epoch,
+        "recovery learning rate": recovery.learning_rate,
+        "recovery batch size": recovery.batch_size,
+        "training threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that shapes the result; absent ones are left out."""
+    found = {"python": platform.python_version(), "edgeprune": edgeprune.__version__}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process and of its largest child, added: an upper bound of what was held at once."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return int(own + children) * 1024

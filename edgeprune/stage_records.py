@@ -1,0 +1,85 @@
+"""What each stage of a deployment leaves in the run folder."""
+
+from __future__ import annotations
+
+from edgeprune.records import Record
+from edgeprune.results import Artifact, Comparison, Fingerprint, LedgerEntry, Measurement
+from edgeprune.specs import Precision
+
+
+class DenseFiles(Record):
+    """The dense model as files, checked against torch."""
+
+    fp32: Artifact
+    int8: Artifact
+    parity_error_ratio: float
+    built_in_agreement: float
+
+
+class DenseLatency(Record):
+    """Dense FP32 beside dense INT8 on the device, and the precision that the search uses."""
+
+    fingerprint: Fingerprint
+    measurements: dict[str, Measurement]
+    precision: Precision
+
+
+class VariantFile(Record):
+    """The narrower export that shows which dimension belongs to which group."""
+
+    widths: dict[str, int]
+    artifact: Artifact
+
+
+class ScoresResult(Record):
+    """Importance of every channel and the calibrated cost of every width."""
+
+    scores: dict[str, tuple[float, ...]]
+    curves: dict[str, tuple[float, ...]]
+
+
+class PrunedResult(Record):
+    """Quality before and after compensation, on the development split."""
+
+    entries: tuple[LedgerEntry, ...]
+    compensation: str
+
+
+class RecoveredResult(Record):
+    """What the distillation did."""
+
+    entry: LedgerEntry
+    epochs_run: float
+    best_epoch: float
+    interrupted: bool
+
+
+class PrunedFiles(Record):
+    """The pruned model as files."""
+
+    fp32: Artifact
+    int8: Artifact
+    built_in_agreement: float
+
+
+class FinalLatency(Record):
+    """The four files measured in the same rounds."""
+
+    measurements: dict[str, Measurement]
+    comparisons: tuple[Comparison, ...]
+
+
+class FinalQuality(Record):
+    """Quality of the four files on the development split; the pruned ones as the device answers."""
+
+    by_variant: dict[str, float]
+    metric: str
+    entries: tuple[LedgerEntry, ...]
+    device_agreement: dict[str, float]
+
+
+class TestQuality(Record):
+    """The test split, read once per final artefact."""
+
+    values: dict[str, float]
+    n: int
