@@ -377,7 +377,7 @@ def _pushed_agent(transport: Transport, device: Device) -> list[str]:
     if there.code != 0 or digest.encode() not in there.stdout:
         transport.put(content, path)
     python = _expanded(device.python, home)
-    environment = [f"PATH={_PATH}", f"HOME={home}", "LANG=C.UTF-8"]
+    environment = [f"PATH={_PATH}", f"HOME={home}", "LANG=C.UTF-8", "ORT_DISABLE_TELEMETRY=1"]
     return ["env", "-i", *environment, python, "-B", path]
 
 

@@ -130,6 +130,7 @@ def _spawn(argv: Sequence[str]) -> subprocess.Popen[bytes]:
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": str(Path.home()),
         "LANG": "C.UTF-8",
+        "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime reports by default; a measurement should not
     }
     try:
         return subprocess.Popen(

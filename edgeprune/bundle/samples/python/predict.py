@@ -8,6 +8,7 @@ python predict.py sample.npy    the same for one raw sample: uint8 [H, W] or [H,
 import hashlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def preprocess(raw, recipe):
 
 def load_onnx(content, threads):
     """A function from one input to one output, run by onnxruntime."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
