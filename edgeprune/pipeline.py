@@ -267,6 +267,7 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
         },
         RecoveredResult,
         lambda f: stages.heal(context, plan, pruned.path("compensated.safetensors"), f),
+        final=lambda result: not result.interrupted,
     )
     _say_ledger(context, (recovered.result.entry,))
     say("[7/8] export, quantise, measure on the device")
@@ -276,7 +277,10 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
     files = run.stage(
         "export",
         "conversion",
-        {"recover": recovered.digest},
+        {
+            "weights": records.sha256_file(recovered.path("recovered.safetensors")),
+            "recover": recovered.digest,
+        },
         PrunedFiles,
         lambda f: stages.pruned_files(context, model, f),
     )

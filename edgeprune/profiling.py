@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +16,20 @@ from edgeprune.records import Record
 from edgeprune.results import Artifact, LayerTime, ProfileReport
 
 PROFILED_RUNS = 50
+PROFILER_FROM_MS = (
+    2.0  # onnxruntime's profiler counts whole microseconds: too coarse for a shorter net
+)
+_RENAMED = re.compile(
+    r"(_token_\d+|_nchwc)+$"
+)  # what onnxruntime's optimiser appends to node names
 
 
 def profile(context: Context) -> ProfileReport:
     """Export the dense model, measure both precisions in the same rounds, and time each kernel.
 
-    The runtime's own profiler is used where it has one (onnxruntime); otherwise each kernel is cut out of the file and timed alone on the
-    device, which leaves out what kernels do to each other's caches: ``covered_ratio`` says how far the sum is from the whole.
+    The runtime's own profiler is used where it has one (onnxruntime) and the net takes at least 2 ms; otherwise each kernel is cut out of
+    the file and timed alone on the device, which leaves out what kernels do to each other's caches: ``covered_ratio`` says how far the
+    sum is from the whole.
 
     Raises:
         FormatError, DeviceError: the export fails, or the board does.
@@ -41,7 +49,9 @@ def profile(context: Context) -> ProfileReport:
             )
         }
         times = {
-            precision: _layer_times(context, folder / artifact.path, artifact)
+            precision: _layer_times(
+                context, folder / artifact.path, artifact, measured[precision].median_ms
+            )
             for precision, artifact in files.items()
         }
     return ProfileReport(
@@ -67,18 +77,22 @@ class _Timed(Record):
     method: Literal["runtime profiler", "isolated kernel"]
 
 
-def _layer_times(context: Context, path: Path, artifact: Artifact) -> dict[str, _Timed]:
+def _layer_times(
+    context: Context, path: Path, artifact: Artifact, whole_ms: float
+) -> dict[str, _Timed]:
     """Time of each kernel of a file by its name, in the order of the file."""
     runtime = context.job.target.runtime
-    key = f"profile-{artifact.precision}"
-    context.board.load(key, path.read_bytes(), runtime=runtime.name, threads=runtime.threads)
-    try:
-        nodes = context.board.profile(key, PROFILED_RUNS)
-    finally:
-        context.board.unload([key])
+    nodes = None
+    if whole_ms >= PROFILER_FROM_MS:
+        key = f"profile-{artifact.precision}"
+        context.board.load(key, path.read_bytes(), runtime=runtime.name, threads=runtime.threads)
+        try:
+            nodes = context.board.profile(key, PROFILED_RUNS)
+        finally:
+            context.board.unload([key])
     if nodes is not None:
         return {
-            n.name: _Timed(
+            _RENAMED.sub("", n.name): _Timed(
                 ms=n.ns / 1e6,
                 op=n.op,
                 input_shape=(),

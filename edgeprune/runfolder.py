@@ -110,6 +110,8 @@ class RunFolder:
         inputs: Mapping[str, Any],
         cls: type[R],
         work: Callable[[Path], R],
+        *,
+        final: Callable[[R], bool] = lambda _: True,
     ) -> Stage[R]:
         """Run a stage, or take its earlier result.
 
@@ -119,6 +121,7 @@ class RunFolder:
             inputs: plain data or records; everything the result depends on.
             cls: the record it makes.
             work: does it; writes its files into the folder it is given.
+            final: whether a result may be kept; one that was interrupted is used now and worked on again next time.
         """
         digest = records.digest_of({"stage": name, **inputs})
         folder = self.path / "stages" / f"{name}-{digest}"
@@ -147,7 +150,8 @@ class RunFolder:
             files=files,
             result=result.model_dump(mode="json"),
         )
-        records.write_json(record, folder / "stage.json")
+        if final(result):
+            records.write_json(record, folder / "stage.json")
         self.costs.append(StageCost(name=name, seconds=seconds, kind=kind))
         return Stage(folder, digest, result)
 
