@@ -358,5 +358,5 @@ def test_the_shipped_example_is_a_valid_workload() -> None:
         size=(28, 28), color="grey", mean=(constants.MEAN,), std=(constants.STD,)
     )
     assert (record.target, record.latency, record.max_drop) == ("rpi4", "50%", "1%")
-    assert record.recovery.epochs == 4
+    assert record.recovery.epochs == 3
     assert (folder / str(record.weights)).is_file()

@@ -1,8 +1,7 @@
 """Run this bundle's model: needs Python 3.8+, numpy and the runtime that README.md names, nothing else.
 
 python predict.py --check       run the golden samples: prints PASS or FAIL, exit code 0 or 1
-python predict.py image.png     print the three best classes (image files also need Pillow)
-python predict.py sample.npy    the same for one raw sample: uint8 [H, W] or [H, W, C], or float32 as the model wants it
+python predict.py FILE          the three best classes of an image (needs Pillow) or of one raw sample (.npy)
 """
 
 import hashlib
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def checked(name):
     """The bytes of a file of the bundle, once they match SHA256SUMS."""
-    lines = (ROOT / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "SHA256SUMS").read_text("utf-8").splitlines()
     sums = {line[66:]: line[:64] for line in lines}
     content = (ROOT / name).read_bytes()
     if hashlib.sha256(content).hexdigest() != sums.get(name):
@@ -47,7 +46,7 @@ def preprocess(raw, recipe):
 
 def load_onnx(content, threads):
     """A function from one input to one output, run by onnxruntime."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it reports by default
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -105,10 +104,10 @@ def main(argument):
         outputs = np.concatenate([run(preprocess(raw, recipe)) for raw in inputs])
         error = float(np.abs(outputs - golden).max())
         same = float((outputs.argmax(1) == golden.argmax(1)).mean())
-        ok = same >= rules["tolerance"]["min_argmax_agreement"]
-        ok = ok and error <= rules["max_abs_error"] * 1.001  # room for float32 rounding
-        verdict = "PASS" if ok else "FAIL"
-        print("%s, largest error %.3g, same class %.0f%%" % (verdict, error, 100 * same))
+        close = error <= rules["max_abs_error"] * 1.001  # room for float32 rounding
+        ok = close and same >= rules["tolerance"]["min_argmax_agreement"]
+        text = "%s, largest error %.3g, same class %.0f%%"
+        print(text % ("PASS" if ok else "FAIL", error, 100 * same))
         return 0 if ok else 1
     labels = checked("labels.txt").decode("utf-8").splitlines()
     scores = run(preprocess(read_sample(argument, recipe), recipe))[0]
