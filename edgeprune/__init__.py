@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from edgeprune.version import VERSION
+
+__version__ = VERSION
 __all__ = ["deploy", "load", "verify"]
 
 if TYPE_CHECKING:

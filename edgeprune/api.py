@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,18 @@ from edgeprune.closing import Outcome
 from edgeprune.compress import importance as importances
 from edgeprune.context import Context, Job
 from edgeprune.errors import SpecError, UnknownName
+from edgeprune.feasibility import plan_stages
+from edgeprune.options import Options, chosen_gates, chosen_target
 from edgeprune.planning import PlanResult
 from edgeprune.profiling import profile as profile_context
 from edgeprune.progress import Progress, Silent
 from edgeprune.results import ProfileReport, Report
 from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Preprocess, Workload, parse_budget, parse_drop
+from edgeprune.specs import Preprocess, Workload
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
 
-WORKLOAD_FILE = "edgeprune.yaml"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may say about a run. ``None`` means: take ``edgeprune.yaml``, then the target file, then the default."""
-
-    target: str | None = None
-    latency: str | None = None
-    max_drop: str | None = None
-    device: str | None = None
-    importance: str = "fisher"
-    seed: int | None = None
-    run: Path | None = None
-    resume: Path | None = None
-    command: str = "edgeprune (from Python)"
+# tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine.
+STAND_IN_RUNTIMES = {"tflite-runtime": "litert"}
 
 
 def resolve(loaded: LoadedWorkload, options: Options) -> Job:
@@ -49,21 +36,20 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         UnknownName: a target, profile, device or importance that does not exist.
     """
     workload = loaded.workload
-    name = options.target or workload.target
-    if name is None:
-        raise SpecError("no target was named", hint="add --target, such as --target rpi4")
-    target = catalog.target(name)
+    target = chosen_target(options, workload)
     profile = catalog.profile(target.profile)
     device_name, device = catalog.device_for(target.name, options.device or workload.device)
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing
+    notes: tuple[str, ...] = ()
+    stand_in = STAND_IN_RUNTIMES.get(target.runtime.name)
+    if device.transport == "local" and device.stand_in and stand_in is not None:
+        notes = (f"{stand_in} stands in for {target.runtime.name}, which is for boards only",)
+        runtime = target.runtime.model_copy(update={"name": stand_in})
+        target = target.model_copy(update={"runtime": runtime})
     if options.importance not in importances.BY_NAME:
         raise UnknownName("importance", options.importance, importances.BY_NAME)
-    try:
-        budget = parse_budget(options.latency or workload.latency or target.latency)
-        max_drop = parse_drop(options.max_drop or workload.max_drop or target.max_drop)
-    except ValueError as error:
-        raise SpecError(str(error)) from error
+    budget, max_drop = chosen_gates(options, workload, target)
     return Job(
         loaded=loaded,
         target=target,
@@ -75,22 +61,8 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         importance=options.importance,
         seed=workload.seed if options.seed is None else options.seed,
         command=options.command,
+        notes=notes,
     )
-
-
-def check_names(options: Options, workload: Workload) -> None:
-    """Fail on a wrong name or budget before any model or data is loaded. Raises as :func:`resolve`."""
-    name = options.target or workload.target
-    if name is None:
-        raise SpecError("no target was named", hint="add --target, such as --target rpi4")
-    target = catalog.target(name)
-    catalog.device_for(target.name, options.device or workload.device)
-    pipeline.check_format(target)
-    try:
-        parse_budget(options.latency or workload.latency or target.latency)
-        parse_drop(options.max_drop or workload.max_drop or target.max_drop)
-    except ValueError as error:
-        raise SpecError(str(error)) from error
 
 
 def run_path(job: Job, options: Options) -> Path:
@@ -168,9 +140,13 @@ def deploy(
         run=None if run is None else Path(run),
     )
     if isinstance(model, str):
-        record = Workload(
-            model=model, weights=weights, data=str(data), preprocess=preprocess or Preprocess()
-        )
+        record = settings or Workload(model=model, data=str(data))
+        changes: dict[str, Any] = {"model": model, "weights": weights, "data": str(data)}
+        if preprocess is not None:
+            changes["preprocess"] = preprocess
+        if labels is not None:
+            changes["labels"] = tuple(labels)
+        record = record.model_copy(update=changes)
         loaded = load_workload(record, Path.cwd())
     else:
         loaded = from_objects(model, data, preprocess=preprocess, labels=labels, settings=settings)
@@ -197,4 +173,4 @@ def plan_loaded(
     path = run_path(job, options)
     with RunFolder(path, progress) as run, pipeline.opened(job, progress) as context:
         records.write_json(pipeline.request(job), path / "run.json")
-        return pipeline.plan_stages(context, run).plan.result, path
+        return plan_stages(context, run).plan.result, path

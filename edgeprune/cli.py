@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import edgeprune
 from edgeprune.errors import BudgetError, EdgepruneError, SpecError
+from edgeprune.version import VERSION
 
 if TYPE_CHECKING:
-    from edgeprune.api import Options
+    from edgeprune.options import Options
     from edgeprune.progress import Progress
     from edgeprune.workload import LoadedWorkload
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.Abort:
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        error.show()
+        _say_wrong_usage(error)
         sys.exit(error.exit_code)
     except EdgepruneError as error:
         click.echo(f"error: {_plain(error.message)}", err=True)
@@ -44,13 +44,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
+def _say_wrong_usage(error: click.ClickException) -> None:
+    """A flag or argument that does not exist or does not fit, in the words of all other errors."""
+    text = error.format_message().rstrip(".")
+    if "\n" in text:  # a group without a command: the message is its help
+        error.show()
+        return
+    click.echo(f"error: {_plain(text[:1].lower() + text[1:])}", err=True)
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(f"hint: {error.ctx.command_path} --help lists what there is", err=True)
+
+
 def _plain(text: str) -> str:
     """One line without control characters: names may come from a board or a file from outside."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(edgeprune.__version__, prog_name="edgeprune")
+@click.version_option(VERSION, prog_name="edgeprune")
 def cli() -> None:
     """Prune, heal, quantise and prove a PyTorch model on the board it has to run on."""
 
@@ -377,7 +388,7 @@ def doctor() -> None:
 
     from edgeprune import catalog
 
-    click.echo(f"edgeprune {edgeprune.__version__}, Python {sys.version.split()[0]}")
+    click.echo(f"edgeprune {VERSION}, Python {sys.version.split()[0]}")
     wanted = {
         "core": ("torch", "torch-pruning", "paramiko", "numpy"),
         "tflite": ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
@@ -401,7 +412,7 @@ def _progress(quiet: bool) -> Progress:
 
 
 def _options(flags: dict[str, Any]) -> Options:
-    from edgeprune.api import Options
+    from edgeprune.options import Options
 
     return Options(
         target=flags.get("target"),
@@ -418,11 +429,12 @@ def _options(flags: dict[str, Any]) -> Options:
 
 def _load(flags: dict[str, Any], options: Options) -> LoadedWorkload:
     """The workload that the flags and ``edgeprune.yaml`` name; wrong names fail before torch is imported."""
+    from edgeprune.options import check_names
+
     workload, base = _workload(flags)
-    from edgeprune import api
+    check_names(options, workload)
     from edgeprune.workload import load_workload
 
-    api.check_names(options, workload)
     return load_workload(workload, base)
 
 

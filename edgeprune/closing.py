@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import edgeprune
 from edgeprune import records, report, stages, verdict
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed
 from edgeprune.bundle.write import Payload, write_bundle
@@ -37,6 +36,7 @@ from edgeprune.stage_records import (
     RecoveredResult,
     TestQuality,
 )
+from edgeprune.version import VERSION
 
 GOLDEN_SAMPLES = 16
 PACKAGES = (
@@ -141,7 +141,7 @@ class Closing:
         )
         sizes = {"dense": work(self.context.model, example), "pruned": work(self.model, example)}
         return Report(
-            edgeprune_version=edgeprune.__version__,
+            edgeprune_version=VERSION,
             created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             command=job.command,
             model=job.loaded.workload.model,
@@ -174,11 +174,17 @@ class Closing:
             peak_memory_bytes=peak_memory_bytes(),
             versions=versions(),
             settings=_settings(job, self.recovered.result),
-            notes=(*job.loaded.notes, *self.run.notes, *self._notes()),
+            notes=(*job.loaded.notes, *job.notes, *self.run.notes, *self._notes()),
             bundle="bundle",
         )
 
     def _notes(self) -> Iterator[str]:
+        yield from self.context.prepared[1]
+        yield from self.planned.dense.result.notes
+        yield from self.files.result.notes
+        doubt = chance_note(self.context)
+        if doubt:
+            yield doubt
         if self.recovered.result.interrupted:
             yield "the recovery was interrupted; the best epoch so far was kept"
         if self.context.is_host:
@@ -201,7 +207,7 @@ class Closing:
             folder,
             Facts(
                 name=bundle_name(job),
-                edgeprune_version=edgeprune.__version__,
+                edgeprune_version=VERSION,
                 target=job.target.name,
                 profile=job.profile.name,
                 failed_gates=tuple(g.name for g in found.gates if not g.met),
@@ -251,6 +257,18 @@ class Closing:
         records.write_bytes(self.run.path / "report.html", report.render_html(found))
 
 
+def chance_note(context: Context) -> str:
+    """A warning when the dense model is hardly better than guessing; empty when it is fine or there are no labels."""
+    entry = context.entry("dense", context.reference)
+    guess = 1 / context.job.loaded.n_classes
+    if entry.metric != "accuracy" or entry.value > 2 * guess:
+        return ""
+    return (
+        f"the dense model is right on {entry.value:.1%} of the development split, guessing on {guess:.1%}:"
+        " check preprocess (mean, std, color), the order of the labels and the weights"
+    )
+
+
 def bundle_name(job: Job) -> str:
     """The bundle's name: the model's file stem and the target, as plain lower-case ASCII."""
     stem = Path(job.loaded.workload.model.split(":")[0]).stem
@@ -283,7 +301,7 @@ def _settings(job: Job, recovered: RecoveredResult) -> dict[str, str | int | flo
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that shapes the result; absent ones are left out."""
-    found = {"python": platform.python_version(), "edgeprune": edgeprune.__version__}
+    found = {"python": platform.python_version(), "edgeprune": VERSION}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

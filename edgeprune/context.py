@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeprune.compress.dead import remove_dead
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import ChannelGroup, find_groups
 from edgeprune.datasets import Split, model_input, to_layout
@@ -39,6 +40,7 @@ class Job:
     importance: str
     seed: int
     command: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -57,9 +59,20 @@ class Context:
         return self.board is self.host
 
     @cached_property
+    def prepared(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """The user's model without the channels that were masked as a whole, and what was done to it."""
+        loaded = self.job.loaded
+        if not loaded.dead_channels:
+            return loaded.model, ()
+        example = torch.from_numpy(self.example)
+        groups, _ = find_groups(loaded.model, example)
+        x = torch.from_numpy(self.calibration)
+        return remove_dead(loaded.model, groups, loaded.dead_channels, example, x)
+
+    @property
     def model(self) -> nn.Module:
         """The dense model, in eval mode."""
-        return self.job.loaded.model
+        return self.prepared[0]
 
     def inputs(self, split: Split, n: int, *, seed: int = PIXEL_SEED) -> np.ndarray:
         """``n`` samples of a split, drawn by seed, as the torch model sees them: ``float32 [n, ...]``."""

@@ -15,27 +15,23 @@ from typing import Any
 
 import torch
 
-import edgeprune
-from edgeprune import formats, planning, records, stages
-from edgeprune.closing import Closing, Outcome, Planned, versions
+from edgeprune import formats, records, stages
+from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
-from edgeprune.errors import FormatError
-from edgeprune.planning import MeasuredNets, MeasuredTable, PlanResult, Stand
+from edgeprune.feasibility import plan_stages
+from edgeprune.options import check_format
 from edgeprune.progress import Progress
 from edgeprune.results import Artifact
 from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Device, Target
+from edgeprune.specs import Device
 from edgeprune.stage_records import (
-    DenseFiles,
-    DenseLatency,
     FinalLatency,
     PrunedFiles,
     PrunedResult,
     RecoveredResult,
-    ScoresResult,
-    VariantFile,
 )
+from edgeprune.version import VERSION
 
 
 def run_digest(job: Job) -> str:
@@ -43,7 +39,7 @@ def run_digest(job: Job) -> str:
     workload = job.loaded.workload
     return records.digest_of(
         {
-            "version": edgeprune.__version__,
+            "version": VERSION,
             "model": job.loaded.model_digest,
             "data": job.loaded.dataset.digest,
             "preprocess": job.loaded.preprocess,
@@ -77,19 +73,6 @@ def opened(job: Job, progress: Progress) -> Iterator[Context]:
             host = stack.enter_context(open_board("this-machine", local))
         board.fingerprint(job.target.runtime.name, job.target.runtime.threads)
         yield Context(job=job, form=form, board=board, host=host, progress=progress)
-
-
-def check_format(target: Target) -> None:
-    """Nothing, when this version can write the target's format.
-
-    Raises:
-        FormatError: it cannot yet.
-    """
-    if target.format not in formats.names():
-        raise FormatError(
-            f"target {target.name} needs the format {target.format}, which this version cannot write yet",
-            hint=f"formats of this version: {', '.join(formats.names())}",
-        )
 
 
 def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
@@ -143,105 +126,6 @@ def request(job: Job) -> Request:
         seed=job.seed,
         digest=run_digest(job),
     )
-
-
-def plan_stages(context: Context, run: RunFolder) -> Planned:
-    """Everything before training. See :func:`deploy`."""
-    job, say = context.job, context.progress.say
-    base = {
-        "model": job.loaded.model_digest,
-        "data": job.loaded.dataset.digest,
-        "preprocess": job.loaded.preprocess,
-        "format": job.target.format,
-        "quantization": job.target.quantization,
-        "versions": versions(),
-        "seed": job.seed,
-    }
-    say(f"[1/8] pre-flight: export the dense model and compare it with torch ({job.target.format})")
-    dense = run.stage(
-        "dense", "conversion", base, DenseFiles, lambda f: stages.dense_files(context, f)
-    )
-    device = {"device": [job.device_name, job.device], "runtime": job.target.runtime}
-    device["device"] = [job.device_name, job.device.model_dump(mode="json")]
-    say(f"[2/8] dense latency on {job.device_name}")
-    latency = run.stage(
-        "dense-latency",
-        "measuring",
-        {"dense": dense.digest, **device, "precisions": list(job.target.precisions)},
-        DenseLatency,
-        lambda _: stages.dense_latency(context, dense.result, dense.folder),
-    )
-    precision = latency.result.precision
-    for m in latency.result.measurements.values():
-        say(f"      dense {m.precision}: {m.median_ms:.4g} ms")
-    variant = run.stage(
-        "variant",
-        "conversion",
-        {"dense": dense.digest, "precision": precision},
-        VariantFile,
-        lambda f: stages.variant_file(context, precision, f),
-    )
-    artifact = dense.result.int8 if precision == "int8" else dense.result.fp32
-    file = stages.resizable(
-        context,
-        dense.path(artifact.path),
-        variant.path(variant.result.artifact.path),
-        variant.result.widths,
-    )
-    stand = Stand(context.board, job.target.runtime, precision)
-    groups, frozen = context.groups
-    say(f"[3/8] kernel times of {len(groups)} channel groups, {precision}")
-    for entry in frozen:
-        say(f"      kept whole: {', '.join(entry.layers[:2])}: {entry.reason}")
-    table = run.stage(
-        "kernels",
-        "measuring",
-        {"latency": latency.digest, "variant": variant.digest},
-        MeasuredTable,
-        lambda _: planning.measure_table(
-            stand,
-            file,
-            groups,
-            fingerprint_key=latency.result.fingerprint.key(),
-            format_name=context.job.target.format,
-            progress=context.progress,
-        ),
-    )
-    nets = run.stage(
-        "nets",
-        "measuring",
-        {"kernels": table.digest},
-        MeasuredNets,
-        lambda _: planning.measure_nets(stand, file, table.result.grids, seed=job.seed),
-    )
-    planning.check_budget(job.budget, nets.result)
-    say(f"[4/8] importance of every channel ({job.importance})")
-    scores = run.stage(
-        "importance",
-        "other",
-        {"kernels": table.digest, "importance": job.importance, "data": job.loaded.dataset.digest},
-        ScoresResult,
-        lambda f: stages.score(context, table.result.grids, f),
-    )
-    say(f"[5/8] search: {job.budget.text}, checked on the device")
-    plan = run.stage(
-        "plan",
-        "measuring",
-        {"nets": nets.digest, "importance": scores.digest, "budget": job.budget},
-        PlanResult,
-        lambda _: stages.plan_structure(
-            context, stand, file, table.result, nets.result, scores.result
-        ),
-    )
-    chosen = min(
-        (c for c in plan.result.checks if c.widths == plan.result.plan.widths()),
-        key=lambda c: c.ratio_high,
-    )
-    say(
-        f"      {chosen.ratio_to_dense:.1%} of dense measured, {chosen.predicted_ms:.4g} ms predicted,"
-        f" {chosen.measured_ms:.4g} ms measured"
-    )
-    return Planned(dense, latency, table, plan)
 
 
 def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:

@@ -208,9 +208,19 @@ class Probes:
             )
         if files:
             found = self._stand.kernels(files, self._progress)
+            self.times.update({key: found[name] for name, key in keys.items() if name in found})
             for name, key in keys.items():
-                # A kernel that does not run alone counts as free; the correction by whole nets takes it up.
-                self.times[key] = found.get(name, UNKNOWN_NS)
+                if name not in found:
+                    self.times[key] = self._unknown_ns(key[0])
+
+    def _unknown_ns(self, signature: str) -> float:
+        """For a kernel that does not run alone.
+
+        One that runs at no width counts as free: the correction by whole nets takes it up. One that runs at others must not look free
+        where it does not run, or those widths would be preferred: it counts as its slowest known time.
+        """
+        known = (ns for (other, _), ns in self.times.items() if other == signature)
+        return max(known, default=UNKNOWN_NS)
 
     def touched_ns(self, group: str, width: int) -> float:
         """Time of every kernel that a group touches, at one width of it."""

@@ -166,8 +166,16 @@ class RunFolder:
                 path = folder / name
                 if not path.is_file() or records.sha256_file(path) != wanted:
                     raise IntegrityError(f"{path} is not what the stage wrote")
-            result = cls.model_validate_json(records.to_json_text(record.result))
-        except (IntegrityError, ValidationError) as error:
+            result = _result(cls, record, folder)
+        except IntegrityError as error:
             self.notes.append(f"an earlier result was damaged and made again: {error}")
+            self._progress.say(f"  {self.notes[-1]}")
             return None
         return record, result
+
+
+def _result(cls: type[R], record: StageRecord, folder: Path) -> R:
+    try:
+        return cls.model_validate_json(records.to_json_text(record.result))
+    except ValidationError as error:
+        raise IntegrityError(f"{folder / 'stage.json'} holds no valid {cls.__name__}") from error

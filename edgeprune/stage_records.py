@@ -14,6 +14,7 @@ class DenseFiles(Record):
     int8: Artifact
     parity_error_ratio: float
     built_in_agreement: float
+    notes: tuple[str, ...] = ()
 
 
 class DenseLatency(Record):
@@ -60,6 +61,7 @@ class PrunedFiles(Record):
     fp32: Artifact
     int8: Artifact
     built_in_agreement: float
+    notes: tuple[str, ...] = ()
 
 
 class FinalLatency(Record):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from edgeprune import planning, records
@@ -20,6 +20,7 @@ from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import remove_channels
 from edgeprune.compress.recover import recover
+from edgeprune.compress.silent import rescue_silent
 from edgeprune.context import Context
 from edgeprune.datasets import model_input
 from edgeprune.devices.board import REPORT, SEARCH
@@ -58,7 +59,8 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
     """
     suffix = context.form.info.suffix
     fp32_path, int8_path = folder / f"dense.fp32{suffix}", folder / f"dense.int8{suffix}"
-    fp32 = context.form.export(context.model, context.example, fp32_path)
+    audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
+    fp32 = context.form.export(audible, context.example, fp32_path)
     int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     expected = logits(context.model, torch.from_numpy(x))
@@ -75,6 +77,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         int8=int8,
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, int8_path, x),
+        notes=notes,
     )
 
 
@@ -189,8 +192,10 @@ def pruned_model(context: Context, plan: PruningPlan) -> nn.Module:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a state dict as safetensors, atomically."""
-    with records.atomic_path(path) as temporary:
-        save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, temporary)
+    # As bytes: the library's own writer has an error of its own for a full disk.
+    records.write_bytes(
+        path, save({k: v.contiguous().cpu() for k, v in model.state_dict().items()})
+    )
 
 
 def with_weights(model: nn.Module, path: Path) -> nn.Module:
@@ -258,11 +263,15 @@ def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFile
     """Export and quantise the healed model."""
     suffix = context.form.info.suffix
     fp32_path, int8_path = folder / f"pruned.fp32{suffix}", folder / f"pruned.int8{suffix}"
-    fp32 = context.form.export(model, context.example, fp32_path)
+    audible, notes = rescue_silent(model, torch.from_numpy(context.calibration))
+    fp32 = context.form.export(audible, context.example, fp32_path)
     int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
-        fp32=fp32, int8=int8, built_in_agreement=_built_in_agreement(context, int8_path, x)
+        fp32=fp32,
+        int8=int8,
+        built_in_agreement=_built_in_agreement(context, int8_path, x),
+        notes=notes,
     )
 
 

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "edgeprune"
 
 # Layer of each top-level module or folder of the package. Imports point to the same layer or a lower one.
 LAYERS = {
+    "version": 0,
     "errors": 0,
     "records": 0,
     "specs": 1,
@@ -40,6 +41,11 @@ LAYERS = {
     "initialise": 5,
     "profiling": 5,
     "planning": 5,
+    "context": 5,
+    "stage_records": 2,
+    "feasibility": 5,
+    "closing": 5,
+    "options": 5,
     "pipeline": 5,
     "stages": 5,
     "verdict": 5,

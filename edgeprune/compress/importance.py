@@ -6,6 +6,9 @@ loss; :func:`cost_curves` turns scores into the cost of keeping each width and c
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -14,16 +17,21 @@ from torch import nn
 from torch.nn import functional
 
 from edgeprune.compress.compensate import recalibrate_batchnorm
-from edgeprune.compress.evaluate import kl_nats, logits
-from edgeprune.compress.groups import ChannelGroup, zero_channels
+from edgeprune.compress.evaluate import BATCH, device_of, kl_nats, logits
+from edgeprune.compress.surgery import ChannelGroup, weights_by_input, zero_channels
+from edgeprune.errors import ModelError
 from edgeprune.progress import Progress, Silent
 
 Scores = dict[str, np.ndarray]
 Importance = Callable[[nn.Module, Sequence[ChannelGroup], torch.Tensor, int], Scores]
 
-FLOOR_NATS = (
-    1e-9  # a curve stays strictly decreasing, so that a free channel is still the last to come back
-)
+Places = tuple[
+    torch.Tensor, torch.Tensor, int
+]  # input indices, channel of each, number of channels
+
+# A curve stays strictly decreasing, so that a free channel is still the last to come back.
+FLOOR_NATS = 1e-9
+UNUSABLE_NATS = 1e3  # the cost of a width at which the model says NaN: finite, and never worth it
 
 
 def random(model: nn.Module, groups: Sequence[ChannelGroup], x: torch.Tensor, seed: int) -> Scores:
@@ -37,18 +45,12 @@ def l2(model: nn.Module, groups: Sequence[ChannelGroup], x: torch.Tensor, seed: 
     layers = dict(model.named_modules())
     scores: Scores = {}
     for group in groups:
-        total = np.zeros(group.channels)
+        total = torch.zeros(group.channels, dtype=torch.float64)
         for consumer in group.consumers():
-            weight = layers[consumer.layer].weight
-            if not isinstance(weight, torch.Tensor):
-                continue
-            energy = (
-                weight.detach().flatten(2).square().sum((0, 2))
-                if weight.dim() > 2
-                else (weight.detach().square().sum(0))
-            )
-            total += [float(energy[list(i)].sum()) for i in consumer.indices]
-        scores[group.name] = total
+            weights = weights_by_input(layers[consumer.layer]).detach()
+            energy = weights.double().square().sum((1, 3)).flatten().cpu()
+            total += _by_channel(energy[None], _places(consumer.indices))[0]
+        scores[group.name] = total.numpy()
     return scores
 
 
@@ -58,7 +60,7 @@ def fisher(
     x: torch.Tensor,
     seed: int,
     *,
-    batch_size: int = 128,
+    batch_size: int = BATCH,
 ) -> Scores:
     """Predicted loss increase in nats when a channel is removed from everything that reads it.
 
@@ -68,67 +70,112 @@ def fisher(
     Source: Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning", eq. 9-11, arXiv:1801.05787.
 
     Args:
-        model: in eval mode; not changed.
+        model: not changed; it runs in eval mode.
         groups: what to score.
         x: inputs, ``[N, ...]``.
         seed: for the drawn classes.
         batch_size: samples a pass.
+
+    Raises:
+        ModelError: there is no sample, or the model overwrites in place what a layer has read.
     """
-    layers = dict(model.named_modules())
-    device = next(model.parameters()).device
+    if len(x) == 0:
+        raise ModelError("scoring channels needs at least 1 sample, but got 0")
+    watched = _private_copy(model)
+    place = device_of(watched)
     generator = torch.Generator().manual_seed(seed)
     totals = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in groups}
     gates: dict[str, torch.Tensor] = {}
-    indices = {(g.name, c.layer): _index_matrix(c.indices) for g in groups for c in g.consumers()}
-    readers: dict[str, list[ChannelGroup]] = {}
-    for group in groups:
-        for consumer in group.consumers():
-            readers.setdefault(consumer.layer, []).append(group)
-
-    def watch(
-        layer: str,
-    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-        def before(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            seen = args[0].view_as(
-                args[0]
-            )  # a view of its own: the gradient of this consumer alone
-
-            def collect(gradient: torch.Tensor) -> None:
-                product = _per_channel(layers[layer], seen.detach() * gradient)
-                for group in readers[layer]:
-                    chosen = product[:, indices[group.name, layer]].sum(2)
-                    gates[group.name] = gates.get(group.name, 0) + chosen
-
-            seen.register_hook(collect)  # type: ignore[no-untyped-call]
-            return (seen, *args[1:])
-
-        return before
-
-    handles = [layers[layer].register_forward_pre_hook(watch(layer)) for layer in readers]
-    try:
-        for batch in torch.split(x, batch_size):
-            gates.clear()
-            output = model(batch.to(device).requires_grad_(True))
-            with torch.no_grad():
-                drawn = torch.multinomial(output.softmax(1).cpu(), 1, generator=generator)[:, 0]
-            loss = functional.cross_entropy(output, drawn.to(device), reduction="sum")
-            loss.backward()  # type: ignore[no-untyped-call]
-            for name, gate in gates.items():
-                totals[name] += gate.double().square().sum(0).cpu() / 2
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in model.parameters():
-            parameter.grad = None
+    _watch(watched, groups, gates)
+    for batch in torch.split(x, batch_size):
+        gates.clear()
+        with torch.enable_grad():
+            output = watched(batch.to(place))
+            chances = output.detach().softmax(1).cpu()
+            drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(place)
+            loss = functional.cross_entropy(output, drawn, reduction="sum")
+        if loss.requires_grad:
+            _backward(loss)
+        for name, gate in gates.items():
+            totals[name] += gate.square().sum(0) / 2
     return {name: (total / len(x)).numpy() for name, total in totals.items()}
 
 
-def _index_matrix(indices: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Consumer indices of each channel, ``[channels, k]``; every channel of a group is read the same number of times."""
-    return torch.tensor([list(i) for i in indices], dtype=torch.long)
+def _backward(loss: torch.Tensor) -> None:
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model cannot be differentiated: {str(error).splitlines()[0][:200]}",
+            hint="write x = relu(x) in place of relu_(x) in the model's forward",
+        ) from error
 
 
-def _per_channel(layer: nn.Module, product: torch.Tensor) -> torch.Tensor:
+def _private_copy(model: nn.Module) -> nn.Module:
+    """A copy that may be hooked: parameters want no gradient (activations do), and nothing overwrites what another layer has read."""
+    watched = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in watched.modules():
+        if getattr(module, "inplace", None) is True:
+            module.inplace = False  # type: ignore[assignment]
+    return watched
+
+
+def _watch(
+    model: nn.Module, groups: Sequence[ChannelGroup], gates: dict[str, torch.Tensor]
+) -> None:
+    """Have every backward pass add the gates' gradients ``float64 [N, channels]`` of each group to ``gates``."""
+    layers = dict(model.named_modules())
+    readers: dict[str, list[tuple[str, Places]]] = {}
+    for group in groups:
+        for consumer in group.consumers():
+            readers.setdefault(consumer.layer, []).append((group.name, _places(consumer.indices)))
+    for name, reading in readers.items():
+        hook = functools.partial(_read, name, reading, gates)
+        layers[name].register_forward_pre_hook(hook)
+
+
+def _read(
+    name: str,
+    reading: Sequence[tuple[str, Places]],
+    gates: dict[str, torch.Tensor],
+    layer: nn.Module,
+    args: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, ...]:
+    """Hand a view of its own to the layer, so that its gradient is what this layer alone sends back."""
+    given = args[0]
+    # The first layer in line that is looked at starts the graph: nothing before it needs a gradient.
+    seen = given.view_as(given) if given.requires_grad else given.detach().requires_grad_(True)
+    version = seen._version
+
+    def collect(gradient: torch.Tensor) -> None:
+        if seen._version != version:
+            raise ModelError(
+                f"the input of layer {name!r} is overwritten in place after it was read",
+                hint="write x = relu(x) in place of relu_(x) in the model's forward",
+            )
+        product = _summed(layer, seen.detach() * gradient).double().cpu()
+        for group, places in reading:
+            found = _by_channel(product, places)
+            gates[group] = gates[group] + found if group in gates else found
+
+    seen.register_hook(collect)  # type: ignore[no-untyped-call]
+    return (seen, *args[1:])
+
+
+def _places(indices: Sequence[Sequence[int]]) -> Places:
+    """Where a consumer reads the channels of a group: input indices, and the channel of each; a channel may have any number."""
+    pairs = [(index, channel) for channel, own in enumerate(indices) for index in own]
+    flat = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+    return flat[:, 0], flat[:, 1], len(indices)
+
+
+def _by_channel(values: torch.Tensor, places: Places) -> torch.Tensor:
+    """Sum ``[N, inputs]`` to ``[N, channels]``."""
+    index, channel, n = places
+    return values.new_zeros(len(values), n).index_add_(1, channel, values[:, index])
+
+
+def _summed(layer: nn.Module, product: torch.Tensor) -> torch.Tensor:
     """Sum ``[N, C, ...]`` (or ``[N, ..., C]`` for linear layers) over positions to ``[N, C]``."""
     if isinstance(layer, nn.Linear):
         return product.flatten(1, -2).sum(1) if product.dim() > 2 else product
@@ -191,6 +238,7 @@ def cost_curves(
                 masked = zero_channels(model, by_name, {group.name: removed})
                 masked = recalibrate_batchnorm(masked, x[:half])
                 found = kl_nats(reference, logits(masked, x[half:]))
+                found = found if math.isfinite(found) else UNUSABLE_NATS
                 measured.append((cumulative[group.channels - width], found))
             curves[group.name] = _scaled(raw, measured)
             bar.advance(1, group.name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgeprune.cost import LayerShape, macs
 from edgeprune.results import LayerWidth
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 def layer_widths(before: nn.Module, after: nn.Module) -> tuple[LayerWidth, ...]:
@@ -16,7 +17,7 @@ def layer_widths(before: nn.Module, after: nn.Module) -> tuple[LayerWidth, ...]:
     later = dict(after.named_modules())
     found = []
     for name, layer in before.named_modules():
-        if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+        if not isinstance(layer, (_ConvNd, nn.Linear)):
             continue
         now = later[name]
         (in_before, out_before), (in_after, out_after) = _channels(layer), _channels(now)
@@ -36,18 +37,19 @@ def layer_widths(before: nn.Module, after: nn.Module) -> tuple[LayerWidth, ...]:
 def _channels(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    assert isinstance(layer, CONVOLUTIONS)
+    assert isinstance(layer, _ConvNd)
     return layer.in_channels, layer.out_channels
 
 
 def _kind(layer: nn.Module) -> str:
     if isinstance(layer, nn.Linear):
         return "linear"
-    assert isinstance(layer, CONVOLUTIONS)
+    assert isinstance(layer, _ConvNd)
     size = "x".join(map(str, layer.kernel_size))
+    up = "transposed " if isinstance(layer, _ConvTransposeNd) else ""
     if layer.groups == layer.in_channels > 1:
-        return f"depthwise {size}"
-    return f"conv {size}" if layer.groups == 1 else f"grouped conv {size}"
+        return f"{up}depthwise {size}"
+    return f"{up}conv {size}" if layer.groups == 1 else f"grouped {up}conv {size}"
 
 
 def work(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
@@ -59,11 +61,13 @@ def work(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     """
     total = 0
 
-    def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+    def count(layer: nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal total
-        total += macs(_shape(layer, output))
+        # A transposed convolution multiplies once for each position of its input, any other for each of its output.
+        upward = isinstance(layer, _ConvTransposeNd)
+        total += macs(_shape(layer, given[0] if upward else output))
 
-    layers = [m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    layers = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear))]
     handles = [layer.register_forward_hook(count) for layer in layers]
     try:
         with torch.inference_mode():
@@ -74,20 +78,19 @@ def work(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), total
 
 
-def _shape(layer: nn.Module, output: torch.Tensor) -> LayerShape:
+def _shape(layer: nn.Module, places: torch.Tensor) -> LayerShape:
+    """The layer, applied at the positions of ``places``; all dimensions but the last count as height."""
     if isinstance(layer, nn.Linear):
-        positions = output[0].numel() // layer.out_features
+        positions = places[0].numel() // layer.out_features
         return LayerShape("linear", layer.in_features, layer.out_features, out_hw=(1, positions))
-    assert isinstance(layer, CONVOLUTIONS)
-    sizes = tuple(output.shape[2:])
-    kernel = tuple(layer.kernel_size)
-    height, width = (1, *sizes)[-2:]
-    rows, columns = (1, *kernel)[-2:]
+    assert isinstance(layer, _ConvNd)
+    *leading, width = places.shape[2:]
+    *taps, columns = layer.kernel_size
     return LayerShape(
         "conv",
         layer.in_channels,
         layer.out_channels,
-        kernel=(rows, columns),
+        kernel=(math.prod(taps), columns),
         groups=layer.groups,
-        out_hw=(height, width),
+        out_hw=(math.prod(leading), width),
     )

@@ -9,100 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import FormatError, MissingTool
+from edgeprune.errors import FormatError
 from edgeprune.formats import Kernel
-from edgeprune.formats._resize import WidthDecoder, WidthRule
+from edgeprune.formats._onnx_links import (
+    DEQUANTIZE,
+    QUANTIZE,
+    VIEWS,
+    GraphView,
+    find_links,
+    onnx_package,
+)
+from edgeprune.formats._resize import Pair, Place, Rules, WidthDecoder, slots
 
 SHAPE_VALUE_LIMIT = 16  # int64 constants with at most this many entries may hold dimensions
-VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})  # move no data
 ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu"})
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-
-Rules = tuple[WidthRule, ...]
-
-
-def onnx_package() -> Any:
-    """The ``onnx`` package.
-
-    Raises:
-        MissingTool: it is not installed.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingTool("onnx", "onnx") from error
-    return onnx
-
-
-def parse_model(content: bytes) -> Any:
-    """The protobuf of a model file.
-
-    Raises:
-        FormatError: the bytes are no ONNX model.
-    """
-    onnx = onnx_package()
-    try:
-        model = onnx.load_model_from_string(content)
-    except Exception as error:
-        raise FormatError("not an ONNX model: the protobuf cannot be read") from error
-    if not model.graph.node:
-        raise FormatError("not an ONNX model: its graph has no nodes")
-    return model
 
 
 def encode(model: Any) -> bytes:
     """The bytes of a model, equal for equal models."""
     return bytes(model.SerializeToString(deterministic=True))
-
-
-@dataclass(frozen=True)
-class GraphView:
-    """A parsed file: nodes, constants by name, and ``(element type, dimensions)`` of every tensor."""
-
-    model: Any
-    nodes: tuple[Any, ...]
-    constants: dict[str, np.ndarray]
-    tensors: dict[str, tuple[int, tuple[int, ...]]]
-
-    @classmethod
-    def read(cls, content: bytes) -> GraphView:
-        """Parse a file and infer all shapes once.
-
-        Raises:
-            FormatError: no ONNX model, or one whose shapes are not static.
-        """
-        onnx = onnx_package()
-        model = parse_model(content)
-        tensors: dict[str, tuple[int, tuple[int, ...]]] = {}
-        constants: dict[str, np.ndarray] = {}
-        for item in model.graph.initializer:
-            constants[item.name] = onnx.numpy_helper.to_array(item)
-            tensors[item.name] = (item.data_type, tuple(item.dims))
-        try:
-            graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-        except Exception as error:
-            raise FormatError(f"onnx could not infer the shapes: {str(error)[:200]}") from error
-        for value in [*graph.input, *graph.value_info, *graph.output]:
-            kind = value.type.tensor_type
-            if any(not d.HasField("dim_value") for d in kind.shape.dim):
-                raise FormatError(f"tensor {value.name} must have a static shape")
-            tensors[value.name] = (kind.elem_type, tuple(d.dim_value for d in kind.shape.dim))
-        return cls(model, tuple(model.graph.node), constants, tensors)
-
-    def dimensions(self, name: str) -> tuple[int, ...]:
-        """Dimensions of a tensor.
-
-        Raises:
-            FormatError: shape inference gave none.
-        """
-        if name not in self.tensors:
-            raise FormatError(f"the shape of tensor {name} is not known")
-        return self.tensors[name][1]
 
 
 @dataclass
@@ -170,74 +99,6 @@ def _find_borders(graph: GraphView, unit: Unit, producer: Mapping[str, int]) -> 
     unit.outputs = [n for i in unit.nodes for n in graph.nodes[i].output if n and n not in read]
 
 
-class PairDecoder:
-    """Finds the rule of a dimension that is ``dense`` in one file and ``variant`` in the other.
-
-    A dimension follows one group, or one concatenation that stands in the graph, times or divided by a whole number (a flattened
-    ``C * H * W``, a grouped convolution). Sums are learned from the Concat nodes instead of guessed from all sums of groups.
-
-    Args:
-        decoder: the group widths in both files, already checked to have distinct ratios.
-    """
-
-    def __init__(self, decoder: WidthDecoder) -> None:
-        self._known: dict[tuple[int, int], list[WidthRule]] = {}
-        for group, width in decoder.full.items():
-            rule = WidthRule(width, ((group, Fraction(1)),))
-            self._known[width, decoder.changed[group]] = [rule]
-
-    def learn(self, dense: int, variant: int, parts: Sequence[WidthRule]) -> None:
-        """Remember that a concatenation of ``parts`` has these sizes."""
-        factors: dict[str, Fraction] = {}
-        for group, factor in (term for part in parts for term in part.terms):
-            factors[group] = factors.get(group, Fraction(0)) + factor
-        rule = WidthRule(dense, tuple(factors.items()))
-        self._known.setdefault((dense, variant), []).append(rule)
-
-    def rule(self, dense: int, variant: int, *, where: str) -> WidthRule:
-        """The only rule that fits.
-
-        Raises:
-            FormatError: none fits, or several do; names ``where``.
-        """
-        if dense == variant:
-            return WidthRule(dense)
-        found: dict[frozenset[tuple[str, Fraction]], WidthRule] = {}  # a + b and b + a are one
-        for (a, b), rules in self._known.items():
-            factor = Fraction(dense, a)
-            if dense * b == variant * a and 1 in (factor.numerator, factor.denominator):
-                for rule in rules:
-                    terms = tuple((group, f * factor) for group, f in rule.terms)
-                    found.setdefault(frozenset(terms), WidthRule(dense, terms))
-        if len(found) != 1:
-            fits = [" + ".join(rule.groups()) for rule in found.values()]
-            problem = f"could follow {' or '.join(fits)}" if fits else "fits no channel group"
-            raise FormatError(f"{where}: the dimension {dense} -> {variant} {problem}")
-        return next(iter(found.values()))
-
-
-def _learn_concatenations(
-    dense: GraphView, variant: GraphView, twins: Mapping[str, str], decoder: PairDecoder
-) -> None:
-    for node in dense.nodes:
-        if node.op_type != "Concat":
-            continue
-        axis = next(a.i for a in node.attribute if a.name == "axis")
-        names = [*node.input, node.output[0]]
-        sizes = [
-            (dense.dimensions(name)[axis], variant.dimensions(twins[name])[axis]) for name in names
-        ]
-        where = f"Concat {node.name}"
-        parts = [decoder.rule(a, b, where=where) for a, b in sizes[:-1]]
-        if any(part.terms for part in parts):
-            if not all(part.terms for part in parts):
-                raise FormatError(
-                    f"{where} joins channels that are pruned with channels that are not, "
-                    "which a file of other widths cannot express yet"
-                )
-            decoder.learn(*sizes[-1], parts)
-
-
 class OnnxResizable:
     """An ONNX file that can be written at any widths. See :class:`edgeprune.formats.Resizable`.
 
@@ -257,21 +118,26 @@ class OnnxResizable:
         self._graph, other = GraphView.read(dense), GraphView.read(variant)
         self._full = decoder.full
         twins = _pair_tensors(self._graph, other)
-        pairs = PairDecoder(decoder)
-        _learn_concatenations(self._graph, other, twins, pairs)
-        self._shapes: dict[str, Rules] = {}
-        self._values: dict[str, Rules] = {}
-        for name, twin in twins.items():
-            mine, yours = self._graph.dimensions(name), other.dimensions(twin)
-            self._shapes[name] = _rules(mine, yours, pairs, f"tensor {name}")
-            values = self._graph.constants.get(name)
-            if values is not None and values.dtype == np.int64 and mine == yours:
-                both = values.ravel(), other.constants[twin].ravel()
-                self._values[name] = _value_rules(*both, pairs, f"constant {name}")
-        self._attributes = [
-            _attribute_rules(node, peer, pairs)
-            for node, peer in zip(self._graph.nodes, other.nodes, strict=True)
-        ]
+        places = {name: Place("tensor", 0, name) for name in twins}
+        sizes = {
+            places[name]: _sizes(self._graph, other, name, twin) for name, twin in twins.items()
+        }
+        values = {
+            Place("values", 0, n): v
+            for n, twin in twins.items()
+            if (v := _held(self._graph, other, n, twin))
+        }
+        attributes = {
+            Place(key, number, f"{node.op_type} {node.name}"): pairs
+            for number, (node, peer) in enumerate(zip(self._graph.nodes, other.nodes, strict=True))
+            for key, pairs in _changed_attributes(node, peer).items()
+        }
+        found = find_links(self._graph, decoder, {**sizes, **values, **attributes}).solve()
+        self._shapes = {name: found[place] for name, place in places.items()}
+        self._values = {place.name: found[place] for place in values}
+        self._attributes: list[dict[str, Rules]] = [{} for _ in self._graph.nodes]
+        for place in attributes:
+            self._attributes[place.number][place.kind] = found[place]
         self._units = find_units(self._graph)
         self.kernels: tuple[Kernel, ...] = tuple(
             self._describe(index, unit, layers) for index, unit in enumerate(self._units)
@@ -358,8 +224,8 @@ class OnnxResizable:
         variables: list[str] = []
         parts = [graph.nodes[i].op_type for i in unit.nodes]
         for name in names:
-            dims = _slots(self._shapes[name], variables)
-            held = _slots(self._values.get(name, ()), variables)
+            dims = slots(self._shapes[name], variables)
+            held = slots(self._values.get(name, ()), variables)
             parts.append(f"{graph.tensors[name][0]}[{dims}]" + (f"=({held})" if held else ""))
         for i in unit.nodes:
             parts.append(_attribute_text(graph.nodes[i], self._attributes[i], variables))
@@ -402,57 +268,47 @@ def _pair_tensors(dense: GraphView, variant: GraphView) -> dict[str, str]:
     return twins
 
 
-def _rules(dense: Sequence[int], variant: Sequence[int], decoder: PairDecoder, where: str) -> Rules:
-    if len(dense) != len(variant):
-        raise FormatError(f"{where} has {len(dense)} or {len(variant)} dimensions")
-    return tuple(
-        decoder.rule(int(a), int(b), where=where) for a, b in zip(dense, variant, strict=True)
-    )
+def _sizes(dense: GraphView, variant: GraphView, name: str, twin: str) -> list[Pair]:
+    mine, yours = dense.dimensions(name), variant.dimensions(twin)
+    if len(mine) != len(yours):
+        raise FormatError(f"tensor {name} has {len(mine)} or {len(yours)} dimensions")
+    return [*zip(mine, yours, strict=True)]
 
 
-def _value_rules(dense: np.ndarray, variant: np.ndarray, decoder: PairDecoder, where: str) -> Rules:
-    if (dense != variant).any() and dense.size > SHAPE_VALUE_LIMIT:
-        raise FormatError(f"{where}: {dense.size} integers are too many for a shape")
-    return _rules(dense.tolist(), variant.tolist(), decoder, where)
+def _held(dense: GraphView, variant: GraphView, name: str, twin: str) -> list[Pair]:
+    """Both values of every entry of an integer constant that holds dimensions; empty where it follows its shape alone."""
+    mine, yours = dense.constants.get(name), variant.constants.get(twin)
+    if mine is None or yours is None or mine.dtype != np.int64:
+        return []
+    if np.array_equal(mine[tuple(slice(0, n) for n in yours.shape)], yours):
+        return []
+    if mine.shape != yours.shape or mine.size > SHAPE_VALUE_LIMIT:
+        raise FormatError(f"constant {name}: its {mine.size} integers are too many for a shape")
+    return [*zip(mine.ravel().tolist(), yours.ravel().tolist(), strict=True)]
 
 
-def _attribute_rules(node: Any, peer: Any, decoder: PairDecoder) -> dict[str, Rules]:
-    """Rules of the integer attributes that differ (``group`` of a depthwise convolution); any other difference is refused."""
+def _changed_attributes(node: Any, peer: Any) -> dict[str, list[Pair]]:
+    """Both values of the integer attributes that differ (``group`` of a depthwise convolution); any other difference is refused."""
     mine, yours = {a.name: a for a in node.attribute}, {a.name: a for a in peer.attribute}
     where = f"{node.op_type} {node.name}"
     if mine.keys() != yours.keys():
         raise FormatError(f"{where} has other attributes in the two exports")
-    rules: dict[str, Rules] = {}
+    changed: dict[str, list[Pair]] = {}
     integers = (2, 7)  # AttributeProto.INT and .INTS
     for name, a in mine.items():
         b = yours[name]
         if a.SerializeToString(deterministic=True) == b.SerializeToString(deterministic=True):
             continue
-        if a.type != b.type or a.type not in integers:
+        if a.type != b.type or a.type not in integers or len(a.ints) != len(b.ints):
             raise FormatError(f"{where}: attribute {name} differs, and is no dimension")
-        values = (list(a.ints), list(b.ints)) if a.ints else ([a.i], [b.i])
-        rules[name] = _rules(*values, decoder, f"{where} attribute {name}")
-    return rules
-
-
-def _slots(rules: Rules, variables: list[str]) -> str:
-    """Dimensions as text with groups replaced by their position in ``variables``, which grows."""
-    shown = []
-    for rule in rules:
-        for group in rule.groups():
-            if group not in variables:
-                variables.append(group)
-        terms = "+".join(f"{f}*v{variables.index(g)}" for g, f in rule.terms)
-        shown.append(terms or str(rule.constant))
-    return ",".join(shown)
+        changed[name] = [*zip(a.ints, b.ints, strict=True)] if a.ints else [(a.i, b.i)]
+    return changed
 
 
 def _attribute_text(node: Any, rules: Mapping[str, Rules], variables: list[str]) -> str:
     shown = []
     for attribute in sorted(node.attribute, key=lambda a: str(a.name)):
-        if attribute.name in rules:
-            text = _slots(rules[attribute.name], variables)
-        else:
-            text = attribute.SerializeToString(deterministic=True).hex()
-        shown.append(f"{attribute.name}={text}")
+        fixed = attribute.SerializeToString(deterministic=True).hex()
+        follows = rules.get(attribute.name)
+        shown.append(f"{attribute.name}={slots(follows, variables) if follows else fixed}")
     return ";".join(shown)

@@ -20,14 +20,9 @@ import numpy as np
 from edgeprune import records
 from edgeprune.errors import FormatError, MissingTool
 from edgeprune.formats import Format, FormatInfo
-from edgeprune.formats._onnx_resize import (
-    DEQUANTIZE,
-    QUANTIZE,
-    OnnxResizable,
-    encode,
-    onnx_package,
-    parse_model,
-)
+from edgeprune.formats._inputs import check_calibration
+from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
+from edgeprune.formats._onnx_resize import OnnxResizable, encode
 from edgeprune.formats._resize import WidthDecoder
 from edgeprune.results import Artifact, TensorSpec
 
@@ -84,6 +79,7 @@ class OnnxFormat:
         tools = _quantizer()
         model = parse_model(fp32.read_bytes())
         name = model.graph.input[0].name
+        check_calibration(calibration, _spec(model.graph.input[0]).shape)
         with tempfile.TemporaryDirectory(prefix="edgeprune-onnx-") as folder, quiet():
             target = Path(folder) / "int8.onnx"
             try:

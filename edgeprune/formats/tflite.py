@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -18,21 +19,26 @@ from torch import nn
 
 from edgeprune import records
 from edgeprune.datasets import to_layout
-from edgeprune.errors import EdgepruneError, FormatError, MissingTool
+from edgeprune.errors import FormatError, MissingTool
 from edgeprune.formats import Format, FormatInfo
+from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._resize import WidthDecoder
 from edgeprune.formats._tflite_graph import (
     DTYPES,
-    TfliteResizable,
     is_constant,
     op_name,
     read_model,
+    shape_of,
     text,
     write_model,
 )
+from edgeprune.formats._tflite_names import drop_transposed_means, labelled, rename_tensors
+from edgeprune.formats._tflite_resize import TfliteResizable
 from edgeprune.results import Artifact, TensorSpec
 
 SIGNATURE = "serving_default"
+MAX_REASON = 300  # characters of one line of a toolchain
+MAX_LOG_BYTES = 64 * 1024
 
 
 class _ChannelsLast(nn.Module):
@@ -47,28 +53,50 @@ class _ChannelsLast(nn.Module):
         return self.model(x.permute(0, 3, 1, 2))  # type: ignore[no-any-return]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[Path]:
-    """Send what C++ and Python code print to a file; yields its path.
+class Log:
+    """What was printed while :func:`quiet` held the streams; complete once it has ended."""
 
-    The converter prints dozens of progress lines on both streams. They are kept, because a failure is explained there.
+    def __init__(self) -> None:
+        self.text = ""
+
+    def last_error(self) -> str:
+        """The last line that speaks of an error, ``""`` where there is none."""
+        lines = [line.strip() for line in self.text.splitlines()]
+        found = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+        return found[-1][:MAX_REASON] if found else ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[Log]:
+    """Keep what C++ and Python code print off the terminal.
+
+    The converter prints dozens of progress lines on both streams, and on failure the reason. Whatever ends the block, the streams are
+    as before.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with tempfile.NamedTemporaryFile(prefix="edgeprune-converter-", suffix=".log") as log:
+    log = Log()
+    with tempfile.TemporaryFile(prefix="edgeprune-converter-") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved: list[tuple[int, int]] = []
         try:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield Path(log.name)
+            _flush()
+            for number in (1, 2):
+                saved.append((number, os.dup(number)))
+                os.dup2(file.fileno(), number)
+            yield log
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, handle in zip((1, 2), saved, strict=True):
+            _flush()
+            for number, handle in saved:
                 os.dup2(handle, number)
                 os.close(handle)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_BYTES))
+            log.text = file.read().decode("utf-8", "replace")
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A stream may be absent, closed, or a pipe whose reader has gone; that is no reason to fail here.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.flush()
 
 
 def _converter() -> Any:
@@ -103,42 +131,48 @@ class TfliteFormat:
     def export(self, model: nn.Module, example: np.ndarray, path: Path) -> Artifact:
         """Convert with litert-torch; images become channels-last inputs."""
         converter = _converter()
-        wrapped: nn.Module = _ChannelsLast(model) if example.ndim == 4 else model
-        sample = torch.from_numpy(to_layout(example, self.info.layout))
+        copied, paths = labelled(model)
+        wrapped = (_ChannelsLast(copied) if example.ndim == 4 else copied).eval()
+        sample = torch.from_numpy(to_layout(np.array(example, np.float32), self.info.layout))
+        log = Log()
         try:
-            with records.atomic_path(path) as temporary, quiet():
-                edge_model = converter.convert(wrapped.eval(), (sample,))
-                target = temporary.with_suffix(".part.tflite")
-                try:
-                    edge_model.export(str(target))
-                    target.replace(temporary)
-                finally:
-                    target.unlink(missing_ok=True)
-        except EdgepruneError:
-            raise
+            with quiet() as log, torch.no_grad():
+                content = bytes(converter.convert(wrapped, (sample,)).model_content())
         except Exception as error:
             raise FormatError(
-                f"litert-torch could not convert the model: {_first_line(error)}",
+                f"litert-torch could not convert the model: {_reason(error, log, wrapped, sample)}",
                 hint="replace that operation, or try a target with another format",
             ) from error
+        converted = read_model(content)
+        drop_transposed_means(converted)
+        rename_tensors(converted, paths)
+        records.write_bytes(path, write_model(converted))
         return self.describe(path)
 
     def quantize(self, fp32: Path, calibration: np.ndarray, path: Path) -> Artifact:
-        """Static INT8: weights per output channel, activations per tensor, ranges from the calibration samples."""
+        """Static INT8: weights per output channel, activations per tensor, ranges from the calibration samples.
+
+        Raises:
+            ModelError: a sample is not finite, or there is none.
+        """
         quantizer_module, recipe = _quantizer()
-        samples = to_layout(calibration, self.info.layout)
-        name = _signature_input(fp32)
+        samples = to_layout(np.asarray(calibration, np.float32), self.info.layout)
+        float_model = read_model(fp32.read_bytes())
+        entry = float_model.signatureDefs[0].inputs[0]
+        check_calibration(samples, shape_of(float_model.subgraphs[0].tensors[entry.tensorIndex]))
+        log = Log()
         try:
-            with quiet():
+            with quiet() as log:
                 quantizer = quantizer_module.Quantizer(str(fp32), recipe.static_wi8_ai8())
-                data = {SIGNATURE: [{name: samples[i : i + 1]} for i in range(len(samples))]}
-                quantized = quantizer.quantize(quantizer.calibrate(data)).quantized_model
+                feeds = [{text(entry.name): samples[i : i + 1]} for i in range(len(samples))]
+                ranges = quantizer.calibrate({SIGNATURE: feeds})
+                quantized = bytes(quantizer.quantize(ranges).quantized_model)
         except Exception as error:
             raise FormatError(
-                f"ai-edge-quantizer could not quantise the model: {_first_line(error)}"
+                f"ai-edge-quantizer could not quantise the model: {_reason(error, log)}"
             ) from error
         # Rewritten so that every buffer stands inside the flatbuffer: older runtimes read no other form.
-        records.write_bytes(path, write_model(read_model(bytes(quantized))))
+        records.write_bytes(path, write_model(read_model(quantized)))
         return self.describe(path)
 
     def describe(self, path: Path) -> Artifact:
@@ -171,34 +205,9 @@ class TfliteFormat:
         model: nn.Module,
     ) -> TfliteResizable:
         """Pair two exports of one precision; see :class:`edgeprune.formats.Format`."""
+        leaves = {path for path, module in model.named_modules() if not [*module.children()]}
         decoder = WidthDecoder(full, changed)
-        return TfliteResizable(
-            dense.read_bytes(), variant.read_bytes(), decoder, layer_name_keys(model)
-        )
-
-
-def layer_name_keys(model: nn.Module) -> dict[str, str]:
-    """Text that litert-torch writes into tensor names -> the torch layer's path.
-
-    Each part of a path is written as ``module.Class_attribute``, joined by slashes.
-    """
-    keys: dict[str, str] = {}
-    modules = dict(model.named_modules())
-    for path, module in modules.items():
-        if not isinstance(module, nn.Conv2d | nn.Conv1d | nn.ConvTranspose2d | nn.Linear):
-            continue
-        parts = path.split(".") if path else []
-        written = []
-        for depth, attribute in enumerate(parts):
-            kind = type(modules[".".join(parts[: depth + 1])])
-            written.append(f"{kind.__module__}.{kind.__qualname__}_{attribute}")
-        keys["/".join(written)] = path
-    return keys
-
-
-def _signature_input(path: Path) -> str:
-    model = read_model(path.read_bytes())
-    return text(model.signatureDefs[0].inputs[0].name)
+        return TfliteResizable(dense.read_bytes(), variant.read_bytes(), decoder, leaves - {""})
 
 
 def _spec(tensor: Any) -> TensorSpec:
@@ -215,9 +224,42 @@ def _spec(tensor: Any) -> TensorSpec:
     )
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+def _reason(
+    error: Exception,
+    log: Log,
+    model: nn.Module | None = None,
+    sample: torch.Tensor | None = None,
+) -> str:
+    """What went wrong, with the operator and the layer where the converter names a node, and its own last error line."""
+    said = str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    found = [(lines[0] if lines else type(error).__name__)[:MAX_REASON]]
+    if operator := re.search(r"target=torch\.ops\.([\w.]+)", said):
+        found.append(f"operator {operator[1]}")
+    node = re.search(r"While executing %(\w+)", said)
+    if node and model is not None and sample is not None:
+        layer = _layer_of_node(model, sample, node[1])
+        found += [f"layer {layer}"] if layer else []
+    elif code := re.findall(r'File "[^"]*", line \d+, in \S+\n\s*(\S.*)', said):
+        found.append(f"at: {code[-1].strip()[:120]}")
+    if log.last_error() and log.last_error() not in found[0]:
+        found.append(f"converter: {log.last_error()}")
+    return ", ".join(found)
+
+
+def _layer_of_node(model: nn.Module, sample: torch.Tensor, name: str) -> str:
+    """The module in which a traced operation stands, ``""`` when it is not found or stands in the model itself."""
+    try:
+        with quiet():
+            program = torch.export.export(model, (sample,), strict=False)
+            graphs = (program.graph, program.run_decompositions().graph)
+    except Exception:  # an error is being explained; failing to find the layer is no further error
+        return ""
+    nodes = [node for graph in graphs for node in graph.nodes if node.name == name]
+    stacks = [node.meta.get("nn_module_stack") or {} for node in nodes]
+    paths = [str(path) for stack in stacks for path, _ in stack.values()]
+    inner = paths[-1] if paths else ""
+    return inner.removeprefix("model").removeprefix(".") if sample.ndim == 4 else inner
 
 
 FORMAT: Format = TfliteFormat()

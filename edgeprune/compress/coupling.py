@@ -1,0 +1,279 @@
+"""Which channels of which layers are one and the same: classes of coupled channels, read off Torch-Pruning's dependency graph.
+
+Torch-Pruning says which operation hands its channels to which; :mod:`~edgeprune.compress.views` says how indices change on the way. Here
+every channel of every operation is a point, every hand-over joins two points, and joined points are one class: they have to go together.
+On top of the graph come the ties it does not know: grouped convolutions, group norm, equal splits and broadcasting.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch_pruning import ops
+from torch_pruning._helpers import _HybridIndex
+
+from edgeprune.compress.views import LOST, edge_views, equal_parts, split_sizes
+from edgeprune.errors import ModelError
+
+WEIGHTED = (_ConvNd, nn.Linear)
+SLICEABLE = (*WEIGHTED, _NormBase, nn.GroupNorm, nn.PReLU, nn.Parameter)
+OPAQUE = (nn.LayerNorm, nn.LocalResponseNorm, nn.MultiheadAttention, nn.LSTM, nn.Embedding)
+
+MAPPED_BY_LIBRARY = (ops.OPTYPE.SLICE, ops.OPTYPE.UNBIND, ops.OPTYPE.EXPAND)
+
+# (node of the graph, "out" or "in"); both sides are "out" where a layer keeps its channels
+Space = tuple[Any, str]
+Point = tuple[Any, str, int]
+
+
+@dataclass
+class Family:
+    """All channels that hang together with one root layer, in classes that live and die together.
+
+    ``classes[i]`` holds ``(node, side) -> indices``; ``problem`` says why none of it may be removed.
+    """
+
+    root: nn.Module
+    classes: list[dict[Space, list[int]]] = field(default_factory=list)
+    nodes: list[Any] = field(default_factory=list)
+    problem: str | None = None
+
+
+def trace(model: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
+    """The dependency graph of a model.
+
+    Args:
+        model: in eval mode; its parameters get ``requires_grad`` switched on, nothing else changes.
+        example: one input, ``[1, ...]``.
+
+    Raises:
+        ModelError: the model cannot be traced; names the innermost layer that was running.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    entered: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        label = (
+            f"{name!r} ({type(module).__name__})" if name else f"{type(module).__name__}.forward"
+        )
+        handles.append(module.register_forward_pre_hook(lambda *_, at=label: entered.append(at)))
+        handles.append(module.register_forward_hook(lambda *_: entered.pop() and None))
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            return tp.DependencyGraph().build_dependency(
+                model, example_inputs=example, forward_fn=lambda m, x: m(x), verbose=False
+            )
+    except Exception as error:  # the model's forward may raise anything
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        where = f" in layer {entered[-1]}" if entered else ""
+        raise ModelError(
+            f"the model cannot be traced{where}: {first[0][:300]}",
+            hint="its forward must run on one input tensor without data-dependent branches",
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def moves_whole_groups(layer: object) -> bool:
+    """Whether channels of this convolution go by whole groups, inputs and outputs together (depthwise is the usual case).
+
+    Where there are fewer groups than channels in each, every group gives up the same positions instead, and there inputs and
+    outputs are independent: that leaves more widths to choose from.
+    """
+    return isinstance(layer, _ConvNd) and 1 < layer.groups >= layer.in_channels // layer.groups
+
+
+def families(model: nn.Module, graph: Any) -> Iterator[Family]:
+    """The families of all convolutions and linear layers that the trace reached, each layer's outputs in exactly one.
+
+    The root is the first layer of a family in the model's own order, not in the order of the trace.
+    """
+    done: set[Any] = set()
+    for module in model.modules():
+        node = graph.module2node.get(module)
+        if not isinstance(module, WEIGHTED) or node is None or node in done:
+            continue
+        width = _width(module, "out") or 1
+        family = _explore(graph, node, width) if width > 1 else Family(module, nodes=[node])
+        done.update(n for found in family.classes for n, side in found if side == "out")
+        yield family
+
+
+def channel_dim(parameter: torch.Tensor) -> int:
+    """Where a free parameter has its channels: dimension 1 of an image-like ``[1, C, H, W]``, else the last one that is not 1."""
+    if parameter.dim() == 4 and parameter.shape[1] > 1:
+        return 1
+    return max((d for d, size in enumerate(parameter.shape) if size > 1), default=0)
+
+
+def _width(module: object, side: str) -> int | None:
+    """Channels on one side of a layer; ``None`` where the operation has no width of its own."""
+    if isinstance(module, _ConvNd):
+        return module.out_channels if side == "out" else module.in_channels
+    if isinstance(module, nn.Linear):
+        return module.out_features if side == "out" else module.in_features
+    if isinstance(module, _NormBase):
+        return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else None
+    if isinstance(module, nn.Parameter):
+        return int(module.shape[channel_dim(module)])
+    return None
+
+
+def _explore(graph: Any, root: Any, width: int) -> Family:
+    """Follow every hand-over from the outputs of ``root``."""
+    joined = _Joined()
+    seen: dict[Space, set[int]] = defaultdict(set)
+    pending: dict[Space, set[int]] = {(root, "out"): set(range(width))}
+    problem: str | None = None
+    while pending:
+        space, indices = pending.popitem()
+        fresh = sorted(indices - seen[space])
+        seen[space].update(fresh)
+        for target, pairs in _neighbours(graph, space, fresh):
+            limit = _width(target[0].module, target[1])
+            if limit == 1 and _width(space[0].module, space[1]) != 1:
+                continue  # one channel that is broadcast to all
+            if any(j < 0 or (limit is not None and j >= limit) for _, j in pairs):
+                problem = "an operation rearranges its channels in a way that cannot be followed"
+                continue
+            pending.setdefault(target, set()).update(j for _, j in pairs)
+            for i, j in pairs:
+                joined.join((*space, i), (*target, j))
+        pending = {s: left for s, i in pending.items() if (left := i - seen[s])}
+    classes: dict[Point, dict[Space, list[int]]] = {}
+    for i in range(width):
+        classes.setdefault(joined.find((root, "out", i)), {})
+    for space, indices in seen.items():
+        for i in sorted(indices):
+            classes[joined.find((*space, i))].setdefault(space, []).append(i)
+    family = Family(root.module, list(classes.values()), list(dict.fromkeys(n for n, _ in seen)))
+    family.problem = problem or _problem(family, seen)
+    return family
+
+
+class _Joined:
+    """Union-find over points."""
+
+    def __init__(self) -> None:
+        self._parents: dict[Point, Point] = {}
+
+    def find(self, point: Point) -> Point:
+        path = []
+        while (parent := self._parents.get(point, point)) != point:
+            path.append(point)
+            point = parent
+        self._parents.update(dict.fromkeys(path, point))
+        return point
+
+    def join(self, one: Point, other: Point) -> None:
+        self._parents[self.find(one)] = self.find(other)
+
+
+def _problem(family: Family, seen: dict[Space, set[int]]) -> str | None:
+    """Why the family cannot be pruned, as far as the graph shows it."""
+    for node, side in seen:
+        if side == "out" and not node.outputs:
+            return "its channels are the model's outputs"
+    for node in family.nodes:
+        module = node.module
+        if isinstance(module, OPAQUE):
+            return f"a {type(module).__name__} mixes its channels"
+        if node.type == ops.OPTYPE.DEPTHWISE_CONV and module.in_channels != module.out_channels:
+            return "a grouped convolution merges its channels"
+    shapes = {
+        frozenset((n, s, len(i)) for (n, s), i in c.items() if isinstance(n.module, SLICEABLE))
+        for c in family.classes
+    }
+    if len(shapes) > 1:
+        return "some of its channels are coupled with other layers than the rest"
+    return None
+
+
+def _side(graph: Any, node: Any, function: Any) -> str:
+    pruner = graph.get_pruner_of_module(node.module)
+    return "out" if function == pruner.prune_out_channels else "in"
+
+
+def _neighbours(
+    graph: Any, space: Space, indices: list[int]
+) -> Iterator[tuple[Space, list[tuple[int, int]]]]:
+    """Every space that channels of ``space`` are handed to or tied with, with the pairs (index here, index there)."""
+    node, side = space
+    pruner = graph.get_pruner_of_module(node.module)
+    function = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+    for dependency in node.dependencies:
+        if not dependency.is_triggered_by(function):
+            continue
+        target = dependency.target
+        if any(target is n for n in node.outputs):
+            yield (target, _side(graph, target, dependency.handler)), _forward(dependency, indices)
+        if any(target is n for n in node.inputs):
+            yield (target, _side(graph, target, dependency.handler)), _backward(dependency, indices)
+    for tied_side, pairs in _ties(node, side, indices):
+        yield (node, tied_side), pairs
+
+
+def _forward(dependency: Any, indices: list[int]) -> list[tuple[int, int]]:
+    if dependency.target.type in MAPPED_BY_LIBRARY:
+        return _mapped(dependency, indices)
+    views = edge_views(dependency.source, dependency.target)
+    return [(i, j) for view in views for i in indices for j in view.forward(i)]
+
+
+def _backward(dependency: Any, indices: list[int]) -> list[tuple[int, int]]:
+    if dependency.source.type in MAPPED_BY_LIBRARY:
+        return _mapped(dependency, indices)
+    views = edge_views(dependency.target, dependency.source)
+    return [(j, i) for view in views for j in indices for i in view.backward(j)]
+
+
+def _mapped(dependency: Any, indices: list[int]) -> list[tuple[int, int]]:
+    """Torch-Pruning's own map of slices, repeats and the like; it loses the origin of repeated heads: those cannot be followed."""
+    mapped = [_HybridIndex(idx=i, root_idx=i) for i in indices]
+    if (mapping := dependency.index_mapping[0]) is not None:
+        mapped = mapping(mapped)
+    return [(m.root_idx, m.idx) if m.root_idx is not None else (0, LOST) for m in mapped]
+
+
+def _ties(node: Any, side: str, indices: list[int]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Channels of one layer that must go together, which the graph does not say."""
+    module = node.module
+    size = equal_parts(node)
+    if size:
+        n = sum(split_sizes(node))
+        yield "out", [(i, j) for i in indices for j in range(i % size, n, size)]
+    if isinstance(module, nn.GroupNorm):
+        each = module.num_channels // module.num_groups
+        yield "out", [(i, j) for i in indices for j in _block(i // each, each)]
+    if not isinstance(module, _ConvNd) or module.groups == 1:
+        return
+    if node.type == ops.OPTYPE.DEPTHWISE_CONV:
+        return
+    sizes = {s: (_width(module, s) or 0) // module.groups for s in ("out", "in")}
+    here = sizes[side]
+    if moves_whole_groups(module):
+        for other, each in sizes.items():
+            yield other, [(i, j) for i in indices for j in _block(i // here, each)]
+    else:
+        n = here * module.groups
+        yield side, [(i, j) for i in indices for j in range(i % here, n, here)]
+
+
+def _block(number: int, size: int) -> range:
+    return range(number * size, (number + 1) * size)

@@ -1,0 +1,248 @@
+"""Taking channels out of a model: layer by layer, from the indices that a group states; no trace, so no order matters."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from edgeprune.compress.coupling import channel_dim, moves_whole_groups
+from edgeprune.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How one layer takes part in a group: the layer's channels ``indices[i]`` go when the group's channel ``i`` goes.
+
+    ``side`` is ``out`` (filters, biases, normalisation, free parameters) or ``in`` (the weights that read them). Several indices a
+    channel occur where channels were flattened (``C * H * W``) or are tied (grouped convolution, gated halves).
+    """
+
+    layer: str
+    side: str
+    indices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that live and die together.
+
+    ``channels`` counts what can go on its own: where channels are tied, each of the group's channels is several of the layer's.
+    ``root`` is the first layer that writes them; ``step``: widths must be multiples of it; ``kind`` is ``spine`` where several layers
+    write the same channels (residual additions), else ``inner``.
+    """
+
+    name: str
+    root: str
+    channels: int
+    step: int
+    kind: str
+    couplings: tuple[Coupling, ...]
+
+    def layers(self) -> tuple[str, ...]:
+        """All layers of the group, producers first, each once."""
+        ordered = sorted(self.couplings, key=lambda c: c.side != "out")
+        return tuple(dict.fromkeys(c.layer for c in ordered))
+
+    def producers(self) -> tuple[str, ...]:
+        """Layers whose output channels the group is."""
+        return tuple(dict.fromkeys(c.layer for c in self.couplings if c.side == "out"))
+
+    def consumers(self) -> tuple[Coupling, ...]:
+        """Layers that read the group's channels."""
+        return tuple(c for c in self.couplings if c.side == "in")
+
+
+def weights_by_input(layer: nn.Module) -> torch.Tensor:
+    """The weights that read each input channel, as a view ``[groups, outputs of a group, inputs of a group, taps]``.
+
+    Input channel ``i`` is at ``[i // k, :, i % k]`` with ``k`` inputs a group; a write to the view changes the layer.
+
+    Raises:
+        ModelError: the layer is neither a convolution nor linear.
+    """
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    if isinstance(layer, nn.Linear):
+        return weight.view(1, *weight.shape, 1)
+    if not isinstance(layer, _ConvNd):
+        raise ModelError(
+            f"only convolutions and linear layers read channels, not {type(layer).__name__}"
+        )
+    if isinstance(layer, _ConvTransposeNd):  # stored [inputs, outputs of a group, ...]
+        split = weight.reshape(layer.groups, -1, weight.shape[1], weight[0, 0].numel())
+        return split.transpose(1, 2)
+    return weight.view(layer.groups, -1, weight.shape[1], weight[0, 0].numel())
+
+
+def zero_channels(
+    model: nn.Module,
+    groups: Mapping[str, ChannelGroup],
+    removed: Mapping[str, Sequence[int]],
+) -> nn.Module:
+    """A copy of the model in which nothing reads the removed channels: their input weights are zero.
+
+    Args:
+        model: not changed.
+        groups: by name.
+        removed: group name -> channels of the group.
+    """
+    masked = copy.deepcopy(model).eval()
+    layers = dict(masked.named_modules())
+    with torch.no_grad():
+        for name, channels in removed.items():
+            for consumer in groups[name].consumers():
+                weights = weights_by_input(layers[consumer.layer])
+                each = weights.shape[2]
+                for index in (i for c in channels for i in consumer.indices[int(c)]):
+                    weights[index // each, :, index % each] = 0
+    return masked
+
+
+def remove_channels(
+    model: nn.Module,
+    groups: Mapping[str, ChannelGroup],
+    removed: Mapping[str, Sequence[int]],
+    example: torch.Tensor,
+) -> nn.Module:
+    """A copy of the model without the removed channels of each group.
+
+    Args:
+        model: the one that the groups were found in (or one of the same shapes); not changed.
+        groups: by name.
+        removed: group name -> channels of the group to remove; any order.
+        example: one input ``[1, ...]``; the result is run on it once.
+
+    Raises:
+        ModelError: a channel does not exist, none would be left, or the result does not run.
+    """
+    smaller = copy.deepcopy(model).eval()
+    gone: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for name, channels in removed.items():
+        group = groups[name]
+        chosen = {int(c) for c in channels}
+        if not chosen <= set(range(group.channels)) or len(chosen) == group.channels:
+            raise ModelError(
+                f"channels to remove from {name!r} must be some of its {group.channels}, but are {sorted(chosen)[:8]}"
+            )
+        for coupling in group.couplings:
+            gone[coupling.layer, coupling.side] |= {i for c in chosen for i in coupling.indices[c]}
+    layers = dict(smaller.named_modules())
+    # Read before anything is cut: a convolution with fewer inputs may look as if it moved whole groups.
+    whole = {name for name, layer in layers.items() if moves_whole_groups(layer)}
+    for (name, side), indices in gone.items():
+        if indices and name in layers:
+            _cut(layers[name], side, indices, whole_groups=name in whole)
+        elif indices:
+            _cut_parameter(smaller, name, indices)
+    try:
+        with torch.no_grad():
+            smaller(example)
+    except Exception as error:  # the model's forward may raise anything
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"removing channels breaks the model: {first[0][:200]}") from error
+    return smaller
+
+
+def _cut(layer: nn.Module, side: str, indices: set[int], *, whole_groups: bool) -> None:
+    if isinstance(layer, _ConvNd):
+        if whole_groups:
+            _cut_conv_groups(layer, indices)
+        elif side == "out":
+            _cut_conv_outputs(layer, indices)
+        else:
+            _cut_conv_inputs(layer, indices)
+    elif isinstance(layer, nn.Linear):
+        width = layer.out_features if side == "out" else layer.in_features
+        left = _left(width, indices)
+        _select(layer, "weight", 0 if side == "out" else 1, left)
+        if side == "out":
+            _select(layer, "bias", 0, left)
+            layer.out_features = len(left)
+        else:
+            layer.in_features = len(left)
+    elif isinstance(layer, nn.PReLU):
+        left = _left(layer.num_parameters, indices)
+        _select(layer, "weight", 0, left)
+        layer.num_parameters = len(left)
+    else:
+        _cut_norm(layer, indices)
+
+
+def _cut_norm(layer: nn.Module, indices: set[int]) -> None:
+    if isinstance(layer, nn.GroupNorm):
+        each = layer.num_channels // layer.num_groups
+        left = _left(layer.num_channels, indices)
+        layer.num_channels, layer.num_groups = len(left), len(left) // each
+    else:
+        assert isinstance(layer, _NormBase)
+        left = _left(layer.num_features, indices)
+        layer.num_features = len(left)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _select(layer, name, 0, left)
+
+
+def _cut_conv_outputs(layer: _ConvNd, indices: set[int]) -> None:
+    left = _left(layer.out_channels, indices)
+    if isinstance(layer, _ConvTransposeNd):
+        # All groups give up the same positions, so the first group's positions stand for all.
+        each = layer.out_channels // layer.groups
+        _select(layer, "weight", 1, [i for i in left if i < each])
+    else:
+        _select(layer, "weight", 0, left)
+    _select(layer, "bias", 0, left)
+    layer.out_channels = len(left)
+
+
+def _cut_conv_inputs(layer: _ConvNd, indices: set[int]) -> None:
+    left = _left(layer.in_channels, indices)
+    if isinstance(layer, _ConvTransposeNd):
+        _select(layer, "weight", 0, left)
+    else:
+        each = layer.in_channels // layer.groups
+        _select(layer, "weight", 1, [i for i in left if i < each])
+    layer.in_channels = len(left)
+
+
+def _cut_conv_groups(layer: _ConvNd, indices: set[int]) -> None:
+    """Take whole groups, inputs and outputs, out of a grouped convolution; ``indices`` are its outputs."""
+    inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    left = _left(layer.out_channels, indices)
+    groups = sorted({i // outputs for i in left})
+    if isinstance(layer, _ConvTransposeNd):
+        _select(layer, "weight", 0, [g * inputs + i for g in groups for i in range(inputs)])
+    else:
+        _select(layer, "weight", 0, left)
+    _select(layer, "bias", 0, left)
+    layer.out_channels, layer.in_channels = len(left), len(groups) * inputs
+    layer.groups = len(groups)
+
+
+def _cut_parameter(model: nn.Module, path: str, indices: set[int]) -> None:
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    value = owner.get_parameter(name)
+    dim = channel_dim(value)
+    _select(owner, name, dim, _left(int(value.shape[dim]), indices))
+
+
+def _left(width: int, gone: set[int]) -> list[int]:
+    return [i for i in range(width) if i not in gone]
+
+
+def _select(owner: nn.Module, name: str, dim: int, left: list[int]) -> None:
+    """Keep only some entries of a parameter or buffer, where the layer has it."""
+    old = getattr(owner, name, None)
+    if not isinstance(old, torch.Tensor):
+        return
+    chosen = old.detach().index_select(dim, torch.tensor(left, device=old.device)).clone()
+    if isinstance(old, nn.Parameter):
+        setattr(owner, name, nn.Parameter(chosen, requires_grad=old.requires_grad))
+    else:
+        setattr(owner, name, chosen)

@@ -1,0 +1,170 @@
+"""Everything before training: the dense model as files, its latency, and a plan that was measured within the budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeprune import planning, stages
+from edgeprune.closing import Planned, chance_note, versions
+from edgeprune.context import Context
+from edgeprune.formats import Resizable
+from edgeprune.planning import MeasuredNets, MeasuredTable, PlanResult, Stand
+from edgeprune.runfolder import RunFolder, Stage
+from edgeprune.stage_records import DenseFiles, DenseLatency, ScoresResult, VariantFile
+
+
+def plan_stages(context: Context, run: RunFolder) -> Planned:
+    """Export, measure, search and check; each stage is taken from the run folder if it is there.
+
+    Raises:
+        BudgetError: the budget is below the fastest admissible latency, as measured.
+        ModelError, FormatError, DeviceError: see :mod:`edgeprune.stages`.
+    """
+    dense = _dense(context, run)
+    latency = _latency(context, run, dense)
+    file, variant = _resizable(context, run, dense, latency)
+    stand = Stand(context.board, context.job.target.runtime, latency.result.precision)
+    table = _table(context, run, latency, variant, stand, file)
+    nets = run.stage(
+        "nets",
+        "measuring",
+        {"kernels": table.digest},
+        MeasuredNets,
+        lambda _: planning.measure_nets(stand, file, table.result.grids, seed=context.job.seed),
+    )
+    planning.check_budget(context.job.budget, nets.result)
+    plan = _plan(context, run, stand, file, table, nets)
+    return Planned(dense, latency, table, plan)
+
+
+def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
+    job, say = context.job, context.progress.say
+    say(f"[1/8] pre-flight: export the dense model and compare it with torch ({job.target.format})")
+    inputs = {
+        "model": job.loaded.model_digest,
+        "data": job.loaded.dataset.digest,
+        "preprocess": job.loaded.preprocess,
+        "format": job.target.format,
+        "quantization": job.target.quantization,
+        "versions": versions(),
+        "seed": job.seed,
+    }
+    dense = run.stage(
+        "dense", "conversion", inputs, DenseFiles, lambda f: stages.dense_files(context, f)
+    )
+    entry = context.entry("dense", context.reference)
+    say(f"      dense: {entry.metric} {entry.value:.2%} of {entry.n} development samples")
+    for line in (*context.prepared[1], *dense.result.notes, chance_note(context)):
+        if line:
+            say(f"      note: {line}")
+    _, frozen = context.groups
+    for kept in frozen:
+        say(f"      kept whole: {', '.join(kept.layers[:2])}: {kept.reason}")
+    return dense
+
+
+def _latency(context: Context, run: RunFolder, dense: Stage[DenseFiles]) -> Stage[DenseLatency]:
+    job, say = context.job, context.progress.say
+    say(f"[2/8] dense latency on {job.device_name}")
+    inputs: dict[str, Any] = {
+        "dense": dense.digest,
+        "device": [job.device_name, job.device.model_dump(mode="json")],
+        "runtime": job.target.runtime,
+        "precisions": list(job.target.precisions),
+    }
+    latency = run.stage(
+        "dense-latency",
+        "measuring",
+        inputs,
+        DenseLatency,
+        lambda _: stages.dense_latency(context, dense.result, dense.folder),
+    )
+    for m in latency.result.measurements.values():
+        say(f"      dense {m.precision}: {m.median_ms:.4g} ms")
+    return latency
+
+
+def _resizable(
+    context: Context, run: RunFolder, dense: Stage[DenseFiles], latency: Stage[DenseLatency]
+) -> tuple[Resizable, Stage[VariantFile]]:
+    """The dense file in the precision of the search, as one that takes any widths."""
+    precision = latency.result.precision
+    variant = run.stage(
+        "variant",
+        "conversion",
+        {"dense": dense.digest, "precision": precision},
+        VariantFile,
+        lambda f: stages.variant_file(context, precision, f),
+    )
+    artifact = dense.result.int8 if precision == "int8" else dense.result.fp32
+    file = stages.resizable(
+        context,
+        dense.path(artifact.path),
+        variant.path(variant.result.artifact.path),
+        variant.result.widths,
+    )
+    return file, variant
+
+
+def _table(
+    context: Context,
+    run: RunFolder,
+    latency: Stage[DenseLatency],
+    variant: Stage[VariantFile],
+    stand: Stand,
+    file: Resizable,
+) -> Stage[MeasuredTable]:
+    groups, _ = context.groups
+    context.progress.say(
+        f"[3/8] kernel times of {len(groups)} channel groups, {latency.result.precision}"
+    )
+    return run.stage(
+        "kernels",
+        "measuring",
+        {"latency": latency.digest, "variant": variant.digest},
+        MeasuredTable,
+        lambda _: planning.measure_table(
+            stand,
+            file,
+            groups,
+            fingerprint_key=latency.result.fingerprint.key(),
+            format_name=context.job.target.format,
+            progress=context.progress,
+        ),
+    )
+
+
+def _plan(
+    context: Context,
+    run: RunFolder,
+    stand: Stand,
+    file: Resizable,
+    table: Stage[MeasuredTable],
+    nets: Stage[MeasuredNets],
+) -> Stage[PlanResult]:
+    job, say = context.job, context.progress.say
+    say(f"[4/8] importance of every channel ({job.importance})")
+    scores = run.stage(
+        "importance",
+        "other",
+        {"kernels": table.digest, "importance": job.importance, "data": job.loaded.dataset.digest},
+        ScoresResult,
+        lambda f: stages.score(context, table.result.grids, f),
+    )
+    say(f"[5/8] search: {job.budget.text}, checked on the device")
+    plan = run.stage(
+        "plan",
+        "measuring",
+        {"nets": nets.digest, "importance": scores.digest, "budget": job.budget},
+        PlanResult,
+        lambda _: stages.plan_structure(
+            context, stand, file, table.result, nets.result, scores.result
+        ),
+    )
+    widths = plan.result.plan.widths()
+    chosen = min((c for c in plan.result.checks if c.widths == widths), key=lambda c: c.ratio_high)
+    say(
+        f"      {chosen.ratio_to_dense:.1%} of dense measured;"
+        f" predicted {chosen.predicted_ms:.4g} ms, measured {chosen.measured_ms:.4g} ms"
+    )
+    return plan

@@ -1,0 +1,79 @@
+"""What a user may say about a run, and the checks of it that need neither the model nor torch: a wrong name fails at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeprune import catalog, formats
+from edgeprune.errors import FormatError, SpecError
+from edgeprune.specs import Budget, Target, Workload, parse_budget, parse_drop
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say about a run. ``None`` means: take ``edgeprune.yaml``, then the target file, then the default."""
+
+    target: str | None = None
+    latency: str | None = None
+    max_drop: str | None = None
+    device: str | None = None
+    importance: str = "fisher"
+    seed: int | None = None
+    run: Path | None = None
+    resume: Path | None = None
+    command: str = "edgeprune (from Python)"
+
+
+def chosen_target(options: Options, workload: Workload) -> Target:
+    """The target of a request.
+
+    Raises:
+        SpecError: none was named.
+        UnknownName: none has the name, or its profile does not exist.
+    """
+    name = options.target or workload.target
+    if name is None:
+        raise SpecError("no target was named", hint="add --target, such as --target rpi4")
+    return catalog.target(name)
+
+
+def chosen_gates(options: Options, workload: Workload, target: Target) -> tuple[Budget, float]:
+    """The latency budget and the allowed drop (a ratio) of a request: flag, then ``edgeprune.yaml``, then the target file.
+
+    Raises:
+        SpecError: one of them is malformed.
+    """
+    try:
+        return (
+            parse_budget(options.latency or workload.latency or target.latency),
+            parse_drop(options.max_drop or workload.max_drop or target.max_drop),
+        )
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+
+
+def check_format(target: Target) -> None:
+    """Nothing, when this version can write the target's format.
+
+    Raises:
+        FormatError: it cannot yet.
+    """
+    if target.format not in formats.names():
+        raise FormatError(
+            f"target {target.name} needs the format {target.format}, which this version cannot write yet",
+            hint=f"formats of this version: {', '.join(formats.names())}",
+        )
+
+
+def check_names(options: Options, workload: Workload) -> None:
+    """Fail on a wrong target, device, format or gate before any model or data is loaded.
+
+    Raises:
+        SpecError, UnknownName: as :func:`chosen_target` and :func:`chosen_gates`; no device has the name.
+        FormatError: as :func:`check_format`.
+    """
+    target = chosen_target(options, workload)
+    catalog.device_for(target.name, options.device or workload.device)
+    check_format(target)
+    chosen_gates(options, workload, target)

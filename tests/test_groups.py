@@ -1,0 +1,256 @@
+"""Channel groups: everything found keeps the mask identity, everything else is named with a reason."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO, conv_bn, head, make
+
+from edgeprune.compress.groups import (
+    ChannelGroup,
+    find_groups,
+    mask_identity,
+    remove_channels,
+    zero_channels,
+)
+from edgeprune.errors import ModelError
+
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def groups_of(name: str) -> tuple[nn.Module, Tensor, dict[str, ChannelGroup], dict[str, str]]:
+    """A net, its inputs, its groups by producer, and reasons by frozen layer."""
+    model, x = make(ZOO[name])
+    groups, frozen = find_groups(model, x[:1])
+    return (
+        model,
+        x,
+        {layer: g for g in groups for layer in g.producers()},
+        {layer: f.reason for f in frozen for layer in f.layers},
+    )
+
+
+def drawn(groups: tuple[ChannelGroup, ...], seed: int) -> dict[str, list[int]]:
+    generator = np.random.default_rng(seed)
+    return {
+        g.name: generator.permutation(g.channels)[: generator.integers(0, g.channels)].tolist()
+        for g in groups
+    }
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_any_removal_equals_zeroing_what_reads_the_channels(name: str) -> None:
+    model, x = make(ZOO[name])
+    groups, _ = find_groups(model, x[:1])
+    for seed in range(5):
+        assert mask_identity(model, groups, drawn(groups, seed), x) is None
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_zeroing_matters_so_that_the_identity_says_something(name: str) -> None:
+    model, x = make(ZOO[name])
+    groups, _ = find_groups(model, x[:1])
+    with torch.no_grad():
+        for group in groups:
+            masked = zero_channels(model, {group.name: group}, {group.name: range(group.channels)})
+            assert not torch.allclose(masked(x), model(x), rtol=1e-3, atol=1e-5), group.name
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_expected_layers_are_prunable_and_every_other_one_has_a_reason(name: str) -> None:
+    model, _, by_layer, reasons = groups_of(name)
+    assert set(ZOO[name].prunable) <= set(by_layer)
+    assert set(ZOO[name].frozen) <= set(reasons)
+    weighted = {n for n, m in model.named_modules() if isinstance(m, WEIGHTED)}
+    assert weighted <= set(by_layer) | set(reasons)
+    assert all(len(reason) > 15 for reason in reasons.values())
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_what_is_left_is_a_plain_model_with_true_attributes(name: str) -> None:
+    model, x = make(ZOO[name])
+    groups, _ = find_groups(model, x[:1])
+    # A quarter goes, so that something is left to prune once more.
+    order = np.random.default_rng(7).permutation
+    quarter = {g.name: order(g.channels)[: g.channels // 4].tolist() for g in groups}
+    smaller = remove_channels(model, {g.name: g for g in groups}, quarter, x[:1])
+    assert type(smaller) is type(model)
+    for module in smaller.modules():
+        assert not module._forward_hooks
+        if isinstance(module, nn.modules.conv._ConvNd):
+            across = (module.in_channels, module.out_channels)
+            first, second = across if module.transposed else across[::-1]
+            assert tuple(module.weight.shape[:2]) == (first, second // module.groups)
+        if isinstance(module, nn.Linear):
+            assert tuple(module.weight.shape) == (module.out_features, module.in_features)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.num_features == len(module.running_mean) == len(module.weight)
+    again, _ = find_groups(smaller, x[:1])
+    assert mask_identity(smaller, again, drawn(again, 3), x) is None
+
+
+@pytest.mark.parametrize("name", ["residual", "dense", "u-net", "flattened", "gated"])
+def test_one_cut_for_all_groups_equals_cuts_in_any_order(name: str) -> None:
+    model, x = make(ZOO[name])
+    groups, _ = find_groups(model, x[:1])
+    by_name, removed = {g.name: g for g in groups}, drawn(groups, 1)
+    whole = remove_channels(model, by_name, removed, x[:1])
+    backwards = remove_channels(model, by_name, dict(reversed(removed.items())), x[:1])
+    with torch.no_grad():
+        assert torch.equal(whole(x), backwards(x))
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_neither_search_nor_cut_changes_the_model(name: str) -> None:
+    model, x = make(ZOO[name])
+    model.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    groups, _ = find_groups(model, x[:1])
+    remove_channels(model, {g.name: g for g in groups}, drawn(groups, 2), x[:1])
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_groups_are_named_after_their_first_layer_in_the_order_of_the_model() -> None:
+    model, x = make(ZOO["residual"])
+    groups, _ = find_groups(model, x[:1])
+    assert [g.name for g in groups] == ["stem.0", "a1.0", "a2", "b1.0"]
+    assert find_groups(model, x[:1])[0] == groups
+
+
+def test_a_sum_of_layers_is_a_spine_and_a_gate_is_not() -> None:
+    _, _, residual, _ = groups_of("residual")
+    assert residual["a2"] is residual["down"] is residual["b2"]
+    assert {n: residual[n].kind for n in ("stem.0", "a2", "b1.0")} == {
+        "stem.0": "inner", "a2": "spine", "b1.0": "inner",
+    }  # fmt: skip
+    _, _, gated, _ = groups_of("squeeze-excite")
+    assert gated["expand"] is gated["excite"]
+    assert gated["excite"].kind == "inner"
+    assert gated["project"].kind == "spine"
+
+
+def test_a_depthwise_layer_goes_with_the_channels_that_flow_through_it() -> None:
+    _, _, groups, _ = groups_of("inverted")
+    assert groups["expand.0"] is groups["depth.0"]
+    assert [c.layer for c in groups["expand.0"].consumers()] == ["project.0"]
+
+
+def test_a_depthwise_multiplier_ties_several_outputs_to_one_input() -> None:
+    _, _, groups, _ = groups_of("multiplier")
+    multiplied = next(c for c in groups["1"].couplings if c.layer == "1")
+    assert groups["1"].channels == 12
+    assert multiplied.indices[5] == (10, 11)
+
+
+def test_few_groups_give_up_the_same_positions_and_many_go_as_a_whole() -> None:
+    _, _, few, _ = groups_of("grouped")
+    assert few["0.0"].channels == 8
+    assert few["0.0"].consumers()[0].indices[1] == (1, 9, 17, 25)
+    _, _, many, _ = groups_of("cardinality")
+    assert many["0.0"] is many["1.0"]
+    assert many["0.0"].channels == 16
+
+
+def test_group_norm_gives_up_whole_groups_and_a_single_one_keeps_all() -> None:
+    model, x, groups, reasons = groups_of("group-norm")
+    smaller = remove_channels(model, {"0": groups["0"]}, {"0": [1, 5]}, x[:1])
+    assert (smaller[1].num_groups, smaller[1].num_channels) == (6, 12)
+    assert "one block" in reasons["2"]
+
+
+def test_flattened_channels_are_read_at_every_position() -> None:
+    _, _, groups, _ = groups_of("flattened")
+    reader = groups["1.0"].consumers()[0]
+    assert reader.indices[2] == tuple(range(18, 27))
+
+
+def test_concatenated_branches_stay_groups_of_their_own() -> None:
+    _, _, groups, _ = groups_of("inception")
+    assert len({groups[n].name for n in ("one.0", "three.0", "pool.0")}) == 3
+    assert groups["three.0"].consumers()[0].indices[0] == tuple(range(8 * 9, 9 * 9))
+
+
+def test_reasons_say_what_stands_in_the_way() -> None:
+    reasons = {name: groups_of(name)[3] for name in ("layer-norm", "functional", "spatial-gate")}
+    assert reasons["layer-norm"]["stem"] == "a LayerNorm mixes its channels"
+    assert "can be traced" in reasons["functional"]["unused"]
+    assert "1 channels" in reasons["spatial-gate"]["gate"]
+    assert "not the same as zeroing" in reasons["spatial-gate"]["next.0"]
+    assert reasons["layer-norm"]["head.2"] == "its channels are the model's outputs"
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.inner, self.head = conv_bn(3, 16), Choosing(), head(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.body(x)))
+
+
+class Choosing(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        if x.shape[-1] < 100:
+            raise NotImplementedError("images under 100 pixels")
+        return x
+
+
+def test_a_model_that_cannot_be_traced_names_the_layer() -> None:
+    with pytest.raises(ModelError, match=r"'inner' \(Choosing\): images under 100"):
+        find_groups(Branching().eval(), torch.zeros(1, 3, 12, 12))
+
+
+def test_a_model_in_which_nothing_can_go_says_why() -> None:
+    with pytest.raises(ModelError, match=r"0: its channels are the model's outputs"):
+        find_groups(nn.Sequential(nn.Linear(12, 10)), torch.zeros(1, 12))
+    with pytest.raises(ModelError, match="no convolution or linear layer"):
+        find_groups(nn.ReLU(), torch.zeros(1, 12, requires_grad=True))
+
+
+def test_channels_that_do_not_exist_or_would_all_go_are_refused() -> None:
+    model, x, groups, _ = groups_of("plain")
+    for wrong in ([16], [-1], range(16)):
+        with pytest.raises(ModelError, match="must be some of its 16"):
+            remove_channels(model, {"0.0": groups["0.0"]}, {"0.0": wrong}, x[:1])
+
+
+class LogitsOf(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits  # type: ignore[no-any-return]
+
+
+def _from_library(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_sizes": [32, 64], "depths": [1, 2], "num_labels": 5}
+    settings: dict[str, dict[str, Any]] = {
+        "ResNet": {**small, "embedding_size": 16, "layer_type": "bottleneck"},
+        "RegNet": {**small, "embedding_size": 16, "groups_width": 8, "layer_type": "y"},
+        "MobileNetV1": {"depth_multiplier": 0.25, "num_labels": 5},
+        "MobileNetV2": {"depth_multiplier": 0.35, "num_labels": 5},
+        "ConvNext": {**small, "num_stages": 2},
+    }
+    config = getattr(transformers, f"{name}Config")(**settings[name])
+    return LogitsOf(getattr(transformers, f"{name}ForImageClassification")(config)).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ResNet", "RegNet", "MobileNetV1", "MobileNetV2", "ConvNext"])
+def test_nets_of_a_model_library_keep_the_identity(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = _from_library(name), torch.randn(1, 3, 64, 64)
+    groups, frozen = find_groups(model, x)
+    assert len(groups) >= 3
+    assert all("removing channels" not in f.reason for f in frozen)
+    for seed in range(2):
+        assert mask_identity(model, groups, drawn(groups, seed), x) is None

@@ -1,0 +1,206 @@
+"""Scores equal what gates written out by hand say; curves fall with the width and end at zero."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import ZOO, head, make
+
+from edgeprune.compress.groups import ChannelGroup, find_groups, zero_channels
+from edgeprune.compress.importance import (
+    cost_curves,
+    fisher,
+    kept_channels,
+    l2,
+    random,
+    removal_order,
+)
+from edgeprune.errors import ModelError
+
+SEED = 3
+
+
+def by_hand(model: nn.Module, group: ChannelGroup, x: Tensor) -> np.ndarray:
+    """Half the squared gradient of a gate on every channel, sample by sample, in front of every consumer."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        chances = model(x).softmax(1)
+    classes = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(SEED))[:, 0]
+    layers = dict(model.named_modules())
+    gates = torch.ones(group.channels, requires_grad=True)
+    for consumer in group.consumers():
+        layer = layers[consumer.layer]
+
+        def gated(
+            _: nn.Module, args: tuple[Tensor, ...], layer=layer, consumer=consumer
+        ) -> tuple[Tensor]:  # type: ignore[no-untyped-def]
+            last = isinstance(layer, nn.Linear)
+            width = args[0].shape[-1 if last else 1]
+            owner = {i: c for c, own in enumerate(consumer.indices) for i in own}
+            one = torch.ones(())
+            full = torch.stack([gates[owner[i]] if i in owner else one for i in range(width)])
+            shape = [1] * args[0].dim()
+            shape[-1 if last else 1] = width
+            return (args[0] * full.view(shape),)
+
+        layer.register_forward_pre_hook(gated)
+    total = torch.zeros(group.channels, dtype=torch.float64)
+    for sample, label in zip(x, classes, strict=True):
+        loss = F.cross_entropy(model(sample[None]), label[None])
+        (gradient,) = torch.autograd.grad(loss, gates)
+        total += gradient.double() ** 2 / 2
+    return (total / len(x)).numpy()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain", "residual", "inverted", "multiplier", "grouped", "dense", "inception", "squeeze-excite", "flattened", "gated",
+        "shared-head", "shared", "layer-norm", "one-dimensional", "mlp", "transposed",
+    ],
+)  # fmt: skip
+def test_fisher_equals_gates_written_out_by_hand(name: str) -> None:
+    model, _ = make(ZOO[name])
+    x = torch.randn(4, *ZOO[name].shape)
+    groups, _ = find_groups(model, x[:1])
+    scores = fisher(model, groups, x, SEED, batch_size=len(x))
+    for group in groups:
+        expected = by_hand(model, group, x)
+        assert expected.max() > 0
+        np.testing.assert_allclose(
+            scores[group.name], expected, rtol=2e-3, atol=1e-4 * expected.max()
+        )
+
+
+def test_a_channel_that_nobody_hears_scores_zero() -> None:
+    model, x = make(ZOO["plain"])
+    groups, _ = find_groups(model, x[:1])
+    deaf = zero_channels(model, {g.name: g for g in groups}, {"0.0": [5]})
+    for score in (fisher, l2):
+        found = score(deaf, groups, x, SEED)["0.0"]
+        assert found[5] == 0
+        assert (np.delete(found, 5) > 0).all()
+
+
+def test_fisher_leaves_the_model_and_its_gradients_alone() -> None:
+    model, x = make(ZOO["residual"])
+    groups, _ = find_groups(model, x[:1])
+    model.train()
+    for parameter in list(model.parameters())[::2]:
+        parameter.requires_grad_(False)
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    wanted = [p.requires_grad for p in model.parameters()]
+    fisher(model, groups, x, SEED)
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert [p.grad is None for p in model.parameters()] == wanted
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_fisher_works_where_gradients_are_switched_off() -> None:
+    model, x = make(ZOO["plain"])
+    groups, _ = find_groups(model, x[:1])
+    with torch.no_grad():
+        found = fisher(model, groups, x, SEED)
+    assert all((found[k] == v).all() for k, v in fisher(model, groups, x, SEED).items())
+
+
+class Overwriting(nn.Module):
+    """Writes over what a layer has read."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module], end: nn.Module) -> None:
+        super().__init__()
+        self.first, self.two, self.one = layer(3, 16), layer(16, 16), layer(16, 16)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.first(x))
+        y = self.one(x)
+        return self.end(F.relu(y) + x.mul_(2))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_overwriting_what_a_layer_has_read_is_an_error_and_never_a_wrong_score(
+    linear: bool,
+) -> None:
+    torch.manual_seed(0)
+    if linear:
+        model, x = Overwriting(nn.Linear, nn.Linear(16, 5)).eval(), torch.randn(2, 3)
+    else:
+        pointwise = functools.partial(nn.Conv2d, kernel_size=1)
+        model, x = Overwriting(pointwise, head(16)).eval(), torch.randn(2, 3, 8, 8)
+    groups, _ = find_groups(model, x[:1])
+    with pytest.raises(ModelError, match=r"'one' is overwritten in place|by an inplace operation"):
+        fisher(model, groups, x, SEED)
+
+
+def test_scores_depend_on_the_seed_alone() -> None:
+    model, x = make(ZOO["inverted"])
+    groups, _ = find_groups(model, x[:1])
+    for score in (fisher, l2, random):
+        first, again = score(model, groups, x, 1), score(model, groups, x, 1)
+        assert all((first[name] == again[name]).all() for name in first)
+        assert all(len(first[g.name]) == g.channels for g in groups)
+    other = random(model, groups, x, 2)
+    assert any((random(model, groups, x, 1)[n] != other[n]).any() for n in other)
+
+
+def test_l2_is_the_energy_of_the_weights_that_read_a_channel() -> None:
+    model, x = make(ZOO["inception"])
+    groups, _ = find_groups(model, x[:1])
+    found = l2(model, groups, x, 0)
+    columns = model.head.weight[:, 8 * 9 : 9 * 9]
+    assert found["three.0"][0] == pytest.approx(float(columns.square().sum()), rel=1e-5)
+    readers = [model.one[0], model.three[0], model.pool[0]]
+    expected = sum(float(r.weight[:, 4].square().sum()) for r in readers)
+    assert found["stem.0"][4] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_most_important_channels_stay_and_ties_go_by_index() -> None:
+    order = removal_order({"a": np.array([3.0, 1.0, 1.0, 2.0])})["a"]
+    assert order.tolist() == [1, 2, 3, 0]
+    assert kept_channels(order, 2) == (0, 3)
+
+
+@pytest.mark.parametrize("name", ["residual", "squeeze-excite", "flattened", "mlp"])
+def test_curves_fall_with_the_width_and_are_zero_at_full_width(name: str) -> None:
+    model, _ = make(ZOO[name])
+    x = torch.randn(16, *ZOO[name].shape)
+    groups, _ = find_groups(model, x[:1])
+    grids = {g.name: (*range(4, g.channels, 4), g.channels) for g in groups}
+    scores = random(model, groups, x, 0)
+    curves = cost_curves(model, groups, scores, grids, x)
+    again = cost_curves(model, groups, scores, grids, x)
+    for group in groups:
+        curve = curves[group.name]
+        assert len(curve) == len(grids[group.name])
+        assert curve[-1] == 0
+        assert np.isfinite(curve).all()
+        assert (np.diff(curve) < 0).all()
+        assert (curve == again[group.name]).all()
+
+
+def test_a_group_without_a_choice_costs_nothing() -> None:
+    model, x = make(ZOO["plain"])
+    groups, _ = find_groups(model, x[:1])
+    grids = {g.name: (g.channels,) for g in groups}
+    curves = cost_curves(model, groups, l2(model, groups, x, 0), grids, torch.cat([x, x]))
+    assert all(curve.tolist() == [0.0] for curve in curves.values())
+
+
+def test_scores_of_zero_give_a_finite_curve() -> None:
+    model, x = make(ZOO["plain"])
+    groups, _ = find_groups(model, x[:1])
+    nothing = {g.name: np.zeros(g.channels) for g in groups}
+    grids = {g.name: (8, g.channels) for g in groups}
+    curves = cost_curves(model, groups, nothing, grids, torch.cat([x, x]))
+    assert all(np.isfinite(c).all() and c[-1] == 0 and c[0] > 0 for c in curves.values())

@@ -1,0 +1,304 @@
+"""The guarantee loop on a stand whose clock is a known cost function: what is promised is what is measured, before any training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune import planning
+from edgeprune.compress.groups import ChannelGroup
+from edgeprune.errors import BudgetError
+from edgeprune.formats import Kernel
+from edgeprune.planning import MeasuredNets, MeasuredTable, PlanResult
+from edgeprune.progress import Progress, Silent
+from edgeprune.results import Block, FrozenGroup, Measurement, Telemetry
+from edgeprune.specs import Precision, parse_budget
+
+FULL = {"a": 64, "b": 96, "c": 128}
+TILE = 8
+# Kernels by the groups that they read or write. ``b`` is a residual stage: it is both sides of its own convolution.
+CHAIN: tuple[tuple[str, ...], ...] = (("a",), ("a", "b"), ("b",), ("b", "c"), ("c",))
+NS_PER_TILE = 400.0
+OVERHEAD_NS = 9_000.0  # of a whole net, in no kernel
+FUSED = 0.93  # kernels are faster together than alone
+
+
+def kernel_ns(variables: tuple[str, ...], widths: Mapping[str, int]) -> float:
+    """Time of one kernel alone: whole tiles of each side, and a repeated group counts on both."""
+    sides = variables * 2 if variables == ("b",) else variables
+    return 700.0 + NS_PER_TILE * math.prod(math.ceil(widths[v] / TILE) for v in sides)
+
+
+def net_ns(widths: Mapping[str, int]) -> float:
+    """Time of a whole net."""
+    everywhere = {**FULL, **widths}
+    return OVERHEAD_NS + FUSED * sum(kernel_ns(v, everywhere) for v in CHAIN)
+
+
+class Net:
+    """A resizable file whose content is just what it was asked to be."""
+
+    kernels = tuple(
+        Kernel(i, f"k{i}", "Conv", f"layer{i}", f"sig{i}", variables, (1, 8), (1, 8))
+        for i, variables in enumerate(CHAIN)
+    )
+
+    def resized(self, widths: Mapping[str, int]) -> bytes:
+        return json.dumps({"net": dict(widths)}).encode()
+
+    def kernel(self, index: int, widths: Mapping[str, int]) -> bytes:
+        return json.dumps({"kernel": index, "widths": dict(widths)}).encode()
+
+
+@dataclass
+class Clock:
+    """A stand that answers with the cost function: noise on every block, and some kernels that do not load."""
+
+    noise_ratio: float = 0.01
+    broken: frozenset[int] = frozenset()
+    broken_below: int = 0  # the narrowest width of group "b" that kernels load with
+    hidden_ns: float = 0.0  # what whole nets cost besides, as soon as anything is narrower
+    precision: Precision = "int8"
+    measured: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._draw = np.random.default_rng(0)
+
+    def measure(self, files: Mapping[str, bytes]) -> dict[str, Measurement]:
+        self.measured.extend(files)
+        rounds = range(12)
+        drift = self._draw.normal(1, 0.05, len(rounds))  # a regime that all files of a round share
+        return {
+            name: self._measurement(name, self._ns(content), drift, len(self.measured))
+            for name, content in files.items()
+        }
+
+    def _ns(self, content: bytes) -> float:
+        widths = json.loads(content)["net"]
+        narrower = any(width < FULL[group] for group, width in widths.items())
+        return net_ns(widths) + (self.hidden_ns if narrower else 0)
+
+    def _measurement(self, name: str, ns: float, drift: np.ndarray, call: int) -> Measurement:
+        noisy = ns * drift * self._draw.normal(1, self.noise_ratio, len(drift))
+        state = Telemetry()
+        return Measurement(
+            name=name, artifact_sha256="0" * 64, precision=self.precision, threads=1, load_ns=1,
+            first_ns=1, before=state, after=state, fingerprint_key="clock", stamp="measured",
+            at=f"call {call}",
+            blocks=tuple(
+                Block(round=i, calls_per_sample=1, samples_ns=(int(v),) * 3)
+                for i, v in enumerate(noisy)
+            ),
+        )  # fmt: skip
+
+    def kernels(self, files: Mapping[str, bytes], _: Progress) -> dict[str, float]:
+        found = {}
+        for name, content in files.items():
+            asked = json.loads(content)
+            too_narrow = asked["widths"].get("b", FULL["b"]) < self.broken_below
+            if asked["kernel"] not in self.broken and not too_narrow:
+                exact = kernel_ns(CHAIN[asked["kernel"]], asked["widths"])
+                found[name] = exact * float(self._draw.normal(1, self.noise_ratio / 4))
+        return found
+
+
+def groups() -> tuple[ChannelGroup, ...]:
+    return tuple(
+        ChannelGroup(name=n, root=n, channels=w, step=1, kind="inner", couplings=())
+        for n, w in FULL.items()
+    )
+
+
+def table_of(clock: Clock) -> MeasuredTable:
+    return planning.measure_table(
+        clock,  # type: ignore[arg-type]
+        Net(),
+        groups(),
+        fingerprint_key="clock",
+        format_name="onnx",
+        progress=Silent(),
+    )
+
+
+def planned(clock: Clock, budget: str, *, table: MeasuredTable | None = None) -> PlanResult:
+    """All that happens before training, for a cost of each channel that grows as the group narrows."""
+    file, table = Net(), table or table_of(clock)
+    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    wanted = parse_budget(budget)
+    planning.check_budget(wanted, nets)
+    model, quality = planning.fit(
+        planning.kernel_model(file, table, FULL), nets, table.kernels_measured
+    )
+    curves = {g: (1 - np.array(grid) / grid[-1]) ** 2 for g, grid in table.grids.items()}
+    return planning.make_plan(
+        clock,  # type: ignore[arg-type]
+        file,
+        groups(),
+        (FrozenGroup(layers=("head",), reason="its channels are the model's outputs"),),
+        model=model,
+        nets=nets,
+        quality=quality,
+        curves=curves,
+        orders={g: np.arange(n) for g, n in FULL.items()},
+        budget=wanted,
+        importance="fisher",
+        progress=Silent(),
+    )
+
+
+@pytest.mark.parametrize("budget", ["80%", "60%", "45%", "2x"])
+def test_the_chosen_plan_is_within_the_budget_and_uses_it(budget):
+    plan = planned(Clock(), budget).plan
+    share = net_ns(plan.widths()) / net_ns({})  # the truth, without the noise
+    wanted = parse_budget(budget).value
+    assert share <= wanted * 1.005
+    assert share >= wanted * 0.95
+
+
+def test_what_was_chosen_was_measured_and_its_upper_bound_is_within_the_budget():
+    found = planned(Clock(), "60%")
+    chosen = [c for c in found.checks if c.widths == found.plan.widths()]
+    assert any(
+        c.within_budget and c.ratio_high * found.plan.dense_ms <= found.plan.limit_ms
+        for c in chosen
+    )
+
+
+def test_of_all_structures_that_fit_the_one_that_costs_least_is_chosen():
+    found = planned(Clock(), "60%")
+    fitting = [c.cost_nats for c in found.checks if c.within_budget]
+    assert found.plan.predicted_cost_nats == min(fitting)
+    assert found.plan.predicted_cost_nats == pytest.approx(
+        sum(g.cost_nats for g in found.plan.groups)
+    )
+
+
+def test_a_model_that_is_wrong_about_whole_nets_is_corrected_until_the_measured_time_fits():
+    clock = Clock(hidden_ns=0.08 * net_ns({}))
+    table = table_of(clock)
+    plan = planned(clock, "60%", table=table).plan
+    true_ns = net_ns(plan.widths()) + clock.hidden_ns
+    assert true_ns <= 0.6 * net_ns({}) * 1.005
+
+
+def test_no_widths_are_offered_that_save_no_time():
+    grids = table_of(Clock(noise_ratio=0)).grids
+    assert all(width % TILE == 0 for grid in grids.values() for width in grid)
+    assert {group: grid[-1] for group, grid in grids.items()} == FULL
+
+
+def test_a_group_on_both_sides_of_one_kernel_is_timed_at_one_width_on_both():
+    staircase = table_of(Clock(noise_ratio=0)).staircases["b"]
+    for width, ns in zip(staircase.widths, staircase.ns, strict=True):
+        widths = {**FULL, "b": width}
+        assert ns == pytest.approx(sum(kernel_ns(v, widths) for v in CHAIN if "b" in v))
+
+
+def test_without_noise_the_model_predicts_every_net_exactly():
+    clock = Clock(noise_ratio=0)
+    table = table_of(clock)
+    nets = planning.measure_nets(clock, Net(), table.grids, seed=3)  # type: ignore[arg-type]
+    _, quality = planning.fit(planning.kernel_model(Net(), table, FULL), nets, 1)
+    assert quality.worst_error_ratio < 0.01
+    assert (quality.nets_fitted, quality.nets_held_out) == (10, 4)
+
+
+@pytest.mark.parametrize("broken", [frozenset({2}), frozenset({1, 4})])
+def test_kernels_that_do_not_run_alone_are_taken_up_by_whole_nets(broken):
+    plan = planned(Clock(broken=broken), "70%").plan
+    assert net_ns(plan.widths()) <= 0.7 * net_ns({}) * 1.005
+
+
+def test_a_kernel_that_runs_at_some_widths_only_is_not_taken_for_free_at_the_others():
+    exact, partly = table_of(Clock(noise_ratio=0)), table_of(Clock(noise_ratio=0, broken_below=48))
+    for width in (24, 40):
+        at = partly.staircases["b"].widths.index(width)
+        assert partly.staircases["b"].ns[at] >= exact.staircases["b"].ns[at]
+    assert min(partly.grids["b"]) >= 48
+
+
+def test_kernels_are_never_timed_twice():
+    clock = Clock()
+    counted: list[str] = []
+    answer = clock.kernels
+
+    def counting(files: Mapping[str, bytes], progress: Progress) -> dict[str, float]:
+        counted.extend(content.decode() for content in files.values())
+        return answer(files, progress)
+
+    clock.kernels = counting  # type: ignore[method-assign]
+    table = table_of(clock)
+    assert len(counted) == len(set(counted)) == table.kernels_measured
+
+
+def test_a_budget_that_everything_meets_cuts_nothing():
+    plan = planned(Clock(), "1000ms").plan
+    assert plan.widths() == FULL
+    assert plan.predicted_cost_nats == 0
+
+
+def test_kept_channels_are_the_most_important_ones_in_order():
+    plan = planned(Clock(), "60%").plan
+    for group in plan.groups:
+        assert group.kept == tuple(range(group.channels - len(group.kept), group.channels))
+        assert group.saved_ms_predicted >= 0
+
+
+def test_frozen_groups_are_kept_in_the_plan():
+    assert planned(Clock(), "80%").plan.frozen[0].layers == ("head",)
+
+
+def test_the_same_measurements_give_the_same_plan():
+    assert planned(Clock(), "60%") == planned(Clock(), "60%")
+
+
+def test_a_budget_below_the_fastest_net_says_what_the_fastest_is():
+    clock = Clock()
+    nets = planning.measure_nets(clock, Net(), table_of(clock).grids, seed=0)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match="below the fastest admissible latency") as caught:
+        planning.check_budget(parse_budget("1%"), nets)
+    assert f"{min(nets.ms):.4g} ms" in caught.value.message
+    share = math.ceil(min(nets.ms) / nets.dense_ms * 100) + 1
+    assert caught.value.hint == f"ask for at least {share}%"
+    planning.check_budget(parse_budget(f"{share}%"), nets)  # the hint holds
+
+
+def test_a_budget_that_only_the_noise_reaches_is_refused_with_the_fastest_measured():
+    clock = Clock(noise_ratio=0)
+    table = table_of(clock)
+    nets = planning.measure_nets(clock, Net(), table.grids, seed=0)  # type: ignore[arg-type]
+    edge = min(nets.ms) / nets.dense_ms * 100
+    slow = Clock(noise_ratio=0, hidden_ns=0.05 * net_ns({}))
+    model, quality = planning.fit(planning.kernel_model(Net(), table, FULL), nets, 1)
+    with pytest.raises(BudgetError, match=r"no structure was measured within .* the fastest took"):
+        planning.make_plan(
+            slow,  # type: ignore[arg-type]
+            Net(), groups(), (), model=model, nets=nets, quality=quality,
+            curves={g: (1 - np.array(grid) / grid[-1]) ** 2 for g, grid in table.grids.items()},
+            orders={g: np.arange(n) for g, n in FULL.items()},
+            budget=parse_budget(f"{edge + 0.5:.2f}%"), importance="fisher", progress=Silent(),
+        )  # fmt: skip
+
+
+@settings(max_examples=25)
+@given(
+    dense=st.floats(0.01, 1000),
+    shares=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=6),
+    percent=st.integers(1, 100),
+)
+def test_a_budget_passes_exactly_when_some_measured_net_meets_it(dense, shares, percent):
+    ms = (dense, *(share * dense for share in shares))
+    nets = MeasuredNets(dense_ms=dense, widths=({},) * len(ms), ms=ms)
+    budget = parse_budget(f"{percent}%")
+    if min(ms) <= budget.limit_ms(dense):
+        planning.check_budget(budget, nets)
+    else:
+        with pytest.raises(BudgetError):
+            planning.check_budget(budget, nets)

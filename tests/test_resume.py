@@ -1,0 +1,178 @@
+"""A run that is killed anywhere goes on where it was and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tinynet
+from sshd import wait_until_gone
+
+from edgeprune import records
+from edgeprune.progress import Silent
+from edgeprune.results import Report
+from edgeprune.runfolder import RunFolder
+
+EXPORT = "pruned.fp32.onnx"
+COMMAND = ("deploy", "--target", "this-machine", "--latency", "80%", "--run", "run")
+AGAIN = ("deploy", "--target", "this-machine", "--latency", "80%")
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
+    return tinynet.deployed(tmp_path_factory.getbasetemp())
+
+
+def project_with(deployed: tinynet.Run, folder: Path, stages: tuple[str, ...]) -> Path:
+    """A project whose run folder has these finished stages."""
+    home = tinynet.project(folder)
+    for name, stage in tinynet.stage_folders(deployed.folder).items():
+        if name in stages:
+            shutil.copytree(stage, home / "run" / "stages" / stage.name)
+    return home
+
+
+def before(stage: str) -> tuple[str, ...]:
+    return tinynet.STAGES[: tinynet.STAGES.index(stage)]
+
+
+def kill_when(home: Path, reached: Callable[[], bool]) -> None:
+    """Start the deployment and end it with SIGKILL as soon as ``reached`` says so; its child processes end by themselves."""
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgeprune", *COMMAND],
+            cwd=home, env=tinynet.environment(home), stdout=log, stderr=log,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not reached():
+        assert process.poll() is None, (home / "log").read_text()
+        assert time.monotonic() < deadline, (home / "log").read_text()
+        time.sleep(0.005)
+    children = child_processes(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    for child in children:
+        wait_until_gone(child, 30)
+
+
+def child_processes(pid: int) -> list[int]:
+    return [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def started(home: Path, stage: str) -> Callable[[], bool]:
+    return lambda: any((home / "run").glob(f"stages/{stage}-[0-9a-f]*"))
+
+
+def finished(home: Path, stage: str) -> Callable[[], bool]:
+    return lambda: stage in tinynet.stage_folders(home / "run")
+
+
+def export_digest(home: Path) -> str:
+    return records.sha256_file(tinynet.stage_folders(home / "run")["export"] / EXPORT)
+
+
+def check_finished(home: Path, done: subprocess.CompletedProcess[str]) -> Report:
+    """The report of a run that has ended well."""
+    found = records.read_json(Report, home / "run" / "report.json")
+    assert done.returncode == (0 if found.passed else 6), done.stderr
+    assert not list((home / "run").rglob("*.part"))
+    return found
+
+
+def test_a_kill_during_the_training_changes_nothing_in_the_result(deployed, tmp_path):
+    recovery = {"epochs": 4, "batch_size": 64, "augment": {"shift_pixels": 1}}
+    killed = project_with(deployed, tmp_path / "killed", before("recover"))
+    tinynet.write_settings(killed, recovery=recovery)
+    whole = tmp_path / "whole"
+    shutil.copytree(killed, whole)
+    kill_when(killed, lambda: any((killed / "run").glob("stages/recover-*/.checkpoint")))
+    assert not finished(killed, "recover")()
+    done = tinynet.edgeprune(killed, *COMMAND)
+    found = check_finished(killed, done)
+    # The same from the same stages without a stop, up to the exported file.
+    kill_when(whole, finished(whole, "export"))
+    assert export_digest(killed) == export_digest(whole)
+    assert {s.name for s in found.stages if s.cached} == set(before("recover"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", tinynet.STAGES)
+def test_a_kill_in_any_stage_is_made_good_by_the_same_command(deployed, tmp_path, stage):
+    home = project_with(deployed, tmp_path / "killed", before(stage))
+    kill_when(home, started(home, stage))
+    done = tinynet.edgeprune(home, *COMMAND)
+    check_finished(home, done)
+    if "plan" in before(stage):  # the same structure, so the same file to the last bit
+        assert export_digest(home) == export_digest(deployed.project)
+
+
+def test_a_finished_run_is_shown_again_without_any_work(deployed, tmp_path):
+    home = tinynet.project(tmp_path / "project")
+    shutil.copytree(deployed.folder, home / "other")
+    done = tinynet.edgeprune(home, *AGAIN, "--resume", "other")
+    assert done.returncode == deployed.done.returncode, done.stderr
+    first = records.read_json(Report, deployed.folder / "report.json")
+    again = records.read_json(Report, home / "other" / "report.json")
+    assert [s.name for s in again.stages if s.cached] == list(tinynet.STAGES)
+    assert (again.gates, again.variants, again.plan) == (first.gates, first.variants, first.plan)
+
+
+@pytest.mark.parametrize(
+    "change", [("--seed", "7"), ("--latency", "79%"), ("--max-drop", "3%"), ("--importance", "l2")]
+)
+def test_resuming_with_other_settings_is_refused(deployed, tmp_path, change):
+    home = tinynet.project(tmp_path / "project")
+    shutil.copytree(deployed.folder, home / "other")
+    report = (home / "other" / "report.json").read_bytes()
+    done = tinynet.edgeprune(home, *AGAIN, *change, "--resume", "other")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: other is a run of other inputs")
+    assert len(done.stderr.splitlines()) == 2  # and one hint
+    assert (home / "other" / "report.json").read_bytes() == report
+
+
+def test_resuming_a_folder_that_is_no_run_is_refused(deployed, tmp_path):
+    home = tinynet.project(tmp_path / "project")
+    (home / "other").mkdir()
+    done = tinynet.edgeprune(home, *AGAIN, "--resume", "other")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error:")
+    assert not list((home / "other").iterdir())
+
+
+def test_a_damaged_stage_is_made_again_with_a_note(deployed, tmp_path):
+    home = project_with(deployed, tmp_path / "project", tinynet.STAGES)
+    good = export_digest(home)
+    file = tinynet.stage_folders(home / "run")["export"] / EXPORT
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = tinynet.edgeprune(home, *COMMAND)
+    found = check_finished(home, done)
+    assert [s.name for s in found.stages if s.name in tinynet.STAGES and not s.cached] == ["export"]
+    assert any("damaged and made again" in note and EXPORT in note for note in found.notes)
+    assert "damaged and made again" in done.stderr
+    assert export_digest(home) == good
+
+
+def test_two_processes_never_work_on_one_run(tmp_path):
+    home = tinynet.project(tmp_path / "project")
+    with RunFolder(home / "run", Silent()):
+        done = tinynet.edgeprune(home, *COMMAND)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].startswith(
+        "error: another edgeprune is using the run folder"
+    )
+    assert not list((home / "run").glob("stages/*"))
