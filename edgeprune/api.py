@@ -69,11 +69,16 @@ def run_path(job: Job, options: Options) -> Path:
     """The run folder: the one to resume, the one named, or ``runs/<target>-<digest>``.
 
     Raises:
-        SpecError: the folder to resume is not a run of this request.
+        SpecError: the folder to resume is no run, or not one of this request.
     """
     digest = pipeline.run_digest(job)
     if options.resume is None:
         return options.run or Path("runs") / f"{job.target.name}-{digest}"
+    if not (options.resume / "run.json").is_file():
+        raise SpecError(
+            f"{options.resume} is no run folder: it has no run.json",
+            hint="leave --resume out to start a new run",
+        )
     found = records.read_json(pipeline.Request, options.resume / "run.json")
     if found.digest != digest:
         raise SpecError(

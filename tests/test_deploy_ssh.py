@@ -72,7 +72,8 @@ def test_the_bundle_runs_its_golden_samples_on_the_board(deployed):
     assert (last["level"], last["name"], last["status"]) == (5, f"golden on {BOARD}", "passed")
 
 
-def test_a_board_that_is_the_real_thing_is_stamped_measured(server, deployed, tmp_path):
+@pytest.mark.slow
+def test_a_board_that_is_the_real_thing_is_stamped_measured(server, tmp_path):
     home = tinynet.project(tmp_path / "project")
     write_devices(home, server, stand_in=False)
     done = tinynet.edgeprune(

@@ -206,7 +206,8 @@ def test_a_budget_out_of_reach_is_refused_before_any_training(project):
     assert not (project / "run" / "bundle").exists()
 
 
-def test_the_python_api_takes_live_objects_and_returns_the_report(tmp_path):
+def test_the_python_api_takes_live_objects_and_returns_the_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     x, y = tinynet.arrays()["train"]
     model = tinynet.trained()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -233,13 +234,16 @@ def test_the_python_api_takes_live_objects_and_returns_the_report(tmp_path):
     assert all(bool((v == before[k]).all()) for k, v in model.state_dict().items())
 
 
-def test_the_python_api_takes_a_factory_with_the_settings_of_a_project(deployed, tmp_path):
+def test_the_python_api_takes_a_factory_with_the_settings_of_a_project(
+    deployed, tmp_path, monkeypatch
+):
     home = tinynet.project(tmp_path / "project")
+    monkeypatch.chdir(home)
     tinynet.copied_run(deployed.folder, home / "run")
     found = edgeprune.deploy(
-        f"{home}/net.py:build",
-        f"{home}/data.npz",
-        weights=f"{home}/weights.safetensors",
+        "net.py:build",
+        "data.npz",
+        weights="weights.safetensors",
         target="this-machine",
         latency="80%",
         settings=records.read_yaml(Workload, home / "edgeprune.yaml"),

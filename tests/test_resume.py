@@ -143,12 +143,12 @@ def test_resuming_with_other_settings_is_refused(deployed, tmp_path, change):
     assert (home / "other" / "report.json").read_bytes() == report
 
 
-def test_resuming_a_folder_that_is_no_run_is_refused(deployed, tmp_path):
+def test_resuming_a_folder_that_is_no_run_is_refused(tmp_path):
     home = tinynet.project(tmp_path / "project")
     (home / "other").mkdir()
     done = tinynet.edgeprune(home, *AGAIN, "--resume", "other")
     assert done.returncode == 2
-    assert done.stderr.startswith("error:")
+    assert done.stderr.startswith("error: other is no run folder")
     assert not list((home / "other").iterdir())
 
 
