@@ -12,6 +12,7 @@ import yaml
 from sshd import Sshd, serve
 
 from edgeprune import records
+from edgeprune.bundle.manifest import Manifest
 from edgeprune.results import Report
 
 BOARD = "shelf"
@@ -52,6 +53,13 @@ def test_the_board_that_lists_the_target_is_used(report):
 def test_a_board_that_stands_in_for_another_says_so(report):
     assert report.stamp == "stand-in"
     assert {m.stamp for m in report.measurements.values()} == {"stand-in"}
+
+
+def test_a_budget_over_the_dense_latency_prunes_nothing_and_passes(deployed, report):
+    assert all(len(group.kept) == group.channels for group in report.plan.groups)
+    assert report.passed
+    manifest = records.read_json(Manifest, deployed.folder / "bundle" / "manifest.json")
+    assert manifest.status == "passed"
 
 
 def test_the_last_line_of_the_ledger_is_what_the_board_answered(report):

@@ -170,6 +170,7 @@ def test_the_sample_in_the_bundle_runs_without_edgeprune(deployed, tmp_path):
     assert "PASS" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_budget_over_the_dense_latency_prunes_nothing_and_passes(project):
     done = deploy(project, "--latency", "1000ms")
     assert done.returncode == 0, done.stderr
