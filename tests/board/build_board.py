@@ -35,13 +35,17 @@ KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 RUNTIMES = {  # environment under /opt: requirements, module that must import
     "litert": (("ai-edge-litert==2.3.0",), "ai_edge_litert.interpreter"),
     "tflite": (("tflite-runtime==2.14.0", "numpy==1.26.4"), "tflite_runtime.interpreter"),
-    # 1.28 and later died of signal 11 under qemu 7.2.
-    "ort": (("onnxruntime==1.27.0",), "onnxruntime"),
+    "ort": (("onnxruntime==1.32.0",), "onnxruntime"),
 }
 RECIPE = 1  # raise it when a step changes what the root holds
 PYTHON = "3.11"
+# Raspberry Pi 3, 4 and 5. qemu's own choice, "max", has SVE, with which XNNPACK's INT8 kernels compute garbage under qemu 7.2; without
+# SVE, as on every Pi, they agree with x86 bit for bit.
+PROCESSORS = ("cortex-a53", "cortex-a72", "cortex-a76")
+DEFAULT_PROCESSOR = "cortex-a72"
 GLIBC_MINOR = 36
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
+_MOUNTED = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
 STAMP = "board.json"
 HOME = "home/edgeprune"  # of the user of the board, below the root
 
@@ -58,7 +62,9 @@ def board_folder() -> Path:
 
 def recipe_digest() -> str:
     """Digest of what the root is made of: a root of another recipe is built again."""
-    parts = json.dumps([RECIPE, SUITE, PYTHON, GLIBC_MINOR, RUNTIMES])
+    parts = json.dumps(
+        [RECIPE, SUITE, PYTHON, GLIBC_MINOR, PROCESSORS, DEFAULT_PROCESSOR, RUNTIMES]
+    )
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
@@ -72,10 +78,12 @@ def isolated(*, proc: str) -> list[str]:
     return [*unshare, "--kill-child=KILL", f"--mount-proc={proc}"]
 
 
-def in_root(root: Path, argv: Sequence[str], timeout_s: float) -> str:
-    """Run a command of the board in its root; gives what it prints."""
+def in_root(root: Path, argv: Sequence[str], timeout_s: float, cpuinfo: Path | None = None) -> str:
+    """Run a command of the board in its root; gives what it prints. ``cpuinfo`` replaces /proc/cpuinfo there."""
+    mounted = ["sh", "-c", _MOUNTED, "sh", str(cpuinfo), f"{root}/proc/cpuinfo"] if cpuinfo else []
     clean = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "HOME=/root"]
-    return _run([*isolated(proc=f"{root}/proc"), "chroot", str(root), *clean, *argv], timeout_s)
+    inside = ["chroot", str(root), *clean, *argv]
+    return _run([*isolated(proc=f"{root}/proc"), *mounted, *inside], timeout_s)
 
 
 def ensure_board() -> Path:
@@ -194,6 +202,12 @@ def _debootstrap(root: Path) -> None:
     shutil.rmtree(root / "var/cache/apt/archives")
     shutil.rmtree(root / "var/lib/apt/lists")
     (root / "etc/hostname").write_text("emulated-board\n")
+    # Without these lists XNNPACK does not know the processor and silently leaves everything to the built-in kernels, and
+    # onnxruntime 1.28 and later die of signal 11 when imported.
+    processors = root / "sys/devices/system/cpu"
+    processors.mkdir(parents=True)
+    for name in ("possible", "present", "online"):
+        (processors / name).write_text("0-3\n")
 
 
 def _platforms() -> Iterator[str]:
@@ -225,10 +239,24 @@ def _environments(root: Path, wheels: Path) -> None:
         site = f"{place}/lib/python{PYTHON}/site-packages"
         sources = ["--no-index", f"--find-links={wheels / name}", "--no-compile"]
         _run(_pip("install", *sources, f"--target={root}{site}", *requirements), 180)
+        _processors(root / place[1:] / "bin")
         python = f"{place}/bin/python"
         # The user of the board cannot write there, so what is not compiled now is compiled at every start.
         in_root(root, [python, "-m", "compileall", "-q", "-j2", site], 600)
         in_root(root, [python, "-c", f"import {module}"], 120)
+
+
+def _processors(binaries: Path) -> None:
+    """Start Python on a processor of a board: ``python`` on the usual one, ``python-cortex-a53`` and so on by name.
+
+    An agent starts in an empty environment, so what qemu should emulate has to be set behind that.
+    """
+    for name in ("", *PROCESSORS):
+        path = binaries / (f"python-{name}" if name else "python")
+        path.unlink(missing_ok=True)
+        processor = name or DEFAULT_PROCESSOR
+        path.write_text(f'#!/bin/sh\nQEMU_CPU={processor} exec "${{0%/*}}/python3" "$@"\n')
+        path.chmod(0o755)
 
 
 def _run(argv: Sequence[str], timeout_s: float, environment: dict[str, str] | None = None) -> str:

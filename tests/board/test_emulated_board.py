@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from build_board import HOME, board_folder
+from build_board import HOME, PROCESSORS, board_folder, in_root
 from bundle_fixture import facts
 from example_files import EXAMPLE, ExampleFiles, make_example_files
 
@@ -31,20 +31,27 @@ PYTHONS = {
 }
 HOST_RUNTIMES = {"tflite": "litert", "onnx": "onnxruntime"}
 MAX_STEPS = 2
-Opener = Callable[[str], Board]
+LIST_OPERATORS = """
+import importlib, sys
+interpreter = importlib.import_module(sys.argv[1]).Interpreter(model_path=sys.argv[2], num_threads=1)
+interpreter.allocate_tensors()
+print(*(op["op_name"] for op in interpreter._get_ops_details()))
+"""
+Opener = Callable[..., Board]
 
 
 @pytest.fixture(scope="module")
 def board(arm64_board: Device) -> Iterator[Opener]:
-    """The board with the Python that has a runtime; each is opened once."""
+    """The board with the Python that has a runtime, on a named processor or the usual one; each is opened once."""
     with ExitStack() as opened:
         boards: dict[str, Board] = {}
 
-        def get(runtime: str) -> Board:
-            if runtime not in boards:
-                device = arm64_board.model_copy(update={"python": PYTHONS[runtime]})
-                boards[runtime] = opened.enter_context(open_board("emulated", device))
-            return boards[runtime]
+        def get(runtime: str, processor: str = "") -> Board:
+            python = PYTHONS[runtime] + (f"-{processor}" if processor else "")
+            if python not in boards:
+                device = arm64_board.model_copy(update={"python": python})
+                boards[python] = opened.enter_context(open_board("emulated", device))
+            return boards[python]
 
         yield get
 
@@ -79,6 +86,22 @@ def test_the_board_says_that_it_is_an_emulated_arm64(board):
     assert facts["emulated"] is True
 
 
+def test_emulation_is_found_where_the_processor_looks_like_that_of_a_board(
+    board, arm64_board, tmp_path
+):
+    board("litert")  # pushes the agent
+    root = board_folder() / "root"
+    (agent,) = (root / HOME / ".local/share/edgeprune").iterdir()
+    tmp_path.joinpath("cpuinfo").write_text(
+        "processor : 0\nFeatures : fp asimd crc32\n\nModel : Pi\n"
+    )
+    text = "import runpy, sys; print(runpy.run_path(sys.argv[1])['machine_facts']())"
+    argv = ["/usr/bin/python3", "-c", text, f"/{agent.relative_to(root)}"]
+    shown = in_root(root, argv, 60, cpuinfo=tmp_path / "cpuinfo")
+    assert "'cpu_model': 'Pi'" in shown
+    assert "'emulated': True" in shown
+
+
 def test_an_emulated_board_is_stamped_so_even_when_it_stands_in(board, arm64_board):
     assert board("litert").fingerprint("litert", 1).stamp == "emulated"
     with open_board("emulated", arm64_board.model_copy(update={"stand_in": True})) as opened:
@@ -95,7 +118,7 @@ def test_the_agent_is_pushed_whole_and_private_over_ssh(board):
 
 @pytest.mark.parametrize(
     ("runtime", "version"),
-    [("litert", "2.3.0"), ("tflite-runtime", "2.14.0"), ("onnxruntime", "1.27.0")],
+    [("litert", "2.3.0"), ("tflite-runtime", "2.14.0"), ("onnxruntime", "1.32.0")],
 )
 def test_the_arm64_wheels_of_every_runtime_import(board, runtime, version):
     assert board(runtime).runtime_version(runtime) == version
@@ -110,20 +133,49 @@ def test_a_python_without_the_runtime_is_an_error_that_says_what_to_install(arm6
         opened.runtime_version("litert")
 
 
-@pytest.mark.parametrize("delegate", [True, False], ids=["xnnpack", "built-in"])
-@pytest.mark.parametrize("runtime", ["litert", "tflite-runtime"])
-def test_an_int8_tflite_file_answers_on_the_board_as_on_the_host(
-    board, host, files, runtime, delegate
+# tflite-runtime 2.14 gives XNNPACK no INT8 operator unless it is asked to.
+@pytest.mark.parametrize(
+    ("runtime", "precision", "delegated"),
+    [
+        ("litert", "int8", True),
+        ("litert", "fp32", True),
+        ("tflite-runtime", "int8", False),
+        ("tflite-runtime", "fp32", True),
+    ],
+)
+def test_xnnpack_runs_on_the_board(arm64_board, files, runtime, precision, delegated):
+    place = f"/{HOME}/{precision}.tflite"
+    transport = open_transport(arm64_board)
+    try:
+        transport.put(files.path("tflite", precision).read_bytes(), place)
+        module = f"{'ai_edge_litert' if runtime == 'litert' else 'tflite_runtime'}.interpreter"
+        argv = [PYTHONS[runtime], "-c", LIST_OPERATORS, module, place]
+        done = transport.run(argv, timeout_s=60)
+    finally:
+        transport.close()
+    assert done.code == 0, done
+    operators = done.stdout.decode().split()
+    assert ("DELEGATE" in operators) is delegated
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize(
+    ("runtime", "delegate"),
+    [("litert", True), ("litert", False), ("tflite-runtime", True)],
+    ids=["litert", "litert-built-in", "tflite-runtime"],
+)
+def test_an_int8_tflite_file_answers_on_every_processor_as_on_the_host(
+    board, host, files, runtime, delegate, processor
 ):
     kind = ("tflite", "int8")
     expected = answers(host, files, kind, "litert")
-    found = answers(board(runtime), files, kind, runtime, delegate=delegate)
+    found = answers(board(runtime, processor), files, kind, runtime, delegate=delegate)
     steps = np.abs(found - expected).max() / files.step(*kind, expected)
     assert steps <= MAX_STEPS * 1.001
     assert (found.argmax(1) == files.y).mean() >= 0.8
 
 
-@pytest.mark.parametrize("delegate", [True, False], ids=["xnnpack", "built-in"])
+@pytest.mark.parametrize("delegate", [True, False], ids=["default", "built-in"])
 @pytest.mark.parametrize("runtime", ["litert", "tflite-runtime"])
 def test_an_fp32_tflite_file_answers_on_the_board_as_on_the_host(
     board, host, files, runtime, delegate
