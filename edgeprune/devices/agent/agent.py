@@ -97,26 +97,13 @@ def fields_of(path: str) -> Dict[str, str]:
     return fields
 
 
-def is_emulated(machine: str, cpuinfo: Dict[str, str]) -> bool:
-    """Whether this program is translated for another processor: its times say nothing about any board.
-
-    Qemu answers for the program's own /proc entries, but (up to version 7.2 at least) not for those of its threads. Where it passes
-    /proc/cpuinfo through, an ARM program sees the fields of the x86 computer under it.
-    """
-    try:
-        if os.readlink("/proc/self/exe") != os.readlink("/proc/thread-self/exe"):
-            return True
-    except OSError:
-        pass  # no /proc, or a kernel older than 3.17
-    is_x86_below = "vendor_id" in cpuinfo or os.path.exists("/sys/devices/system/cpu/microcode")
-    return machine.startswith(("aarch64", "arm")) and is_x86_below
-
-
 def machine_facts() -> Dict[str, Any]:
     """What identifies this machine, without naming it."""
-    fields = fields_of("/proc/cpuinfo")
-    machine = platform.machine()
+    fields, machine = fields_of("/proc/cpuinfo"), platform.machine()
     board = read_text("/proc/device-tree/model") or fields.get("model name") or fields.get("model")
+    # An ARM program under qemu sees the x86 computer below it, and not itself as the program of its own thread.
+    program, thread = (os.path.realpath("/proc/%s/exe" % name) for name in ("self", "thread-self"))
+    is_qemu = "vendor_id" in fields or (os.path.exists("/proc/thread-self") and program != thread)
     return {
         "machine": machine,
         "cpu_model": board or platform.processor() or machine,
@@ -128,7 +115,7 @@ def machine_facts() -> Dict[str, Any]:
         "python": platform.python_version(),
         "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "hostname_digest": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
-        "emulated": is_emulated(machine, fields),
+        "emulated": machine.startswith(("aarch64", "arm")) and is_qemu,
     }
 
 
