@@ -7,6 +7,7 @@ from typing import Any
 from edgeprune import planning, stages
 from edgeprune.closing import Planned, chance_note, versions
 from edgeprune.context import Context
+from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
 from edgeprune.planning import MeasuredNets, MeasuredTable, PlanResult, Stand
 from edgeprune.runfolder import RunFolder, Stage
@@ -18,8 +19,10 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
 
     Raises:
         BudgetError: the budget is below the fastest admissible latency, as measured.
+        DeviceError: the device is emulated in software, so that its times mean nothing.
         ModelError, FormatError, DeviceError: see :mod:`edgeprune.stages`.
     """
+    _check_times(context)
     dense = _dense(context, run)
     latency = _latency(context, run, dense)
     file, variant = _resizable(context, run, dense, latency)
@@ -35,6 +38,15 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
     planning.check_budget(context.job.budget, nets.result)
     plan = _plan(context, run, stand, file, table, nets)
     return Planned(dense, latency, table, plan)
+
+
+def _check_times(context: Context) -> None:
+    runtime = context.job.target.runtime
+    if context.board.fingerprint(runtime.name, runtime.threads).stamp == "emulated":
+        raise DeviceError(
+            f"a plan needs times that mean something, but device {context.board.name!r} is emulated in software",
+            hint="plan on a real board or on this machine; `edgeprune verify BUNDLE --device` works here",
+        )
 
 
 def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:

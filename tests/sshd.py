@@ -5,11 +5,12 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(folder: Path, *extra: str) -> Iterator[Sshd]:
-    """Run sshd in ``folder``; ``extra`` lines win over the usual configuration. Skips the test where sshd is not installed."""
+def serve(folder: Path, *extra: str, prefix: Sequence[str] = ()) -> Iterator[Sshd]:
+    """Run sshd in ``folder``; ``extra`` lines win over the usual configuration. Skips the test where sshd is not installed.
+
+    ``prefix`` starts the command line: a program that runs the server in another environment.
+    """
     if not Path(SSHD).exists() or shutil.which("ssh-keygen") is None:
         pytest.skip("openssh-server is not installed")
     fingerprint = keygen(folder / "host")
@@ -94,13 +98,13 @@ def serve(folder: Path, *extra: str) -> Iterator[Sshd]:
     (folder / "config").write_text("\n".join(lines) + "\n")
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # privilege separation asks for it
-    command = [SSHD, "-D", "-E", str(folder / "log"), "-f", str(folder / "config")]
+    command = [*prefix, SSHD, "-D", "-E", str(folder / "log"), "-f", str(folder / "config")]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         _wait_for(port, process, folder / "log")
         yield Sshd(folder, port, fingerprint)
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGKILL if prefix else signal.SIGTERM)  # unshare blocks SIGTERM
         process.wait(10)
 
 

@@ -157,12 +157,11 @@ class Board:
     def fingerprint(self, runtime: str, threads: int) -> Fingerprint:
         """What measurements with this runtime on this board are made on. The stamp says whether its times mean anything."""
         facts = self._facts().model_dump()
-        emulated = facts.pop("emulated")
-        stamp: Stamp = "measured"
-        if emulated:
+        stamp: Stamp = "stand-in" if self.device.stand_in else "measured"
+        if facts.pop(
+            "emulated"
+        ):  # says more than "stand-in": these times are not even another machine's
             stamp = "emulated"
-        if self.device.stand_in:
-            stamp = "stand-in"
         return Fingerprint(
             device=self.name,
             transport=self.device.transport,

@@ -99,11 +99,11 @@ def fields_of(path: str) -> Dict[str, str]:
 
 def machine_facts() -> Dict[str, Any]:
     """What identifies this machine, without naming it."""
-    fields = fields_of("/proc/cpuinfo")
-    machine = platform.machine()
+    fields, machine = fields_of("/proc/cpuinfo"), platform.machine()
     board = read_text("/proc/device-tree/model") or fields.get("model name") or fields.get("model")
-    # An emulated ARM program still sees the processor of the x86 computer under it.
-    is_x86_below = "vendor_id" in fields or os.path.exists("/sys/devices/system/cpu/microcode")
+    # An ARM program under qemu sees the x86 computer below it, and not itself as the program of its own thread.
+    program, thread = (os.path.realpath("/proc/%s/exe" % name) for name in ("self", "thread-self"))
+    is_qemu = "vendor_id" in fields or (os.path.exists("/proc/thread-self") and program != thread)
     return {
         "machine": machine,
         "cpu_model": board or platform.processor() or machine,
@@ -115,7 +115,7 @@ def machine_facts() -> Dict[str, Any]:
         "python": platform.python_version(),
         "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "hostname_digest": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
-        "emulated": machine.startswith(("aarch64", "arm")) and is_x86_below,
+        "emulated": machine.startswith(("aarch64", "arm")) and is_qemu,
     }
 
 
