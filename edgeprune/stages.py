@@ -6,6 +6,7 @@ The order stands in :mod:`edgeprune.pipeline`. Nothing here prints; nothing here
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from edgeprune.context import Context
 from edgeprune.datasets import model_input
 from edgeprune.devices.board import REPORT, SEARCH
 from edgeprune.devices.measure import compare, measure
-from edgeprune.errors import FormatError
+from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats import Resizable
 from edgeprune.formats._resize import distinct_widths
 from edgeprune.results import Artifact, LedgerEntry, PruningPlan
@@ -51,14 +52,34 @@ COMPENSATION_SAMPLES = 1024
 VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
 
 
+def check_traceable(model: nn.Module, example: np.ndarray) -> None:
+    """Nothing, when the model's forward pass is one graph for every input.
+
+    Raises:
+        ModelError: it is not (a branch on the data, say); names what torch stumbled over.
+    """
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.export.export(model, (torch.from_numpy(example),), strict=False)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ModelError(
+            f"the model cannot be traced: {(lines or [type(error).__name__])[0][:300]}",
+            hint="its forward must not branch on values of the data; rewrite that part, with torch.where for example",
+        ) from error
+
+
 def dense_files(context: Context, folder: Path) -> DenseFiles:
     """Export and quantise the dense model; its FP32 file must agree with torch, its INT8 file must run on the built-in kernels.
 
     Raises:
+        ModelError: the model cannot be traced.
         FormatError: the export fails, or its numbers are not torch's.
     """
     suffix = context.form.info.suffix
     fp32_path, int8_path = folder / f"dense.fp32{suffix}", folder / f"dense.int8{suffix}"
+    check_traceable(context.model, context.example)
     audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
     fp32 = context.form.export(audible, context.example, fp32_path)
     int8 = context.form.quantize(fp32_path, context.calibration, int8_path)

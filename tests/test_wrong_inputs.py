@@ -192,8 +192,8 @@ CASES = (
     Case(
         "control flow that depends on the data",
         DEPLOY,
-        5,
-        ("data-dependent", "another format"),
+        3,
+        ("the model cannot be traced", "data-dependent", "must not branch"),
         branch_on_the_data,
     ),
     Case(
@@ -323,6 +323,7 @@ def kept_kib(folder: Path) -> int:
         ("dense", 64),
         pytest.param("variant", 80, marks=pytest.mark.slow),
         ("prune", 80),
+        ("recover", 80),
         pytest.param("export", 80, marks=pytest.mark.slow),
         pytest.param("final-latency", 120, marks=pytest.mark.slow),
         ("bundle", 200),

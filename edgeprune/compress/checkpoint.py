@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from edgeprune.datasets import Split
 from edgeprune.errors import IntegrityError
-from edgeprune.records import atomic_path
+from edgeprune.records import write_bytes
 
 DIGEST_SAMPLES = 1024
 
@@ -57,8 +57,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], di
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(state, sort_keys=True)
     metadata = {"digest": digest, "state": text, "sha256": _seal(copies, text)}
-    with atomic_path(path) as temporary:
-        save_file(copies, temporary, metadata=metadata)
+    # As bytes: the library's own writer has an error of its own for a full disk.
+    write_bytes(path, tensor_bytes(copies, metadata=metadata))
 
 
 def load(path: Path, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
