@@ -103,12 +103,14 @@ def _measurement(
     )
 
 
-def compare(candidate: Measurement, reference: Measurement) -> Comparison:
+def compare(
+    candidate: Measurement, reference: Measurement, *, confidence: float = CONFIDENCE
+) -> Comparison:
     """A candidate against a reference of the same :func:`measure` call.
 
     Returns:
-        The median over rounds of the ratio of block medians, with an order-statistic interval of at least 99 %. With fewer than 8
-        rounds no interval reaches that: it is the full range, and ``confidence`` says what it covers.
+        The median over rounds of the ratio of block medians, with an order-statistic interval of at least ``confidence``. Where there are
+        too few rounds for that (under 8 for 99 %) it is the full range, and the result's ``confidence`` says what it covers.
 
     Raises:
         ValueError: the two were not timed together, so their rounds have nothing in common.
@@ -121,7 +123,7 @@ def compare(candidate: Measurement, reference: Measurement) -> Comparison:
     ratios = sorted(ours[number] / theirs[number] for number in ours.keys() & theirs.keys())
     if not ratios:
         raise ValueError(f"{candidate.name!r} and {reference.name!r} share no accepted round")
-    rank = _rank(len(ratios))
+    rank = _rank(len(ratios), confidence)
     return Comparison(
         candidate=candidate.name,
         reference=reference.name,
@@ -133,10 +135,10 @@ def compare(candidate: Measurement, reference: Measurement) -> Comparison:
     )
 
 
-def _rank(n: int) -> int:
-    """The highest rank ``k`` so that the k-th smallest and k-th largest of ``n`` values hold the median with 99 %, or 1."""
+def _rank(n: int, confidence: float) -> int:
+    """The highest rank ``k`` so that the k-th smallest and k-th largest of ``n`` values hold the median that surely, or 1."""
     rank = 1
-    while 2 * (rank + 1) <= n and _coverage(n, rank + 1) >= CONFIDENCE:
+    while 2 * (rank + 1) <= n and _coverage(n, rank + 1) >= confidence:
         rank += 1
     return rank
 
