@@ -196,6 +196,14 @@ def _plan_text(plan: Any) -> str:
         f"dense {plan.plan.dense_ms:.4g} ms, budget {plan.plan.limit_ms:.4g} ms,"
         f" predicted {plan.plan.predicted_ms:.4g} ms, measured {last.measured_ms:.4g} ms"
     )
+    if len(plan.plan.groups) == sum(len(g.kept) == g.channels for g in plan.plan.groups):
+        lines.append(
+            "feasible: the dense model is within the budget already, nothing has to be cut"
+        )
+    else:
+        lines.append(
+            "feasible: the structure above was measured within the budget; deploy heals it"
+        )
     return "\n".join(lines)
 
 

@@ -264,7 +264,7 @@ def chance_note(context: Context) -> str:
     if entry.metric != "accuracy" or entry.value > 2 * guess:
         return ""
     return (
-        f"the dense model is right on {entry.value:.1%} of the development split, guessing on {guess:.1%}:"
+        f"the dense model is right on {entry.value:.1%} of the development split; guessing would give {guess:.1%}:"
         " check preprocess (mean, std, color), the order of the labels and the weights"
     )
 

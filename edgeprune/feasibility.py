@@ -91,8 +91,14 @@ def _latency(context: Context, run: RunFolder, dense: Stage[DenseFiles]) -> Stag
         DenseLatency,
         lambda _: stages.dense_latency(context, dense.result, dense.folder),
     )
+    stamp = latency.result.fingerprint.stamp
+    mark = "" if stamp == "measured" else f" ({stamp})"
     for m in latency.result.measurements.values():
-        say(f"      dense {m.precision}: {m.median_ms:.4g} ms")
+        say(f"      dense {m.precision}: {m.median_ms:.4g} ms{mark}")
+    if stamp == "stand-in":
+        say(
+            f"      note: {job.device_name} stands in for {job.target.name}; its times are not that board's"
+        )
     return latency
 
 
