@@ -9,7 +9,12 @@
      |- ModelError      3   your model, weights or data for it
      |- DeviceError     4   your board, or the way to it
      |   |- Unreachable       no answer within the deadline
+     |   |- LinkLost          the connection broke, and did not come back in time
      |   |- HostKeyMismatch   the board's key is unknown, or not the pinned one
+     |   |- AuthFailed        the board refused the one login that was tried
+     |   |- Busy         75   another client holds the board; try again later
+     |   |- NotReady          too hot, too loaded or throttled to be measured, for as long as we may wait
+     |   |- Unreliable        measured, but too much of it was disturbed
      |   `- DeadlineExceeded  an operation outlasted its total deadline
      |- FormatError     5   the toolchain, or a format that is not there
      |   `- MissingTool       a package of an optional extra is not installed
@@ -90,8 +95,30 @@ class Unreachable(DeviceError):
     """The board did not answer within the deadline."""
 
 
+class LinkLost(DeviceError):
+    """The connection to the board broke, and could not be made again in time."""
+
+
 class HostKeyMismatch(DeviceError):
     """The board's host key is not pinned, or is not the pinned one."""
+
+
+class AuthFailed(DeviceError):
+    """The board refused the one login that was tried."""
+
+
+class Busy(DeviceError):
+    """Another client holds the board. The exit code is that of ``EX_TEMPFAIL``, so that a script can wait and try again."""
+
+    exit_code = 75
+
+
+class NotReady(DeviceError):
+    """The board is too hot, too loaded or throttled to be measured, and stayed so for as long as we may wait."""
+
+
+class Unreliable(DeviceError):
+    """A measurement was made, but too much of it was disturbed to be believed."""
 
 
 class DeadlineExceeded(DeviceError):

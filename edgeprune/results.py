@@ -68,17 +68,34 @@ class Fingerprint(Record):
 
 
 class Telemetry(Record):
-    """State of the board at one moment; a field that the board does not show is ``None``."""
+    """State of the board at one moment; a field that the board does not show is ``None``.
+
+    ``clock_hz`` is the real clock where the board tells it (``vcgencmd measure_clock`` on a Raspberry Pi), else the one that was asked for.
+    ``throttle`` names what limits the board now (``under-voltage``, ``frequency-capped``, ``throttled``, ``soft-limit``), ``throttle_seen``
+    what has since the last reset; ``throttle_events`` counts over-current events (Jetson).
+    """
 
     load_1min: float | None = None
     temperature_c: float | None = None
+    temperature_limit_c: float | None = None
     clock_hz: int | None = None
+    clock_limit_hz: int | None = None
+    governor: str | None = None
+    power_mode: str | None = None
     throttled: bool | None = None
+    throttle: tuple[str, ...] = ()
+    throttle_seen: tuple[str, ...] = ()
+    throttle_events: int | None = None
     available_memory_bytes: int | None = None
+    cpus_online: int | None = None
+    foreign_cpu_ratio: float | None = None
 
 
 class Block(Record):
-    """Consecutive runs of one model within one round; every sample is the mean of ``calls_per_sample`` calls."""
+    """Consecutive runs of one model within one round; every sample is the mean of ``calls_per_sample`` calls.
+
+    ``rejected`` says why a block does not count; its samples are kept all the same.
+    """
 
     round: int
     calls_per_sample: int
@@ -101,7 +118,9 @@ class Measurement(Record):
     fingerprint_key: str
     stamp: Stamp
     at: str  # UTC, ISO 8601
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None  # of the process that ran the model, runtime included
+    unreliable: str | None = None  # why the figure should not be trusted
+    stop_reason: str = "rounds"
 
     def samples_ns(self) -> list[int]:
         """All samples of the blocks that were not rejected."""

@@ -124,10 +124,29 @@ class AgentAuth(Record):
     key_fingerprint: Annotated[str, Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")]
 
 
-class Device(Record):
-    """The box on this desk: how to reach it, and which targets it can time. Never holds a secret."""
+class Thermal(Record):
+    """When a board is cool enough to be measured."""
 
-    transport: Literal["local", "ssh"]
+    soft_limit_c: Annotated[float, Field(gt=0, le=120)] = 80.0  # where it starts to slow down
+    start_below_c: Annotated[float, Field(gt=0, le=120)] = 60.0
+    wait_s: Annotated[float, Field(ge=0, le=3600)] = 300.0  # then: not ready
+
+
+class Tuning(Record):
+    """Whether edgeprune may change settings of the board while it measures. It puts them back; see ``edgeprune devices restore``."""
+
+    allow: bool = False
+    governor: Literal["performance", "powersave", "schedutil", "ondemand"] = "performance"
+
+
+class Device(Record):
+    """The box on this desk: how to reach it, and which targets it can time. Never holds a secret.
+
+    ``lease_file`` is the lock on the board that keeps two clients apart; without one it is ``/run/lock/edgeprune.lock``, or a file in
+    ``workdir`` where that folder does not exist. ``recording`` is the file that a ``replay`` device answers from.
+    """
+
+    transport: Literal["local", "ssh", "replay"]
     targets: tuple[Name, ...]
     host: Annotated[str, Field(pattern=r"^[A-Za-z0-9:._%-]{1,253}$")] | None = None
     port: Annotated[int, Field(ge=1, le=65535)] = 22
@@ -139,6 +158,13 @@ class Device(Record):
     )
     python: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~-]{1,255}$")] = "python3"
     connect_timeout_s: Annotated[float, Field(gt=0, le=120)] = 8.0
+    lease_file: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~-]{1,255}$")] | None = None
+    lease_ttl_s: Annotated[float, Field(ge=2, le=600)] = 30.0
+    min_free_bytes: Annotated[int, Field(ge=0)] = 256 * 1024**2
+    cache_quota_bytes: Annotated[int, Field(ge=0)] = 2 * 1024**3
+    thermal: Thermal = Thermal()
+    tuning: Tuning = Tuning()
+    recording: str | None = None
     stand_in: bool = False
 
     @model_validator(mode="after")
@@ -147,6 +173,8 @@ class Device(Record):
             missing = [k for k in ("host", "user", "auth", "host_key") if getattr(self, k) is None]
             if missing:
                 raise ValueError(f"an ssh device must have {', '.join(missing)}")
+        if self.transport == "replay" and self.recording is None:
+            raise ValueError("a replay device must have recording")
         return self
 
 

@@ -16,6 +16,8 @@ HOUR_NS = 3600 * 10**9
 Nanoseconds = Annotated[int, Field(gt=0, lt=HOUR_NS)]
 Text = Annotated[str, Field(max_length=400), AfterValidator(clean)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
+Celsius = Annotated[float, Field(gt=-100, lt=300)]
+Hertz = Annotated[int, Field(ge=0, lt=10**12)]
 
 
 class Hello(Record):
@@ -91,10 +93,19 @@ class Moment(Record):
     """State of the board; implausible values are refused, missing ones are ``None``."""
 
     load_1min: Annotated[float, Field(ge=0, lt=1e6)] | None = None
-    temperature_c: Annotated[float, Field(gt=-100, lt=300)] | None = None
-    clock_hz: Annotated[int, Field(ge=0, lt=10**12)] | None = None
+    temperature_c: Celsius | None = None
+    temperature_limit_c: Celsius | None = None
+    clock_hz: Hertz | None = None
+    clock_limit_hz: Hertz | None = None
+    governor: Text | None = None
+    power_mode: Text | None = None
     throttled: bool | None = None
+    throttle: Annotated[tuple[Text, ...], Field(max_length=16)] = ()
+    throttle_seen: Annotated[tuple[Text, ...], Field(max_length=16)] = ()
+    throttle_events: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     available_memory_bytes: Annotated[int, Field(ge=0, lt=2**50)] | None = None
+    cpus_online: Annotated[int, Field(ge=1, le=4096)] | None = None
+    foreign_cpu_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
 
     def telemetry(self) -> Telemetry:
         """The same as a result record."""

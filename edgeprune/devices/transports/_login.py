@@ -18,7 +18,14 @@ import paramiko
 from paramiko.ssh_exception import IncompatiblePeer
 
 from edgeprune.devices.transports._secrets import read_private, resolve
-from edgeprune.errors import DeadlineExceeded, DeviceError, HostKeyMismatch, SpecError, Unreachable
+from edgeprune.errors import (
+    AuthFailed,
+    DeadlineExceeded,
+    DeviceError,
+    HostKeyMismatch,
+    SpecError,
+    Unreachable,
+)
 from edgeprune.specs import AgentAuth, Device, HostKey, PasswordAuth
 
 LOGIN_S = 15.0
@@ -192,7 +199,7 @@ def login(client: paramiko.Transport, sock: socket.socket, device: Device, place
         except paramiko.AuthenticationException as error:
             refused = type(error).__name__
     if refused or not client.is_authenticated():
-        raise DeviceError(
+        raise AuthFailed(
             f"login refused: {place} does not let {device.user!r} in by {auth.method}",
             hint="check user and auth of the device; nothing else was tried",
         ) from None
