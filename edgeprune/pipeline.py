@@ -66,11 +66,15 @@ def opened(job: Job, progress: Progress) -> Iterator[Context]:
     form = formats.load(job.target.format)
     torch.manual_seed(job.seed)
     with contextlib.ExitStack() as stack:
-        board: Board = stack.enter_context(open_board(job.device_name, job.device))
+        board: Board = stack.enter_context(
+            open_board(
+                job.device_name, job.device, job=f"deploy for {job.target.name}", say=progress.say
+            )
+        )
         host = board
         if job.device.transport != "local":
             local = Device(transport="local", targets=(job.target.name,), stand_in=True)
-            host = stack.enter_context(open_board("this-machine", local))
+            host = stack.enter_context(open_board("this-machine", local, exclusive=False))
         board.fingerprint(job.target.runtime.name, job.target.runtime.threads)
         yield Context(job=job, form=form, board=board, host=host, progress=progress)
 

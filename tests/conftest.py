@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# What edgeprune keeps on this machine, and the lock that it shares with everybody here, are not the tests' to touch. Fixtures of a module
+# start before those of a test, so this is done at once.
+_HOME = tempfile.mkdtemp(prefix="edgeprune-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ["XDG_DATA_HOME"] = f"{_HOME}/data"
+os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME", f"{_HOME}/cache")
+os.environ["XDG_STATE_HOME"] = f"{_HOME}/state"
+os.environ["EDGEPRUNE_LEASE_FILE"] = f"{_HOME}/edgeprune.lock"
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")

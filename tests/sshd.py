@@ -44,6 +44,7 @@ class Sshd:
             "auth": {"method": "key", "key_file": str(self.folder / "login")},
             "host_key": {"sha256": self.fingerprint},
             "workdir": str(self.folder / "work"),
+            "lease_file": str(self.folder / "lease"),
             "python": sys.executable,
             "stand_in": True,
         }

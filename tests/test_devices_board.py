@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import shutil
 import signal
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fakeagent import fake_device
 from hypothesis import given
 from hypothesis import strategies as st
 from sshd import WEIGHT, matmul_file, script, serve, wait_until_gone
 
-from edgeprune.devices.agent import AGENT_PATH
-from edgeprune.devices.agent import agent as agent_program
+from edgeprune.devices.agent import runtimes
+from edgeprune.devices.agent_file import AGENT_FOLDER, agent_bytes
 from edgeprune.devices.board import KERNEL, Board, TimingPlan, open_board
 from edgeprune.devices.frames import Frames, Refusal, clean
 from edgeprune.devices.transports import open_transport
-from edgeprune.errors import DeadlineExceeded, DeviceError
+from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost
 from edgeprune.specs import Device
 
 QUICK = TimingPlan(rounds=4, block_ms=0.5, min_runs=2, max_runs=6, warmup_ms=1)
@@ -50,7 +53,7 @@ def test_the_fingerprint_says_what_and_where_and_that_it_is_a_stand_in(board):
 
 
 def test_a_device_that_is_no_stand_in_is_stamped_measured():
-    with open_board("here", Device(transport="local", targets=())) as opened:
+    with open_board("here", Device(transport="local", targets=()), exclusive=False) as opened:
         assert opened.fingerprint("onnxruntime", 1).stamp == "measured"
 
 
@@ -178,48 +181,25 @@ def test_quantised_values_come_back_within_half_a_step_or_at_the_end_of_the_rang
 ):
     spec = {"dtype": "int8", "scale": scale, "zero_point": zero_point}
     x = np.asarray(values, np.float32)
-    q = agent_program.quantised(x, spec)
+    q = runtimes.quantised(x, spec)
     assert q.dtype == np.int8
     low, high = (-128 - zero_point) * scale, (127 - zero_point) * scale
     expected = np.clip(x, low, high)
-    error = np.abs(agent_program.dequantised(q, spec) - expected)
+    error = np.abs(runtimes.dequantised(q, spec) - expected)
     assert (error <= scale * 0.5001 + 1e-4).all()
 
 
 def test_random_inputs_are_seeded_fill_their_range_and_are_never_all_zero():
     for dtype in ("float32", "int8", "uint8", "int64", "bool"):
         spec = {"shape": [2000], "dtype": dtype}
-        x = agent_program.realistic(spec, 3)
+        x = runtimes.realistic(spec, 3)
         assert x.dtype == np.dtype(dtype)
         assert x.any()
-        np.testing.assert_array_equal(x, agent_program.realistic(spec, 3))
-    assert {-128, 127} <= set(agent_program.realistic({"shape": [5000], "dtype": "int8"}, 0))
+        np.testing.assert_array_equal(x, runtimes.realistic(spec, 3))
+    assert {-128, 127} <= set(runtimes.realistic({"shape": [5000], "dtype": "int8"}, 0))
 
 
 # Boards that end, hang or lie
-
-
-def fake_device(folder: Path, reply: str, prelude: str = "") -> Device:
-    """A device whose "Python" answers every request with the frame that the expression ``reply`` makes of ``request``."""
-    text = f"""#!{sys.executable}
-import json, struct, sys, time
-out, source = sys.stdout.buffer, sys.stdin.buffer
-{prelude}
-out.write(b"\\0edgeprune-agent/1\\n"); out.flush()
-while True:
-    size = source.read(4)
-    if not size:
-        break
-    request = json.loads(source.read(struct.unpack(">I", size)[0]))
-    source.read(struct.unpack(">Q", source.read(8))[0])
-    head = {{"id": request["id"], "ok": True}}
-    header, blob = {reply}
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    out.write(struct.pack(">I", len(text)) + text + struct.pack(">Q", len(blob)) + blob)
-    out.flush()
-"""
-    path = script(folder / "fake-python", text)
-    return Device(transport="local", targets=(), python=path)
 
 
 LOADED = {
@@ -278,7 +258,8 @@ def test_implausible_facts_about_a_model_are_refused(tmp_path, change):
 )
 def test_implausible_times_are_refused(tmp_path, blocks, why):
     good = {"calls_per_sample": 1, "samples_ns": [1000, 1000]}
-    code = f"(dict(head, blocks={blocks}, before={{}}, after={{}}), b'')"
+    code = f"(dict(head, blocks={blocks}, before={{}}, after={{}}, peak_memory_bytes={{}},"
+    code += " stop_reason='rounds', notes=[]), b'')"
     device = fake_device(tmp_path, code, prelude=f"good = {good!r}")
     with open_board("fake", device) as opened, pytest.raises(DeviceError, match=why):
         opened.time(["net"], QUICK)
@@ -299,9 +280,8 @@ def test_implausible_times_are_refused(tmp_path, blocks, why):
 def test_what_is_not_a_reply_is_refused_and_nothing_more_is_read(tmp_path, reply):
     with open_board("fake", fake_device(tmp_path, reply)) as opened:
         with pytest.raises(DeviceError, match="something wrong"):
-            opened.hello()
-        with pytest.raises(DeviceError):
-            opened.hello()
+            opened.request("status", {})
+        assert opened.hello()["cores"] == 4  # the next request starts afresh
 
 
 @pytest.mark.parametrize(
@@ -357,52 +337,86 @@ def test_a_banner_before_the_magic_line_is_skipped(tmp_path):
 def test_an_agent_that_dies_leaves_its_last_words(tmp_path):
     device = fake_device(tmp_path, "sys.exit('out of memory, sorry')")
     with (
-        open_board("fake", device) as opened,
-        pytest.raises(DeviceError, match="out of memory, sorry"),
+        open_board("fake", device, backoff_s=(0.01,)) as opened,
+        pytest.raises(LinkLost, match="out of memory, sorry"),
     ):
-        opened.hello()
+        opened.request("status", {})
+    assert len(opened.notes) == 1
 
 
 def test_an_agent_that_never_answers_is_given_up(tmp_path):
     device = fake_device(tmp_path, "time.sleep(60)")
     frames = Frames(open_transport(device).start([device.python]), "fake")
     frames.handshake(20)
-    with pytest.raises(DeadlineExceeded, match="hello"):
-        frames.request("hello", {}, timeout_s=0.2)
+    with pytest.raises(DeadlineExceeded, match="status"):
+        frames.request("status", {}, work_s=0.2)
 
 
 @pytest.fixture
 def pid_device(tmp_path: Path) -> tuple[Device, Path]:
-    """This machine, with an agent that leaves its process id in a file."""
-    text = f'#!/bin/sh\necho $$ >{tmp_path}/pid\nexec {sys.executable} "$@"\n'
+    """This machine, with an agent and workers that leave their process ids in a file, one a line."""
+    text = f'#!/bin/sh\necho $$ >>{tmp_path}/pid\nexec {sys.executable} "$@"\n'
     path = script(tmp_path / "python-here", text)
-    return Device(transport="local", targets=(), python=path), tmp_path / "pid"
+    lease = str(tmp_path / "lease")
+    facts = {"transport": "local", "targets": (), "stand_in": True, "lease_file": lease}
+    return Device(**facts, python=path), tmp_path / "pid"
 
 
-def test_a_killed_agent_is_an_error_and_not_a_hang(pid_device):
+def pids(file: Path) -> list[int]:
+    return [int(line) for line in file.read_text().split()]
+
+
+def test_an_agent_that_is_killed_is_started_again_and_the_measurement_made(pid_device):
+    device, pid_file = pid_device
+    with open_board("here", device, backoff_s=(0.05,)) as opened:
+        opened.load("net", matmul_file(), **ORT)
+        os.kill(pids(pid_file)[0], signal.SIGKILL)
+        assert len(opened.time(["net"], QUICK).blocks["net"]) == QUICK.rounds
+        assert "the link broke" in opened.notes[0]
+
+
+def test_every_model_has_a_process_that_ends_with_its_agent(pid_device):
     device, pid_file = pid_device
     with open_board("here", device) as opened:
-        opened.load("net", matmul_file(), **ORT)
-        os.kill(int(pid_file.read_text()), signal.SIGKILL)
-        with pytest.raises(DeviceError, match="ended"):
-            opened.time(["net"], QUICK)
+        opened.load("one", matmul_file(), **ORT)
+        opened.load("two", matmul_file(), **ORT)
+        agent, *_ = found = pids(pid_file)
+        workers = [pid for pid in found if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(workers) == 0  # workers run this interpreter directly
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        assert len(children) == 2
+        os.kill(agent, signal.SIGKILL)
+        for child in children:
+            wait_until_gone(int(child))
 
 
 def test_closing_a_board_ends_its_agent(pid_device):
     device, pid_file = pid_device
     open_board("here", device).close()
-    wait_until_gone(int(pid_file.read_text()))
+    wait_until_gone(pids(pid_file)[0])
 
 
-def test_the_agent_is_written_in_the_python_of_old_boards():
-    ast.parse(AGENT_PATH.read_text(), feature_version=(3, 8))
+@pytest.mark.parametrize("path", sorted(AGENT_FOLDER.glob("*.py")), ids=lambda p: p.name)
+def test_the_agent_is_written_in_the_python_of_old_boards(path):
+    ast.parse(path.read_text(), feature_version=(3, 8))
+
+
+def test_the_agent_is_the_same_file_every_time_and_holds_its_modules_alone():
+    packed = agent_bytes()
+    agent_bytes.cache_clear()
+    assert agent_bytes() == packed
+    names = zipfile.ZipFile(io.BytesIO(packed)).namelist()
+    assert names[0] == "__main__.py"
+    assert set(names[1:]) == {f"edgeprune_agent/{p.name}" for p in AGENT_FOLDER.glob("*.py")}
 
 
 def test_the_agent_runs_where_nothing_but_python_is_installed(tmp_path):
     bare = shutil.which("python3", path="/usr/bin:/bin")
     if bare is None:
         pytest.skip("this system has no Python of its own")
-    with open_board("bare", Device(transport="local", targets=(), python=bare)) as opened:
+    with open_board(
+        "bare", Device(transport="local", targets=(), python=bare), exclusive=False
+    ) as opened:
         assert opened.hello()["cores"] == os.cpu_count()
         with pytest.raises(DeviceError, match="pip install ai-edge-litert"):
             opened.runtime_version("litert")

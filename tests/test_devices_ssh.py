@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from sshd import Sshd, free_port, keygen, script, serve, wait_until_gone
 
-from edgeprune.devices.agent import AGENT_PATH
+from edgeprune.devices.agent_file import agent_bytes, agent_name
 from edgeprune.devices.board import open_board
 from edgeprune.devices.frames import Frames
 from edgeprune.devices.transports import open_transport
@@ -60,16 +60,18 @@ def test_the_agent_is_pushed_once_and_its_folder_is_private(server):
     device = server.device()
     for _ in range(2):
         open_board("loop", device).close()
-    pushed = list(Path(device.workdir).iterdir())
-    assert len(pushed) == 1
-    assert pushed[0].read_bytes() == AGENT_PATH.read_bytes()
+    pushed = Path(device.workdir) / agent_name()
+    assert pushed.read_bytes() == agent_bytes()
+    first = pushed.stat().st_mtime_ns
+    open_board("loop", device).close()
+    assert pushed.stat().st_mtime_ns == first
     assert Path(device.workdir).stat().st_mode & 0o077 == 0
 
 
 def test_a_damaged_agent_is_pushed_again(server):
     device = server.device()
     open_board("loop", device).close()
-    (pushed,) = Path(device.workdir).iterdir()
+    pushed = Path(device.workdir) / agent_name()
     pushed.write_text("raise SystemExit(3)")
     with open_board("loop", device) as board:
         assert board.hello()["cores"] >= 1
@@ -78,7 +80,7 @@ def test_a_damaged_agent_is_pushed_again(server):
 def test_a_tilde_in_the_workdir_is_the_home_of_the_board(server):
     relative = os.path.relpath(server.folder / "tilde", Path.home())
     open_board("loop", server.device(workdir=f"~/{relative}")).close()
-    assert list((server.folder / "tilde").glob("agent-*.py"))
+    assert list((server.folder / "tilde").glob("agent-*.pyz"))
 
 
 def test_another_host_key_is_refused_before_any_login(fresh_server):
@@ -240,7 +242,7 @@ def test_a_python_that_is_not_there_is_an_error_that_says_so(server):
 def test_an_agent_whose_host_is_gone_stops_in_the_middle_of_its_work(server, tmp_path):
     device = server.device()
     open_board("loop", device).close()
-    (agent,) = Path(device.workdir).iterdir()
+    agent = Path(device.workdir) / agent_name()
     transport = open_transport(device)
     shell = 'echo $$ >"$1"; shift; exec "$@"'
     pid_file = tmp_path / "pid"
@@ -248,8 +250,11 @@ def test_an_agent_whose_host_is_gone_stops_in_the_middle_of_its_work(server, tmp
     frames = Frames(transport.start(argv), "loop")
     frames.handshake(20)
     pid = int(pid_file.read_text())
+    hello = {"workdir": device.workdir, "session": "0" * 32, "lease_file": device.lease_file}
+    hello |= {"min_free_bytes": 0, "quota_bytes": 1 << 30}
+    frames.request("hello", hello, work_s=20)
     # The runtime is imported in a child, so the agent is busy when the deadline cuts the connection.
     with pytest.raises(DeadlineExceeded):
-        frames.request("runtime", {"name": "onnxruntime"}, timeout_s=0.02)
+        frames.request("runtime", {"name": "onnxruntime"}, work_s=0.02)
     wait_until_gone(pid)
     transport.close()

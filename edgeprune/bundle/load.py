@@ -78,6 +78,6 @@ def load(path: Path | str) -> LoadedBundle:
         check_small_files(folder, manifest)
         content = read_model(folder, manifest)
     with contextlib.ExitStack() as stack:
-        board = stack.enter_context(open_board(LOCAL_NAME, LOCAL))
+        board = stack.enter_context(open_board(LOCAL_NAME, LOCAL, exclusive=False))
         load_model(board, manifest, content)
         return LoadedBundle(manifest, board, stack.pop_all())

@@ -173,7 +173,7 @@ class _Subject:
         read_golden(self._folder, manifest)
         content = read_model(self._folder, manifest)
         stored = _check_weights(manifest, content)
-        board = self._stack.enter_context(open_board(LOCAL_NAME, LOCAL))
+        board = self._stack.enter_context(open_board(LOCAL_NAME, LOCAL, exclusive=False))
         try:
             load_model(board, manifest, content)
         except RuntimeMissing as reason:
@@ -197,7 +197,7 @@ class _Subject:
     def golden_on(self, name: str, device: Device) -> str:
         content = read_model(self._folder, self._checked)
         try:
-            with open_board(name, device) as board:
+            with open_board(name, device, exclusive=False) as board:
                 load_model(board, self._checked, content)
                 return self._judge(board, "model")
         except (RuntimeMissing, Unreachable, HostKeyMismatch) as error:

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-import shlex
-import site
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from edgeprune.devices import replies
-from edgeprune.devices.agent import AGENT_PATH
-from edgeprune.devices.frames import Frames, Refusal, clean
-from edgeprune.devices.transports import Transport, open_transport
-from edgeprune.errors import DeviceError
+from edgeprune.devices.frames import Refusal
+from edgeprune.devices.session import BACKOFF_S, LINK_S, Lease, Session, not_ready, ready
+from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.records import sha256_bytes
 from edgeprune.results import Block, Fingerprint, Telemetry, TensorSpec
 from edgeprune.specs import Device, Stamp
 
 MAX_SAMPLES_PER_REQUEST = 300_000  # keeps a reply under the 4 MiB of a header
 _WARMUP_RUNS = 3
-_LINK_S = 60.0  # for anything that mostly waits for the link
-_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+MAX_REJECTED_RATIO = 0.3  # of the blocks; above it the rest is not believed either
+SETTLE_FROM_MS = 50.0  # warm-ups shorter than this are for kernels, which are warm at once
 _PIP = {
     "litert": "ai-edge-litert",
     "tflite-runtime": "tflite-runtime",
@@ -75,6 +71,10 @@ class Timing:
     blocks: dict[str, tuple[Block, ...]]
     before: Telemetry
     after: Telemetry
+    peak_memory_bytes: dict[str, int | None] = field(default_factory=dict)
+    stop_reason: str = "rounds"
+    notes: tuple[str, ...] = ()
+    unreliable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,29 @@ class Board:
 
     Args:
         name: the device's name.
-        device: how it was reached.
-        transport: the open connection; owned from here on.
-        frames: the agent, after its handshake.
+        device: how it is reached.
+        lease: whether to hold it alone.
+        say: told in one line when a broken link was survived.
+        backoff_s: how long to wait before each try to come back after a broken link.
     """
 
-    def __init__(self, name: str, device: Device, transport: Transport, frames: Frames) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        lease: Lease | None = None,
+        *,
+        say: Callable[[str], None] = lambda _: None,
+        backoff_s: Sequence[float] = BACKOFF_S,
+    ) -> None:
         self.name = name
         self.device = device
-        self._transport = transport
-        self._frames = frames
-        self._hello: replies.Hello | None = None
+        self.session = Session(
+            name, device, lease or Lease(), restore=self._restore, say=say, backoff_s=backoff_s
+        )
         self._versions: dict[str, str] = {}
         self._first_s: dict[str, float] = {}
+        self._loaded: dict[str, tuple[str, dict[str, Any], bytes]] = {}
 
     def __enter__(self) -> Board:
         return self
@@ -121,19 +131,60 @@ class Board:
         self.close()
 
     def close(self) -> None:
-        """End the agent and the connection."""
-        self._frames.close()
-        self._transport.close()
+        """End the agent and the connection; the board is free when this returns."""
+        self.session.close()
+
+    @contextlib.contextmanager
+    def rested(self) -> Iterator[None]:
+        """Let others have the board while the block runs; afterwards the next request takes it again."""
+        self.session.release()
+        yield
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What went wrong on the way and was survived."""
+        return tuple(self.session.notes)
+
+    def request(
+        self, op: str, fields: dict[str, Any], blob: bytes = b"", *, work_s: float = LINK_S
+    ) -> tuple[dict[str, Any], bytes]:
+        """One operation of the agent. See :meth:`Session.request <edgeprune.devices.session.Session.request>`."""
+        return self.session.request(op, fields, blob, work_s=work_s)
+
+    def push(self, content: bytes) -> int:
+        """Put a file into the board's cache; gives the bytes that had to be sent. See :meth:`Session.push`."""
+        return self.session.push(content)
+
+    def _restore(self) -> None:
+        """After a reconnect: the models under the same keys."""
+        done: set[int] = set()
+        for op, fields, content in list(self._loaded.values()):
+            if id(fields) not in done:  # the models of a chunk share one request
+                done.add(id(fields))
+                self.session.push(content)
+                self.session.request(op, fields, work_s=_load_s(len(fields.get("keys", "1"))))
 
     def hello(self) -> dict[str, Any]:
         """Facts about the machine, as :class:`~edgeprune.devices.replies.Hello`; asked once."""
         return self._facts().model_dump()
 
     def _facts(self) -> replies.Hello:
-        if self._hello is None:
-            reply, _ = self._frames.request("hello", {}, timeout_s=_LINK_S)
-            self._hello = replies.checked(replies.Hello, reply, self.name)
-        return self._hello
+        return self.session.hello or self.session.connect()
+
+    def wait_until_ready(self, expected_bytes: int = 0) -> tuple[str, ...]:
+        """Wait for the board to be cool, idle and unthrottled, as long as its ``thermal.wait_s`` allows.
+
+        A stand-in and an emulated board are looked at once: what their state still is not comes back as text, and nothing is refused.
+
+        Raises:
+            NotReady: a real board stayed unfit.
+        """
+        is_real = not (self.device.stand_in or self._facts().emulated)
+        wait_s = self.device.thermal.wait_s if is_real else 0.0
+        reasons = ready(self.session, expected_bytes, wait_s)
+        if reasons and is_real:
+            raise not_ready(self.name, reasons, wait_s)
+        return tuple(reasons)
 
     def runtime_version(self, runtime: str) -> str:
         """Version of a runtime on the board; asked once.
@@ -143,12 +194,12 @@ class Board:
         """
         if runtime not in self._versions:
             try:
-                reply, _ = self._frames.request("runtime", {"name": runtime}, timeout_s=120)
+                reply, _ = self.request("runtime", {"name": runtime}, work_s=120)
             except Refusal as error:
                 package = _PIP.get(runtime, runtime)
                 raise DeviceError(
                     error.message,
-                    hint=f"install it for {self.device.python} on the board: pip install {package}",
+                    hint=f"run: edgeprune devices setup {self.name}; or there: pip install {package}",
                 ) from error
             version = replies.checked(replies.RuntimeVersion, reply, self.name).version
             self._versions[runtime] = version
@@ -156,12 +207,10 @@ class Board:
 
     def fingerprint(self, runtime: str, threads: int) -> Fingerprint:
         """What measurements with this runtime on this board are made on. The stamp says whether its times mean anything."""
-        facts = self._facts().model_dump()
+        facts = self._facts().model_dump(include=set(Fingerprint.model_fields))
         stamp: Stamp = "stand-in" if self.device.stand_in else "measured"
-        if facts.pop(
-            "emulated"
-        ):  # says more than "stand-in": these times are not even another machine's
-            stamp = "emulated"
+        if self._facts().emulated:
+            stamp = "emulated"  # says more than "stand-in": not even another machine's times
         return Fingerprint(
             device=self.name,
             transport=self.device.transport,
@@ -187,9 +236,16 @@ class Board:
         Raises:
             Refusal: ``kind`` is ``load`` when the runtime dislikes the file, ``runtime`` when it is not installed.
         """
-        fields = {"key": key, "runtime": runtime, "threads": threads, "delegate": delegate}
-        timeout_s = _LINK_S + 120 + _transfer_s(len(content))
-        reply, _ = self._frames.request("load", fields, content, timeout_s=timeout_s)
+        fields = {
+            "key": key,
+            "runtime": runtime,
+            "threads": threads,
+            "delegate": delegate,
+            "sha256": sha256_bytes(content),
+        }
+        self.push(content)
+        reply, _ = self.request("load", fields, work_s=_load_s(1))
+        self._loaded[key] = ("load", fields, content)
         return self._remember(key, replies.checked(replies.LoadedModel, reply, self.name))
 
     def load_many(
@@ -202,11 +258,13 @@ class Board:
             "sizes": [len(content) for content in files.values()],
             "runtime": runtime,
             "threads": threads,
+            "sha256": sha256_bytes(blob),
         }
-        timeout_s = _LINK_S + 120 + 5 * len(files) + _transfer_s(len(blob))
-        reply, _ = self._frames.request("load_many", fields, blob, timeout_s=timeout_s)
+        self.push(blob)
+        reply, _ = self.request("load_many", fields, work_s=_load_s(len(files)))
         models = replies.checked(replies.ManyLoaded, reply, self.name).models
         self._expect(set(models) == set(files), "models that were not asked for")
+        self._loaded.update(dict.fromkeys(files, ("load_many", fields, blob)))
         return {
             key: model.error
             if isinstance(model, replies.LoadFailure)
@@ -223,9 +281,10 @@ class Board:
     def unload(self, keys: Iterable[str]) -> None:
         """Forget models; unknown keys are no error."""
         gone = list(keys)
-        self._frames.request("unload", {"keys": gone}, timeout_s=_LINK_S)
         for key in gone:
             self._first_s.pop(key, None)
+            self._loaded.pop(key, None)
+        self.request("unload", {"keys": gone})
 
     def time(self, keys: Sequence[str], plan: TimingPlan) -> Timing:
         """Time loaded models in the same rounds, so that they meet the same noise.
@@ -248,15 +307,47 @@ class Board:
             "max_runs": plan.max_runs,
             "warmup_runs": _WARMUP_RUNS,
             "warmup_ns": int(plan.warmup_ms * 1e6),
+            "settle": plan.warmup_ms >= SETTLE_FROM_MS,
             "seed": plan.seed,
         }
         start = time.monotonic()
-        reply, _ = self._frames.request("time", fields, timeout_s=self._time_limit_s(keys, plan))
+        reply, _ = self.session.request(
+            "time", fields, work_s=self._time_limit_s(keys, plan), journalled=True
+        )
         elapsed_ns = (time.monotonic() - start) * 1e9
         timed = replies.checked(replies.Timed, reply, self.name)
         self._check_blocks(timed, keys, plan, elapsed_ns)
-        blocks = {key: tuple(block.block() for block in timed.blocks[key]) for key in keys}
-        return Timing(blocks, timed.before.telemetry(), timed.after.telemetry())
+        return self._judged(
+            Timing(
+                blocks={key: tuple(block.block() for block in timed.blocks[key]) for key in keys},
+                before=timed.before.telemetry(),
+                after=timed.after.telemetry(),
+                peak_memory_bytes=dict(timed.peak_memory_bytes),
+                stop_reason=timed.stop_reason,
+                notes=timed.notes,
+            )
+        )
+
+    def _judged(self, timing: Timing) -> Timing:
+        """A timing of which too much was disturbed is refused on a board, and marked on a stand-in, where all blocks count again.
+
+        A stand-in is somebody's desktop or a shared server: disturbed always, and none of its figures is taken for a board's.
+        """
+        all_blocks = [block for blocks in timing.blocks.values() for block in blocks]
+        rejected = [block.rejected for block in all_blocks if block.rejected is not None]
+        if len(rejected) <= MAX_REJECTED_RATIO * len(all_blocks):
+            return timing
+        worst = max(set(rejected), key=rejected.count)
+        why = f"{len(rejected)} of {len(all_blocks)} blocks were disturbed, most by: {worst}"
+        if not (self.device.stand_in or self._facts().emulated):
+            raise Unreliable(
+                f"device {self.name!r}: {why}", hint="end what else runs there, or cool it"
+            )
+        kept = {
+            key: tuple(block.model_copy(update={"rejected": None}) for block in blocks)
+            for key, blocks in timing.blocks.items()
+        }
+        return dataclasses.replace(timing, blocks=kept, unreliable=why)
 
     def _time_limit_s(self, keys: Sequence[str], plan: TimingPlan) -> float:
         """Ten times the expected duration and half a minute. A first call bounds the later ones from above, nearly always."""
@@ -265,16 +356,22 @@ class Board:
             call = max(self._first_s.get(key, 1.0), 2e-4)
             block = max(plan.block_ms / 1e3, plan.min_runs * call) + 2 * call
             expected += plan.warmup_ms / 1e3 + (_WARMUP_RUNS + 5) * call + plan.rounds * block
-        return 30 + 10 * expected
+        return LINK_S + 15 * expected  # more than the board allows itself, so that it answers first
 
     def _check_blocks(
         self, timed: replies.Timed, keys: Sequence[str], plan: TimingPlan, elapsed_ns: float
     ) -> None:
         self._expect(set(timed.blocks) == set(keys), "times of other models than asked for")
+        self._expect(set(timed.peak_memory_bytes) <= set(keys), "memory of other models")
         total_ns = 0
         for blocks in timed.blocks.values():
             rounds = [block.round for block in blocks]
-            self._expect(rounds == list(range(plan.rounds)), "rounds that do not count up")
+            n_rounds = len(rounds)
+            self._expect(rounds == list(range(n_rounds)), "rounds that do not count up")
+            self._expect(
+                plan.rounds <= n_rounds <= 1.5 * plan.rounds,
+                f"{n_rounds} rounds of {plan.rounds}",
+            )
             for block in blocks:
                 n = len(block.samples_ns)
                 self._expect(plan.min_runs <= n <= plan.max_runs, f"a block of {n} samples")
@@ -293,11 +390,9 @@ class Board:
         """
         blob = io.BytesIO()
         np.save(blob, np.ascontiguousarray(inputs, np.float32), allow_pickle=False)
-        work_s = 10 * len(inputs) * self._first_s.get(key, 1.0)
-        timeout_s = _LINK_S + work_s + _transfer_s(2 * len(blob.getvalue()))
-        _, answer = self._frames.request(
-            "infer", {"key": key}, blob.getvalue(), timeout_s=timeout_s
-        )
+        expected_s = len(inputs) * self._first_s.get(key, 1.0)
+        fields = {"key": key, "expected_s": expected_s}
+        _, answer = self.request("infer", fields, blob.getvalue(), work_s=LINK_S + 15 * expected_s)
         try:
             outputs = np.load(io.BytesIO(answer), allow_pickle=False)
         except (ValueError, EOFError, OSError, MemoryError) as error:
@@ -313,10 +408,10 @@ class Board:
 
     def profile(self, key: str, runs: int) -> tuple[NodeTime, ...] | None:
         """Median time of every node by the runtime's own profiler, in the order of execution; ``None`` where it has none."""
-        timeout_s = _LINK_S + 20 * (runs + 3) * self._first_s.get(key, 1.0)
-        fields = {"key": key, "runs": runs}
+        expected_s = 2 * (runs + 3) * self._first_s.get(key, 1.0)
+        fields = {"key": key, "runs": runs, "expected_s": expected_s}
         try:
-            reply, _ = self._frames.request("profile", fields, timeout_s=timeout_s)
+            reply, _ = self.request("profile", fields, work_s=LINK_S + 15 * expected_s)
         except Refusal as error:
             if error.kind == "unsupported":
                 return None
@@ -329,70 +424,41 @@ class Board:
             raise DeviceError(f"device {self.name!r} sent {what}")
 
 
-def _transfer_s(size_bytes: int) -> float:
-    """Patience for a link of 100 kbit/s."""
-    return size_bytes * 8 / 100_000
-
-
-def open_board(name: str, device: Device) -> Board:
+def open_board(
+    name: str,
+    device: Device,
+    *,
+    exclusive: bool = True,
+    wait_s: float = 0.0,
+    job: str = "edgeprune",
+    say: Callable[[str], None] = lambda _: None,
+    backoff_s: Sequence[float] = BACKOFF_S,
+) -> Board:
     """A board with a running agent.
 
     Args:
         name: the device's name, for messages and fingerprints.
         device: how to reach it.
+        exclusive: hold it alone, which timing needs; ``False`` is for looking, setting up and running models.
+        wait_s: how long to wait for another client to finish.
+        job: what it is for; other clients are shown it.
+        say: told in one line when a broken link was survived.
+        backoff_s: how long to wait before each try to come back after one.
 
     Raises:
-        Unreachable, HostKeyMismatch: the device cannot be reached, or is not the pinned one.
-        DeviceError: the login or the agent failed; the message has the end of what the board said.
+        Unreachable, HostKeyMismatch, AuthFailed: the device cannot be reached, is not the pinned one, or refuses the login.
+        Busy: another client holds it.
+        DeviceError: the agent failed; the message has the end of what the board said.
     """
-    with contextlib.ExitStack() as opened:
-        transport = open_transport(device)
-        opened.callback(transport.close)
-        is_local = device.transport == "local"
-        argv = _local_agent(device) if is_local else _pushed_agent(transport, device)
-        frames = Frames(transport.start(argv), name)
-        opened.callback(frames.close)
-        frames.handshake(_LINK_S)
-        opened.pop_all()
-    return Board(name, device, transport, frames)
+    board = Board(name, device, Lease(exclusive, wait_s, job), say=say, backoff_s=backoff_s)
+    try:
+        board.hello()
+    except BaseException:
+        board.close()
+        raise
+    return board
 
 
-def _local_agent(device: Device) -> list[str]:
-    if device.python != "python3":
-        return [str(Path(device.python).expanduser()), "-B", str(AGENT_PATH)]
-    # Isolated mode hides the user's own site-packages: drop it where numpy was installed there.
-    has_user_site = Path(np.__file__).is_relative_to(site.getusersitepackages())
-    flags = ["-B"] if has_user_site else ["-I", "-B"]
-    return [sys.executable, *flags, str(AGENT_PATH)]
-
-
-def _pushed_agent(transport: Transport, device: Device) -> list[str]:
-    """Push the agent under the name of its content, unless it is there, and say how to start it in a clean environment."""
-    home = _ask(transport, ["sh", "-c", 'cd && printf "\\n%s\\n" "$PWD"'])
-    content = AGENT_PATH.read_bytes()
-    digest = sha256_bytes(content)
-    path = f"{_expanded(device.workdir, home)}/agent-{digest[:16]}.py"
-    there = transport.run(["sha256sum", path], timeout_s=_LINK_S)
-    if there.code != 0 or digest.encode() not in there.stdout:
-        transport.put(content, path)
-    python = _expanded(device.python, home)
-    environment = [f"PATH={_PATH}", f"HOME={home}", "LANG=C.UTF-8", "ORT_DISABLE_TELEMETRY=1"]
-    return ["env", "-i", *environment, python, "-B", path]
-
-
-def _expanded(path: str, home: str) -> str:
-    if path == "~" or path.startswith("~/"):
-        return home + path[1:]
-    return path if path.startswith("/") or "/" not in path else f"{home}/{path}"
-
-
-def _ask(transport: Transport, argv: Sequence[str]) -> str:
-    """The last line that a command prints; a login shell may print before it."""
-    done = transport.run(argv, timeout_s=_LINK_S)
-    lines = done.stdout.decode(errors="replace").strip().splitlines()
-    if done.code != 0 or not lines or not lines[-1].startswith("/"):
-        raise DeviceError(
-            f"{shlex.join(argv)} failed on the board with code {done.code}:"
-            f" {clean(done.stderr.decode(errors='replace'))}"
-        )
-    return lines[-1]
+def _load_s(files: int) -> float:
+    """Patience for loading: a runtime is imported and every file runs once. More than the board allows itself."""
+    return LINK_S + 15 * (10 + files)

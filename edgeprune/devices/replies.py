@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -34,6 +34,26 @@ class Hello(Record):
     governor: Text | None
     hostname_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
     emulated: bool
+    bits: Literal[32, 64]
+    glibc: Text | None
+    boot_id: Annotated[str, Field(pattern=r"^[0-9a-f-]{0,64}$")]
+    wall_clock_ns: Annotated[int, Field(ge=0, lt=2**63)]
+    user: Text
+    affinity: Annotated[tuple[int, ...], Field(max_length=4096)] | None
+
+
+class CacheState(Record):
+    """How much of a file the board has."""
+
+    have: bool
+    offset: Annotated[int, Field(ge=0, lt=2**50)]
+    prefix_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+
+class CacheWritten(Record):
+    """Whether a file is complete."""
+
+    done: bool
 
 
 class RuntimeVersion(Record):
@@ -83,6 +103,7 @@ class TimedBlock(Record):
     round: Annotated[int, Field(ge=0, lt=100_000)]
     calls_per_sample: Annotated[int, Field(ge=1, le=100_000)]
     samples_ns: Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=100_000)]
+    rejected: Text | None = None
 
     def block(self) -> Block:
         """The same as a result record."""
@@ -118,6 +139,16 @@ class Timed(Record):
     blocks: dict[str, tuple[TimedBlock, ...]]
     before: Moment
     after: Moment
+    peak_memory_bytes: dict[str, Annotated[int, Field(gt=0, lt=2**50)]]
+    stop_reason: Literal["rounds", "rejected"]
+    notes: Annotated[tuple[Text, ...], Field(max_length=20)]
+
+
+class Ready(Record):
+    """What makes the board unfit to be measured; empty when it is fit."""
+
+    reasons: Annotated[tuple[Text, ...], Field(max_length=50)]
+    telemetry: Moment
 
 
 class Node(Record):

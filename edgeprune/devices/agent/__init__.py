@@ -1,7 +1,1 @@
-"""The program that runs on the board, and its bytes for pushing it there."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-AGENT_PATH = Path(__file__).with_name("agent.py")
+"""The program that runs on the board: standard library only, Python 3.8 or newer, packed by :mod:`edgeprune.devices.agent_file`."""

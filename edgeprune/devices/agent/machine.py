@@ -1,0 +1,98 @@
+"""What identifies this machine: read once, when a client says hello."""
+
+from __future__ import annotations
+
+import getpass
+import glob
+import hashlib
+import os
+import platform
+import struct
+import time
+from typing import Any, Dict, List, Optional
+
+
+def read_text(path: str) -> Optional[str]:
+    """A small file of /proc or /sys, or ``None`` where this board has no such file."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read(1 << 20).strip("\0\n ")
+    except OSError:
+        return None
+
+
+def fields_of(path: str) -> Dict[str, str]:
+    """The first value of every ``name: value`` line of a file in /proc, by lower-case name."""
+    fields: Dict[str, str] = {}
+    for line in (read_text(path) or "").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip().lower(), value.strip())
+    return fields
+
+
+def machine_facts() -> Dict[str, Any]:
+    """What identifies this machine, without naming it."""
+    fields, machine = fields_of("/proc/cpuinfo"), platform.machine()
+    board = read_text("/proc/device-tree/model") or fields.get("model name") or fields.get("model")
+    # An ARM program under qemu sees the x86 computer below it, and not itself as the program of its own thread.
+    program, thread = (os.path.realpath("/proc/%s/exe" % name) for name in ("self", "thread-self"))
+    is_qemu = "vendor_id" in fields or (os.path.exists("/proc/thread-self") and program != thread)
+    return {
+        "machine": machine,
+        "cpu_model": board or platform.processor() or machine,
+        "cpu_flags": sorted(set((fields.get("flags") or fields.get("features") or "").split())),
+        "cores": os.cpu_count() or 1,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "page_size_bytes": os.sysconf("SC_PAGE_SIZE"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "hostname_digest": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
+        "emulated": machine.startswith(("aarch64", "arm")) and is_qemu,
+        "bits": struct.calcsize("P") * 8,
+        "glibc": glibc_version(),
+        "boot_id": boot_id(),
+        "wall_clock_ns": time.time_ns(),
+        "user": user_name(),
+        "affinity": fastest_cpus(),
+    }
+
+
+def glibc_version() -> Optional[str]:
+    """Version of the GNU C library, such as ``2.36``; ``None`` with another C library."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except (ValueError, OSError):
+        return None
+    return version if name == "glibc" else None
+
+
+def boot_id() -> str:
+    """Changes with every start of the kernel; empty where the kernel does not tell."""
+    return read_text("/proc/sys/kernel/random/boot_id") or ""
+
+
+def user_name() -> str:
+    """Who this process runs as; the number where the system knows no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid())
+
+
+def fastest_cpus(root: str = "/") -> Optional[List[int]]:
+    """The processors of the fastest cluster, or ``None`` where all are alike.
+
+    A board with big and little cores would otherwise be timed on whichever the scheduler picked.
+    """
+    ranks: Dict[int, int] = {}
+    for folder in glob.glob(os.path.join(root, "sys/devices/system/cpu/cpu[0-9]*")):
+        found = read_text(folder + "/cpu_capacity") or read_text(
+            folder + "/cpufreq/cpuinfo_max_freq"
+        )
+        if found and found.isdigit():
+            ranks[int(os.path.basename(folder)[3:])] = int(found)
+    if len(set(ranks.values())) < 2:
+        return None
+    top = max(ranks.values())
+    return sorted(cpu for cpu, rank in ranks.items() if rank == top)

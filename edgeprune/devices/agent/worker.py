@@ -1,0 +1,200 @@
+"""The process that holds one model, or one chunk of small ones: it loads, runs and times what it is told to, and may die of it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import hashlib
+import io
+import math
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from typing import Any, Callable, Dict, List
+
+from .machine import fields_of
+from .runtimes import infer, open_model, sample
+from .wire import Message, Refused, error_frame, read_frame, write_frame
+
+MIN_SAMPLE_NS = 200_000  # shorter calls are timed several at once: clock and loop cost about 100 ns
+MAX_CALLS = 100_000
+SETTLED_RATIO = 0.02  # two windows of five samples that differ by less: warm
+SETTLE_FACTOR = 10  # at most that much longer than asked for
+PR_SET_PDEATHSIG = 1
+
+
+class Timer:
+    """One model within a timing request: how many calls make a sample and how many samples make a block."""
+
+    def __init__(self, run: Callable[[], Any], plan: Dict[str, Any]) -> None:
+        self.run = run
+        self.notes: List[str] = []
+        start, runs = time.perf_counter_ns(), 0
+        while runs < plan["warmup_runs"] or time.perf_counter_ns() - start < plan["warmup_ns"]:
+            run()
+            runs += 1
+        call_ns = statistics.median(sample(run, 1) for _ in range(5))
+        for _ in range(2):  # a single short call is half clock: look again at many
+            self.calls = min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_NS / call_ns)))
+            call_ns = sample(run, self.calls)
+        if plan["settle"]:
+            call_ns = self._settle(SETTLE_FACTOR * plan["warmup_ns"])
+        wanted = math.ceil(plan["block_ns"] / (call_ns * self.calls))
+        self.n_samples = max(plan["min_runs"], min(plan["max_runs"], wanted))
+        self.call_ns = call_ns
+        self.ended_ns = time.perf_counter_ns()
+
+    def _settle(self, limit_ns: float) -> float:
+        """Go on until two windows of five samples agree; gives the time of one call."""
+        start = time.perf_counter_ns()
+        before = self._window()
+        while True:
+            now = self._window()
+            if abs(now - before) <= SETTLED_RATIO * before:
+                return now
+            if time.perf_counter_ns() - start > limit_ns:
+                self.notes.append(
+                    "the warm-up did not settle: two windows differ by %.1f %%"
+                    % (100 * abs(now - before) / before)
+                )
+                return now
+            before = now
+
+    def _window(self) -> float:
+        return statistics.median(sample(self.run, self.calls) for _ in range(5))
+
+    def visit(self, number: int) -> Dict[str, Any]:
+        """Time one block. The first sample meets the caches of another model and is dropped; after an idle second, two are."""
+        idle_ns = time.perf_counter_ns() - self.ended_ns
+        for _ in range(2 if idle_ns > 1_000_000_000 else 1):
+            sample(self.run, self.calls)
+        taken = [sample(self.run, self.calls) for _ in range(self.n_samples)]
+        self.ended_ns = time.perf_counter_ns()
+        return {"round": number, "calls_per_sample": self.calls, "samples_ns": taken}
+
+
+class Worker:
+    """Serves the agent, one request at a time. Each operation takes a header and a blob and gives a header and a blob."""
+
+    def __init__(self) -> None:
+        self.models: Dict[str, Any] = {}
+        self.answers: Dict[str, bytes] = {}
+        self.timers: Dict[str, Timer] = {}
+        self.operations: Dict[str, Callable[[Dict[str, Any], bytes], Message]] = {
+            "load": self.load,
+            "warm": self.warm,
+            "blocks": self.blocks,
+            "infer": self.infer,
+            "profile": self.profile,
+            "memory": lambda request, blob: ({"peak_memory_bytes": peak_memory_bytes()}, b""),
+        }
+
+    def load(self, request: Dict[str, Any], blob: bytes) -> Message:
+        """Load models that lie end to end in the blob; one that fails does not stop the others."""
+        loaded: Dict[str, Any] = {}
+        start = 0
+        for key, size in zip(request["keys"], request["sizes"]):
+            content, start = blob[start : start + size], start + size
+            try:
+                options = (request["runtime"], request["threads"], request["delegate"])
+                model = self.models[key] = open_model(content, *options)
+            except Refused as error:
+                loaded[key] = {"error": str(error)[:2000], "kind": error.kind}
+                continue
+            names = ("load_ns", "first_ns", "inputs", "outputs")
+            loaded[key] = {name: getattr(model, name) for name in names}
+        return {"models": loaded}, b""
+
+    def warm(self, request: Dict[str, Any], blob: bytes) -> Message:
+        """Warm models up and decide how long their blocks are."""
+        gc.collect()
+        gc.disable()  # for good: nothing here makes cycles, and a collection inside a sample would show
+        for key in request["keys"]:
+            self.answers.setdefault(key, digest(self.models[key].answer()))
+            self.timers[key] = Timer(self.models[key].run, request["plan"])
+        found = {key: self.timers[key] for key in request["keys"]}
+        return {
+            "block_ns": {k: int(t.call_ns * t.calls * (t.n_samples + 1)) for k, t in found.items()},
+            "notes": [note for timer in found.values() for note in timer.notes],
+        }, b""
+
+    def blocks(self, request: Dict[str, Any], blob: bytes) -> Message:
+        """One block of each model, in the order given; then the same input must still give the same output.
+
+        Raises:
+            Refused: ``nondeterministic`` when it does not.
+        """
+        found = {key: self.timers[key].visit(request["round"]) for key in request["keys"]}
+        for key in request["keys"] if request["check"] else ():
+            if digest(self.models[key].answer()) != self.answers[key]:
+                raise Refused("nondeterministic", "%s gives other outputs for the same input" % key)
+        return {"blocks": found}, b""
+
+    def infer(self, request: Dict[str, Any], blob: bytes) -> Message:
+        """Outputs of a loaded model for an array."""
+        import numpy as np
+
+        x = np.load(io.BytesIO(blob), allow_pickle=False)
+        answer = io.BytesIO()
+        np.save(answer, infer(self.models[request["key"]], x), allow_pickle=False)
+        return {}, answer.getvalue()
+
+    def profile(self, request: Dict[str, Any], blob: bytes) -> Message:
+        """Time of every node of a loaded model, where the runtime can tell."""
+        model = self.models[request["key"]]
+        if not hasattr(model, "profile"):
+            raise Refused("unsupported", "this runtime has no profiler that Python can reach")
+        return {"nodes": model.profile(request["runs"])}, b""
+
+    def serve(self, request: Dict[str, Any], blob: bytes) -> Message:
+        """The reply to one request; any failure becomes a reply."""
+        try:
+            header, answer = self.operations[request["op"]](request, blob)
+            return dict(header, ok=True), answer
+        except Exception as error:
+            return error_frame(None, error), b""
+
+
+def digest(content: bytes) -> bytes:
+    """Short enough to keep for every model."""
+    return hashlib.sha256(content).digest()
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process had in memory, its runtime and Python included."""
+    high = fields_of("/proc/self/status").get("vmhwm", "").split(" ")[0]
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (int(high) if high.isdigit() else usage) * 1024
+
+
+def prepare(parent: int, cpus: List[int]) -> None:
+    """End with the agent, be the first to go when memory runs out, leave no core file, and stay on the fastest processors."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        os._exit(0)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as stream:
+        stream.write("800")
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, AttributeError):
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+
+
+def main(parent: int, cpus: List[int]) -> None:
+    """Serve until stdin ends."""
+    prepare(parent, cpus)
+    wire = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # runtimes print; what they print must not land between frames
+    worker = Worker()
+    while True:
+        try:
+            request, blob = read_frame(sys.stdin.buffer)
+        except Exception:
+            os._exit(0)
+        write_frame(wire, *worker.serve(request, blob))
