@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from edgeprune.devices.transports import Pipe
-from edgeprune.errors import DeadlineExceeded, DeviceError
+from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost
 
 MAGIC = b"\0edgeprune-agent/1\n"
 MAX_BANNER_BYTES = 64 * 1024
@@ -105,7 +105,7 @@ class Frames:
     def _send(self, content: bytes, deadline: float) -> None:
         try:
             self._pipe.write(content, deadline)
-        except DeadlineExceeded:
+        except (DeadlineExceeded, LinkLost):
             raise
         except DeviceError as error:
             raise self._gone() from error
