@@ -379,6 +379,7 @@ def test_no_output_of_a_login_holds_a_secret_at_the_debug_level(server, tmp_path
         assert path.is_dir() or CANARY.encode() not in path.read_bytes()
 
 
+@pytest.mark.slow  # trains the small network of the project first
 def test_a_run_that_cannot_log_in_leaves_no_secret_behind(server, tmp_path):
     home = tinynet.project(tmp_path / "project")
     auth = {"method": "password", "password_ref": "env:THE_SECRET"}
