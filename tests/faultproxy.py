@@ -204,11 +204,14 @@ class FaultProxy:
             ready = {key.fileobj: mask for key, mask in self._selector.select(self._pause_s())}
             if self._woken in ready:
                 self._woken.recv(4096)
+                # Who is connected for the kernel must be a link here before a command says what becomes of links.
+                while self._hole != "silent" and self._accept():
+                    pass
                 while self._commands:
                     act, done = self._commands.popleft()
                     act()
                     done.set()
-            if self._listener is not None and self._listener in ready:
+            if self._listener in ready:
                 self._accept()
             for link in list(self._links):
                 with self._broken_ends(link):
@@ -256,12 +259,14 @@ class FaultProxy:
             elif known[sock] != events:
                 self._selector.modify(sock, events)
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _accept(self) -> bool:
+        """Take one new client; false when there is none."""
+        if self._listener is None:
+            return False
         try:
             client, _ = self._listener.accept()
         except OSError:
-            return  # gone before it was taken
+            return False  # none, or gone before it was taken
         self.connections += 1
         server = None
         if self._hole != "swallow":
@@ -269,12 +274,13 @@ class FaultProxy:
                 server = socket.create_connection((HOST, self._target_port), COMMAND_S)
             except OSError:
                 _abort(client)
-                return
+                return True
         link = Link(client, server)
         for sock in link.sockets():
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setblocking(False)
         self._links.append(link)
+        return True
 
     def _move(self, link: Link, way: Way, ready: dict[object, int]) -> None:
         source, waiting = link.source(way), link.waiting[way]

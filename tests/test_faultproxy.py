@@ -207,8 +207,8 @@ def test_a_dead_target_is_a_reset_and_not_a_hang():
         port = gone.getsockname()[1]
     with (
         FaultProxy(port) as proxy,
-        socket.create_connection(("127.0.0.1", proxy.port), 2) as sock,
         pytest.raises(ConnectionResetError),
+        socket.create_connection(("127.0.0.1", proxy.port), 2) as sock,
     ):
         sock.recv(1)
 
