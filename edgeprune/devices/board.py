@@ -29,6 +29,8 @@ MAX_SAMPLES_PER_REQUEST = 300_000  # keeps a reply under the 4 MiB of a header
 _WARMUP_RUNS = 3
 _LINK_S = 60.0  # for anything that mostly waits for the link
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+# What changes from one start of the board to the next, or says nothing about speed.
+_NOT_OF_THE_FINGERPRINT = {"bits", "glibc", "boot_id", "wall_clock_ns", "user"}
 _PIP = {
     "litert": "ai-edge-litert",
     "tflite-runtime": "tflite-runtime",
@@ -135,6 +137,22 @@ class Board:
             self._hello = replies.checked(replies.Hello, reply, self.name)
         return self._hello
 
+    def request(
+        self, op: str, fields: dict[str, Any], blob: bytes = b"", *, work_s: float
+    ) -> tuple[dict[str, Any], bytes]:
+        """The reply to one operation of the agent, unchecked: see :func:`~edgeprune.devices.replies.checked`.
+
+        Args:
+            op: the operation.
+            fields: its arguments.
+            blob: bytes that go with it.
+            work_s: how long it may take.
+
+        Raises:
+            Refusal: the agent answered that it cannot.
+        """
+        return self._frames.request(op, fields, blob, timeout_s=work_s)
+
     def runtime_version(self, runtime: str) -> str:
         """Version of a runtime on the board; asked once.
 
@@ -156,7 +174,7 @@ class Board:
 
     def fingerprint(self, runtime: str, threads: int) -> Fingerprint:
         """What measurements with this runtime on this board are made on. The stamp says whether its times mean anything."""
-        facts = self._facts().model_dump()
+        facts = self._facts().model_dump(exclude=_NOT_OF_THE_FINGERPRINT)
         stamp: Stamp = "stand-in" if self.device.stand_in else "measured"
         if facts.pop(
             "emulated"
@@ -334,12 +352,14 @@ def _transfer_s(size_bytes: int) -> float:
     return size_bytes * 8 / 100_000
 
 
-def open_board(name: str, device: Device) -> Board:
+def open_board(name: str, device: Device, *, exclusive: bool = True, wait_s: float = 0) -> Board:
     """A board with a running agent.
 
     Args:
         name: the device's name, for messages and fingerprints.
         device: how to reach it.
+        exclusive: keep other clients away from the board for as long as it is open.
+        wait_s: how long to wait for another client to be done with it.
 
     Raises:
         Unreachable, HostKeyMismatch: the device cannot be reached, or is not the pinned one.

@@ -9,6 +9,7 @@ when stdin ends, even in the middle of a request, so a lost host never leaves th
 from __future__ import annotations
 
 import gc
+import getpass
 import glob
 import hashlib
 import importlib
@@ -116,6 +117,11 @@ def machine_facts() -> Dict[str, Any]:
         "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "hostname_digest": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
         "emulated": machine.startswith(("aarch64", "arm")) and is_qemu,
+        "bits": struct.calcsize("P") * 8,
+        "glibc": platform.libc_ver()[1] or None,
+        "boot_id": read_text("/proc/sys/kernel/random/boot_id") or "0" * 8,
+        "wall_clock_ns": time.time_ns(),
+        "user": getpass.getuser(),
     }
 
 
