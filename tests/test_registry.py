@@ -56,7 +56,8 @@ FORMS = {
     "none yet": "# mine\nschema_version: 1\ndevices: {} # none yet\n# end\n",
     "nothing": "schema_version: 1\ndevices: # none yet\n  # a: {transport: local, targets: []}\n",
     "null": "devices: null\nschema_version: 1\n",
-    "unindented text": "schema_version: 1\ndevices:\n  a:\n    transport: local\n    targets: []\n    workdir: |-\n      /srv/edge\n\n# end\n",
+    "unindented text": "schema_version: 1\ndevices:"
+    "\n  a:\n    transport: local\n    targets: []\n    workdir: |-\n      /srv/edge\n\n# end\n",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from edgeprune.devices import replies
 from edgeprune.devices.board import Board
@@ -36,6 +36,7 @@ X86_FLAGS = {
     "AMX-INT8": "amx_int8",
 }
 
+R = TypeVar("R", bound=Record)
 Level = Literal["ok", "warn", "fail"]
 
 
@@ -68,6 +69,14 @@ class Checkup(Record):
     clock_offset_s: float  # the board's wall clock, less this machine's
 
 
+def asked(
+    board: Board, cls: type[R], op: str, fields: dict[str, Any], *, work_s: float = _WORK_S
+) -> R:
+    """The checked reply of a board to one operation. Raises as :func:`check_up`."""
+    reply, _ = board.request(op, fields, work_s=work_s)
+    return replies.checked(cls, reply, board.name)
+
+
 def check_up(board: Board, needed: Sequence[str] = ()) -> Checkup:
     """Look a board over; nothing on it is changed, and no lease is needed.
 
@@ -79,11 +88,9 @@ def check_up(board: Board, needed: Sequence[str] = ()) -> Checkup:
         DeviceError: the board does not answer, or sends something implausible.
     """
     before_ns = time.time_ns()
-    reply, _ = board.request("hello", {}, work_s=_WORK_S)
-    hello = replies.checked(replies.Hello, reply, board.name)
+    hello = asked(board, replies.Hello, "hello", {})
     offset_s = (hello.wall_clock_ns - (before_ns + time.time_ns()) / 2) / 1e9
-    reply, _ = board.request("status", {}, work_s=_WORK_S)
-    status = replies.checked(replies.Status, reply, board.name)
+    status = asked(board, replies.Status, "status", {})
     runtimes = tuple(_runtime(board, name) for name in RUNTIMES)
     name, device = board.name, board.device
     findings = (
@@ -109,11 +116,10 @@ def check_up(board: Board, needed: Sequence[str] = ()) -> Checkup:
 
 def _runtime(board: Board, name: str) -> RuntimeFound:
     try:
-        reply, _ = board.request("runtime", {"name": name}, work_s=_RUNTIME_S)
+        found = asked(board, replies.RuntimeVersion, "runtime", {"name": name}, work_s=_RUNTIME_S)
     except Refusal as error:
         return RuntimeFound(name=name, problem=error.message.partition(" answered: ")[2])
-    version = replies.checked(replies.RuntimeVersion, reply, board.name).version
-    return RuntimeFound(name=name, version=version)
+    return RuntimeFound(name=name, version=found.version)
 
 
 def extensions(hello: replies.Hello) -> dict[str, bool]:
