@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -39,11 +40,13 @@ def parse_address(text: str, port: int | None = None) -> Address:
         SpecError: another form; two different ports.
     """
     user, _, place = text.rpartition("@")
-    found = re.fullmatch(r"\[([0-9A-Fa-f:.%A-Za-z]+)\](?::(\d{1,5}))?", place)
+    found = re.fullmatch(r"\[(.+)\](?::(\d{1,5}))?", place)
     if found is None and place.count(":") > 1:  # a bare IPv6 address
-        found = re.fullmatch(r"([0-9A-Fa-f:.%A-Za-z]+)()", place)
-    elif found is None:
+        found = re.fullmatch(r"(.+)()", place)
+    if found is None:
         found = re.fullmatch(r"([A-Za-z0-9._-]+)(?::(\d{1,5}))?", place)
+    elif not _is_ipv6(found[1]):
+        found = None
     if found is None or ("@" in text and not user):
         raise SpecError(
             f"an address must look like pi@pi.local, 192.0.2.7:2222 or [2001:db8::7]:22, but got {text!r}"
@@ -52,6 +55,14 @@ def parse_address(text: str, port: int | None = None) -> Address:
     if written is not None and port is not None and written != port:
         raise SpecError(f"the address has the port {written}, but --port is {port}")
     return Address(user or None, found[1], written or port or 22)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def login_method(
