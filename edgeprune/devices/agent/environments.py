@@ -158,7 +158,8 @@ def probe(python: str, runtime: str, timeout_s: float = PROBE_S) -> str:
     if runtime not in RUNTIMES:
         raise wire.Refused("runtime", "this agent cannot run the runtime " + runtime)
     own = python == sys.executable
-    flags = "-B" if own and not sys.flags.isolated else "-IB"
+    # pip wrote no bytecode; the first import in an environment writes that of what it loads, which later starts then save.
+    flags = ("-IB" if sys.flags.isolated else "-B") if own else "-I"
     command = [python, flags, "-c", PROBE, *RUNTIMES[runtime]]
     try:
         done = _run(command, timeout_s, env=None if own else CLEAN_ENV)
