@@ -11,15 +11,14 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from math import comb
 
 from edgeprune.devices.board import KERNEL, Board, Loaded, Timing, TimingPlan
 from edgeprune.errors import DeviceError
+from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
 from edgeprune.progress import Progress
 from edgeprune.results import Comparison, Fingerprint, Measurement
 from edgeprune.specs import Precision
 
-CONFIDENCE = 0.99
 CHUNK_FILES = 64
 CHUNK_BYTES = 64 * 1024 * 1024
 
@@ -67,7 +66,7 @@ def measure(
         ]
         timing = board.time(names, plan)
     except BaseException:
-        _forget(board, names)
+        forget(board, names)
         raise
     if not keep_loaded:
         board.unload(names)
@@ -78,7 +77,7 @@ def measure(
     ]
 
 
-def _forget(board: Board, names: Sequence[str]) -> None:
+def forget(board: Board, names: Sequence[str]) -> None:
     """Unload on the way out of an error; a board that is gone has nothing to unload."""
     with contextlib.suppress(DeviceError):
         board.unload(names)
@@ -100,6 +99,8 @@ def _measurement(
         fingerprint_key=fingerprint.key(),
         stamp=fingerprint.stamp,
         at=at,
+        peak_memory_bytes=timing.peak_memory_bytes.get(model.name),
+        notes=timing.notes,
     )
 
 
@@ -123,32 +124,16 @@ def compare(
     ratios = sorted(ours[number] / theirs[number] for number in ours.keys() & theirs.keys())
     if not ratios:
         raise ValueError(f"{candidate.name!r} and {reference.name!r} share no accepted round")
-    rank = _rank(len(ratios), confidence)
+    rank = median_rank(len(ratios), confidence)
     return Comparison(
         candidate=candidate.name,
         reference=reference.name,
         ratio=statistics.median(ratios),
         low=ratios[rank - 1],
         high=ratios[-rank],
-        confidence=_coverage(len(ratios), rank),
+        confidence=median_coverage(len(ratios), rank),
         rounds=len(ratios),
     )
-
-
-def _rank(n: int, confidence: float) -> int:
-    """The highest rank ``k`` so that the k-th smallest and k-th largest of ``n`` values hold the median that surely, or 1."""
-    rank = 1
-    while 2 * (rank + 1) <= n and _coverage(n, rank + 1) >= confidence:
-        rank += 1
-    return rank
-
-
-def _coverage(n: int, rank: int) -> float:
-    """Probability that the median lies between the values of rank ``rank`` from below and from above.
-
-    Fewer than ``rank`` of ``n`` values lie on one side of the median with the binomial probability of ``n`` fair coins.
-    """
-    return 1.0 - 2.0 * sum(comb(n, below) for below in range(rank)) / 2.0**n
 
 
 def time_kernels(
@@ -185,7 +170,7 @@ def time_kernels(
             try:
                 timing = board.time(keys, plan) if keys else None
             finally:
-                _forget(board, keys)
+                forget(board, keys)
             for key, model in loaded.items():
                 if isinstance(model, str):
                     problem = f"{key} does not load on device {board.name!r}: {model}"
