@@ -24,8 +24,9 @@ from edgeprune.compress.recover import recover
 from edgeprune.compress.silent import rescue_silent
 from edgeprune.context import Context
 from edgeprune.datasets import model_input
-from edgeprune.devices.board import REPORT, SEARCH
+from edgeprune.devices.board import SEARCH
 from edgeprune.devices.measure import compare, measure
+from edgeprune.devices.report_tier import measure_report
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats import Resizable
 from edgeprune.formats._resize import distinct_widths
@@ -297,7 +298,7 @@ def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFile
 
 
 def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) -> FinalLatency:
-    """All four files interleaved in the same rounds, dense beside pruned in the same precision.
+    """All four files interleaved in the same rounds of several sessions, dense beside pruned in the same precision.
 
     The files are ``dense-fp32``, ``dense-int8``, ``pruned-fp32`` and ``pruned-int8``.
     """
@@ -305,8 +306,8 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
     models = [context.model_file(name, path, artifact) for name, (path, artifact) in files.items()]
     found = {
         m.name: m
-        for m in measure(
-            context.board, models, runtime=runtime.name, threads=runtime.threads, plan=REPORT
+        for m in measure_report(
+            context.board, models, runtime=runtime.name, threads=runtime.threads
         )
     }
     pairs = [

@@ -89,30 +89,41 @@ def looked(log_ratios: Sequence[float]) -> tuple[str, int]:
     return "undecided", LOOKS[-1]
 
 
-def shared_machine(rng: random.Random, difference: float, pairs: int = 30) -> list[float]:
-    """Log-ratios of ABBA blocks on a noisy computer: the speed jumps at random times, and each block has heavy-tailed noise of its own.
+QUIET, NOISY = (
+    (0.006, 0.06),
+    (0.012, 0.2),
+)  # spread of a block, share of blocks before which the speed jumps
 
-    A model of what was seen on a shared computer, not a fit to it: shifts of regime that last for many blocks, and rare slow blocks.
+
+def shared_machine(
+    rng: random.Random, difference: float, noise: tuple[float, float], pairs: int = 30
+) -> list[float]:
+    """Log-ratios of ABBA blocks on a shared computer.
+
+    A model of what was seen there, not a fit to it: the speed jumps by some 5 % and stays there, and 5 % of the blocks are slow.
     """
+    spread, jumps = noise
     speed = 0.0
     ratios = []
     for pair in range(pairs):
         block = {}
         for name in ("ab", "ba")[pair % 2]:
-            if rng.random() < 0.06:
+            if rng.random() < jumps:
                 speed = rng.gauss(0, 0.05)
-            own = rng.gauss(0, 0.006) + (rng.expovariate(1 / 0.03) if rng.random() < 0.05 else 0.0)
-            block[name] = speed + own + (difference if name == "a" else 0.0)
+            slow = rng.expovariate(1 / 0.03) if rng.random() < 0.05 else 0.0
+            block[name] = speed + rng.gauss(0, spread) + slow + (difference if name == "a" else 0.0)
         ratios.append(block["a"] - block["b"])
     return ratios
 
 
-def test_equal_files_are_rarely_called_different_on_a_noisy_computer():
+@pytest.mark.parametrize("noise", [QUIET, NOISY])
+def test_equal_files_are_rarely_called_different_when_the_speed_jumps(noise):
     rng = random.Random(20261122)
-    verdicts = [looked(shared_machine(rng, 0.0))[0] for _ in range(1500)]
+    verdicts = [looked(shared_machine(rng, 0.0, noise))[0] for _ in range(1000)]
     different = sum(v in ("faster", "slower") for v in verdicts) / len(verdicts)
     assert different <= 0.04
-    assert sum(v == "tie" for v in verdicts) / len(verdicts) > 0.5
+    # What is not proved equal stays undecided: never a win.
+    assert sum(v == "tie" for v in verdicts) / len(verdicts) > (0.9 if noise == QUIET else 0.02)
 
 
 def test_equal_files_are_rarely_called_different_when_blocks_are_pure_noise():
@@ -122,10 +133,13 @@ def test_equal_files_are_rarely_called_different_when_blocks_are_pure_noise():
         assert sum(v in ("faster", "slower") for v in verdicts) / len(verdicts) <= 0.05
 
 
-@pytest.mark.parametrize(("difference", "share", "most_pairs"), [(0.02, 0.80, 18), (0.05, 0.97, 8)])
-def test_true_differences_are_found(difference, share, most_pairs):
+@pytest.mark.parametrize(
+    ("noise", "difference", "share", "most_pairs"),
+    [(QUIET, 0.02, 0.99, 8), (NOISY, 0.02, 0.80, 18), (NOISY, 0.05, 0.99, 8)],
+)
+def test_true_differences_are_found(noise, difference, share, most_pairs):
     rng = random.Random(7)
-    answers = [looked(shared_machine(rng, math.log1p(difference))) for _ in range(800)]
+    answers = [looked(shared_machine(rng, math.log1p(difference), noise)) for _ in range(800)]
     found = [pairs for verdict, pairs in answers if verdict == "slower"]
     assert len(found) / len(answers) >= share
     assert statistics.median(found) <= most_pairs

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgeprune.devices.board import DECIDE, Board, TimingPlan
-from edgeprune.devices.measure import ModelFile, forget
+from edgeprune.devices.measure import MAX_REJECTED, ModelFile, forget
 from edgeprune.errors import Unreliable
 from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
 from edgeprune.records import Record
@@ -26,7 +26,6 @@ LOOKS = (8, 12, 18, 24, 30)  # accepted pairs; 8 is the fewest that have a 99 % 
 MIN_DIFFERENCE = 0.01  # a smaller one is of no use to a search
 TIE_WIDTH = 0.02
 MAX_S = 120.0
-MAX_REJECTED = 0.30
 _SPARE = 1.5  # pairs that may be timed for each that must count
 
 Verdict = Literal["faster", "slower", "tie", "undecided"]

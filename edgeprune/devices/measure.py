@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from edgeprune.devices.board import KERNEL, Board, Loaded, Timing, TimingPlan
-from edgeprune.errors import DeviceError
+from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
 from edgeprune.progress import Progress
-from edgeprune.results import Comparison, Fingerprint, Measurement
+from edgeprune.results import Block, Comparison, Fingerprint, Measurement
 from edgeprune.specs import Precision
 
+MAX_REJECTED = 0.30  # share of blocks; over it the others are not believed either
 CHUNK_FILES = 64
 CHUNK_BYTES = 64 * 1024 * 1024
 
@@ -52,7 +53,11 @@ def measure(
         plan: how long to look.
         keep_loaded: leave the models on the board, for :meth:`Board.infer` and :meth:`Board.profile`.
 
+    Returns:
+        One measurement for each file; ``unreliable`` says when over 30 % of its blocks were rejected.
+
     Raises:
+        Unreliable: every block of a file was rejected.
         DeviceError: a file did not load, or the board failed.
     """
     names = [model.name for model in models]
@@ -72,9 +77,32 @@ def measure(
         board.unload(names)
     at = datetime.now(timezone.utc).isoformat()
     return [
-        _measurement(model, facts, timing, fingerprint, at)
+        require_some(_measurement(model, facts, timing, fingerprint, at))
         for model, facts in zip(models, loaded, strict=True)
     ]
+
+
+def require_some(measurement: Measurement) -> Measurement:
+    """The measurement, when at least one of its blocks counts.
+
+    Raises:
+        Unreliable: every block was rejected; names the most frequent reason.
+    """
+    if measurement.samples_ns():
+        return measurement
+    ((reason, count),) = measurement.rejections().most_common(1)
+    raise Unreliable(
+        f"all {len(measurement.blocks)} blocks of {measurement.name} were rejected, {count} of them because: {reason}",
+        hint="end other programs on the board, cool it, and run it again",
+    )
+
+
+def disturbed(name: str, blocks: Sequence[Block]) -> str | None:
+    """Why a model's blocks should not be believed: over 30 % of them were rejected."""
+    rejected = sum(block.rejected is not None for block in blocks)
+    if rejected <= MAX_REJECTED * len(blocks):
+        return None
+    return f"{rejected} of {len(blocks)} blocks of {name} were rejected"
 
 
 def forget(board: Board, names: Sequence[str]) -> None:
@@ -100,6 +128,7 @@ def _measurement(
         stamp=fingerprint.stamp,
         at=at,
         peak_memory_bytes=timing.peak_memory_bytes.get(model.name),
+        unreliable=disturbed(model.name, timing.blocks[model.name]),
         notes=timing.notes,
     )
 
