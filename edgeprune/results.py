@@ -210,6 +210,63 @@ class Measurement(Record):
         return (high - low) / 2 / statistics.median(medians)
 
 
+class SustainedPoint(Record):
+    """One piece of a sustained run: its median, and the board right after it. ``t_s`` is when it began, in seconds of the run."""
+
+    t_s: float
+    median_ns: int
+    temperature_c: float | None = None
+    clock_hz: int | None = None
+    throttled: bool | None = None
+
+    @property
+    def median_ms(self) -> float:
+        """The median in milliseconds."""
+        return self.median_ns / 1e6
+
+
+class SustainedRun(Record):
+    """One model run without a pause for ``seconds``; at least one point."""
+
+    name: str
+    artifact_sha256: Sha256
+    precision: Precision
+    threads: int
+    seconds: float
+    points: Annotated[tuple[SustainedPoint, ...], Field(min_length=1)]
+    fingerprint_key: str
+    stamp: Stamp
+    at: str  # UTC, ISO 8601
+
+    @property
+    def start_ms(self) -> float:
+        """Median over the first tenth of the run."""
+        end_s = 0.1 * self.seconds
+        return statistics.median(
+            p.median_ms for i, p in enumerate(self.points) if p.t_s < end_s or i == 0
+        )
+
+    @property
+    def steady_ms(self) -> float:
+        """Median over the last third of the run: what the model takes on a board that has warmed up."""
+        last = len(self.points) - 1
+        return statistics.median(
+            p.median_ms
+            for i, p in enumerate(self.points)
+            if p.t_s >= self.seconds * 2 / 3 or i == last
+        )
+
+    @property
+    def slowdown_ratio(self) -> float:
+        """Steady over start: 1.2 is a fifth slower."""
+        return self.steady_ms / self.start_ms
+
+    @property
+    def throttled_from_s(self) -> float | None:
+        """When the board was first seen to throttle; ``None`` when it never was, or does not tell."""
+        return next((p.t_s for p in self.points if p.throttled), None)
+
+
 class Comparison(Record):
     """A candidate against a reference measured in the same rounds.
 
@@ -359,6 +416,7 @@ class ProfileReport(Record):
     layers: tuple[LayerTime, ...]
     covered_ratio: dict[str, float]
     sizes: dict[str, int]
+    sustained: SustainedRun | None = None
 
 
 class Gate(Record):
@@ -395,6 +453,7 @@ class Report(Record):
     variants: tuple[VariantRow, ...]
     comparisons: tuple[Comparison, ...]
     measurements: dict[str, Measurement]
+    sustained: SustainedRun | None = None  # of the shipped file
     ledger: tuple[LedgerEntry, ...]
     plan: PruningPlan
     layer_widths: tuple[LayerWidth, ...]

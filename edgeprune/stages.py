@@ -27,10 +27,11 @@ from edgeprune.datasets import model_input
 from edgeprune.devices.board import SEARCH
 from edgeprune.devices.measure import compare, measure
 from edgeprune.devices.report_tier import measure_report
+from edgeprune.devices.sustained import sustained
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats import Resizable
 from edgeprune.formats._resize import distinct_widths
-from edgeprune.results import Artifact, LedgerEntry, PruningPlan
+from edgeprune.results import Artifact, LedgerEntry, PruningPlan, SustainedRun
 from edgeprune.specs import Precision
 from edgeprune.stage_records import (
     DenseFiles,
@@ -319,6 +320,21 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
     return FinalLatency(
         measurements=found,
         comparisons=tuple(compare(found[a], found[b]) for a, b in pairs),
+    )
+
+
+def sustained_latency(context: Context, name: str, path: Path, artifact: Artifact) -> SustainedRun:
+    """One file run without a pause for as long as the request says."""
+    runtime, seconds = context.job.target.runtime, context.job.sustained
+    if seconds is None:
+        raise ValueError("a sustained run must have a duration")
+    return sustained(
+        context.board,
+        context.model_file(name, path, artifact),
+        runtime=runtime.name,
+        threads=runtime.threads,
+        seconds=seconds,
+        progress=context.progress,
     )
 
 
