@@ -15,7 +15,7 @@ from edgeprune.compress import importance as importances
 from edgeprune.context import Context, Job
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.feasibility import plan_stages
-from edgeprune.options import Options, chosen_gates, chosen_target
+from edgeprune.options import Options, chosen_gates, chosen_sustained, chosen_target
 from edgeprune.planning import PlanResult
 from edgeprune.profiling import profile as profile_context
 from edgeprune.progress import Progress, Silent
@@ -62,6 +62,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         seed=workload.seed if options.seed is None else options.seed,
         command=options.command,
         notes=notes,
+        sustained=chosen_sustained(options),
     )
 
 
@@ -109,6 +110,7 @@ def deploy(
     importance: str = "fisher",
     seed: int | None = None,
     run: Path | str | None = None,
+    sustained: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """From a trained model to a verified bundle, to a measured latency budget.
@@ -127,6 +129,7 @@ def deploy(
         importance: ``fisher``, ``l2`` or ``random``.
         seed: of everything random.
         run: the run folder; ``runs/<target>-<digest>`` when not given. Finished stages in it are kept.
+        sustained: ``10min``, ``90s`` or ``1h``: run the shipped file that long without a pause, and judge the latency at its end.
         progress: where to report; nowhere when not given.
 
     Returns:
@@ -143,6 +146,7 @@ def deploy(
         importance=importance,
         seed=seed,
         run=None if run is None else Path(run),
+        sustained=sustained,
     )
     if isinstance(model, str):
         record = settings or Workload(model=model, data=str(data))

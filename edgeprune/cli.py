@@ -78,6 +78,9 @@ def _model_options(command: Command) -> Command:
         click.option("--color", type=click.Choice(["rgb", "grey"]), help="Channels of the images."),
         click.option("--mean", type=float, multiple=True, help="Per channel, of pixels in [0, 1]."),
         click.option("--std", type=float, multiple=True, help="Per channel, of pixels in [0, 1]."),
+        click.option(
+            "--sustained", help="Also run without a pause, such as 10min, and judge the end of it."
+        ),
         click.option("--seed", type=click.IntRange(0), help="Of everything random."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
         click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
@@ -396,6 +399,7 @@ def _options(flags: dict[str, Any]) -> Options:
         seed=flags.get("seed"),
         run=flags.get("run"),
         resume=flags.get("resume"),
+        sustained=flags.get("sustained"),
         command=shlex.join(["edgeprune", *sys.argv[1:]]),
     )
 

@@ -9,7 +9,7 @@ import re
 import resource
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
 from edgeprune.planning import MeasuredTable, PlanResult
-from edgeprune.results import Artifact, PruningPlan, Report
+from edgeprune.results import Artifact, PruningPlan, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
     DenseFiles,
@@ -97,6 +97,7 @@ class Closing:
         )
         choice = verdict.choose(measured, job.budget, job.max_drop, job.target.precisions)
         shipped = f"pruned-{choice.precision}"
+        measured = replace(measured, sustained=self._sustained(shipped))
         test = self.run.stage(
             "test",
             "measuring",
@@ -119,6 +120,20 @@ class Closing:
         found = found.model_copy(update={"stages": tuple(self.run.costs)})
         self._write_reports(found)
         return Outcome(found, self.run.path)
+
+    def _sustained(self, name: str) -> SustainedRun | None:
+        """The sustained run of the file that ships, where one was asked for."""
+        seconds, (path, artifact) = self.context.job.sustained, self.four[name]
+        if seconds is None:
+            return None
+        self.context.progress.say(f"      {name} without a pause for {seconds:g} s")
+        return self.run.stage(
+            "sustained",
+            "measuring",
+            {"artifact": artifact.sha256, "final": self.final.digest, "seconds": seconds},
+            SustainedRun,
+            lambda _: stages.sustained_latency(self.context, name, path, artifact),
+        ).result
 
     def _report(
         self,
@@ -162,6 +177,7 @@ class Closing:
             variants=verdict.rows(measured, sizes),
             comparisons=tuple(measured.comparisons),
             measurements=dict(measured.measurements),
+            sustained=measured.sustained,
             ledger=ledger,
             plan=plan,
             layer_widths=layer_widths(self.context.model, self.model),

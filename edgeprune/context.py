@@ -41,6 +41,7 @@ class Job:
     seed: int
     command: str
     notes: tuple[str, ...] = ()
+    sustained: float | None = None  # seconds
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgeprune import catalog, formats
 from edgeprune.errors import FormatError, SpecError
-from edgeprune.specs import Budget, Target, Workload, parse_budget, parse_drop
+from edgeprune.specs import Budget, Target, Workload, parse_budget, parse_drop, parse_duration
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Options:
     run: Path | None = None
     resume: Path | None = None
     command: str = "edgeprune (from Python)"
+    sustained: str | None = None
 
 
 def chosen_target(options: Options, workload: Workload) -> Target:
@@ -53,6 +54,20 @@ def chosen_gates(options: Options, workload: Workload, target: Target) -> tuple[
         raise SpecError(str(error)) from error
 
 
+def chosen_sustained(options: Options) -> float | None:
+    """Seconds of the sustained run that a request asks for.
+
+    Raises:
+        SpecError: the duration is malformed.
+    """
+    if options.sustained is None:
+        return None
+    try:
+        return parse_duration(options.sustained)
+    except ValueError as error:
+        raise SpecError(str(error), hint="give --sustained 10min, for example") from error
+
+
 def check_format(target: Target) -> None:
     """Nothing, when this version can write the target's format.
 
@@ -70,10 +85,11 @@ def check_names(options: Options, workload: Workload) -> None:
     """Fail on a wrong target, device, format or gate before any model or data is loaded.
 
     Raises:
-        SpecError, UnknownName: as :func:`chosen_target` and :func:`chosen_gates`; no device has the name.
+        SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_gates` and :func:`chosen_sustained`; no device has the name.
         FormatError: as :func:`check_format`.
     """
     target = chosen_target(options, workload)
     catalog.device_for(target.name, options.device or workload.device)
     check_format(target)
     chosen_gates(options, workload, target)
+    chosen_sustained(options)

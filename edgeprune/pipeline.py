@@ -50,6 +50,7 @@ def run_digest(job: Job) -> str:
             "importance": job.importance,
             "recovery": workload.recovery,
             "seed": job.seed,
+            "sustained": job.sustained,
         }
     )
 

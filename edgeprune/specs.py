@@ -292,6 +292,21 @@ def parse_budget(text: str) -> Budget:
     return Budget(text=text.strip(), kind="ratio", value=ratio)
 
 
+def parse_duration(text: str) -> float:
+    """Read ``90s``, ``10min`` or ``1h`` as seconds.
+
+    Raises:
+        ValueError: any other form; under 1s or over 24h.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
+    if match is None:
+        raise ValueError(f"a duration must look like 90s, 10min or 1h, but got {text!r}")
+    seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+    if not 1 <= seconds <= 24 * 3600:
+        raise ValueError(f"a duration must be between 1s and 24h, but got {text!r}")
+    return seconds
+
+
 def parse_drop(text: str) -> float:
     """Read an allowed accuracy drop such as ``1%`` (one percentage point) as a ratio, 0.01.
 

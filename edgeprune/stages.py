@@ -24,12 +24,14 @@ from edgeprune.compress.recover import recover
 from edgeprune.compress.silent import rescue_silent
 from edgeprune.context import Context
 from edgeprune.datasets import model_input
-from edgeprune.devices.board import REPORT, SEARCH
+from edgeprune.devices.board import SEARCH
 from edgeprune.devices.measure import compare, measure
+from edgeprune.devices.report_tier import measure_report
+from edgeprune.devices.sustained import sustained
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats import Resizable
 from edgeprune.formats._resize import distinct_widths
-from edgeprune.results import Artifact, LedgerEntry, PruningPlan
+from edgeprune.results import Artifact, LedgerEntry, PruningPlan, SustainedRun
 from edgeprune.specs import Precision
 from edgeprune.stage_records import (
     DenseFiles,
@@ -297,7 +299,7 @@ def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFile
 
 
 def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) -> FinalLatency:
-    """All four files interleaved in the same rounds, dense beside pruned in the same precision.
+    """All four files interleaved in the same rounds of several sessions, dense beside pruned in the same precision.
 
     The files are ``dense-fp32``, ``dense-int8``, ``pruned-fp32`` and ``pruned-int8``.
     """
@@ -305,8 +307,8 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
     models = [context.model_file(name, path, artifact) for name, (path, artifact) in files.items()]
     found = {
         m.name: m
-        for m in measure(
-            context.board, models, runtime=runtime.name, threads=runtime.threads, plan=REPORT
+        for m in measure_report(
+            context.board, models, runtime=runtime.name, threads=runtime.threads
         )
     }
     pairs = [
@@ -318,6 +320,21 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
     return FinalLatency(
         measurements=found,
         comparisons=tuple(compare(found[a], found[b]) for a, b in pairs),
+    )
+
+
+def sustained_latency(context: Context, name: str, path: Path, artifact: Artifact) -> SustainedRun:
+    """One file run without a pause for as long as the request says."""
+    runtime, seconds = context.job.target.runtime, context.job.sustained
+    if seconds is None:
+        raise ValueError("a sustained run must have a duration")
+    return sustained(
+        context.board,
+        context.model_file(name, path, artifact),
+        runtime=runtime.name,
+        threads=runtime.threads,
+        seconds=seconds,
+        progress=context.progress,
     )
 
 

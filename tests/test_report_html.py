@@ -191,7 +191,7 @@ def test_samples_show_rejected_blocks_with_their_reason_and_the_device_state(pag
     rows = page.rows("samples")
     assert rows[4][0] == "pruned INT8"
     assert rows[4][1:4] == ["312", "4", "13 of 14"]
-    assert rows[4][-1] == "round 5: another process used the core"
+    assert rows[4][-1] == "1 of 14: another process used the core"
     assert rows[1][-2] == "load 0.42 → 0.97, 51 → 56 °C, 2.10 → 2.10 GHz"
     assert page.source.count('class="cross"') == 2  # the two strokes of one cross
 

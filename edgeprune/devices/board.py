@@ -51,7 +51,8 @@ class TimingPlan:
 
 KERNEL = TimingPlan(rounds=8, block_ms=1, min_runs=3, max_runs=20, warmup_ms=2)
 SEARCH = TimingPlan(rounds=12, block_ms=20, min_runs=3, max_runs=100, warmup_ms=100)
-REPORT = TimingPlan(rounds=30, block_ms=50, min_runs=5, max_runs=250, warmup_ms=500)
+DECIDE = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=200)
+REPORT = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=1000)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Timing:
-    """Blocks of every model, by key, and the state of the board around them."""
+    """Blocks of every model, by key, and the state of the board around them.
+
+    ``peak_memory_bytes`` is of the process that ran each model, where the board tells it; ``notes`` is what the board did or found
+    meanwhile.
+    """
 
     blocks: dict[str, tuple[Block, ...]]
     before: Telemetry

@@ -11,15 +11,21 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from math import comb
 
-from edgeprune.devices.board import KERNEL, Board, Loaded, Timing, TimingPlan
-from edgeprune.errors import DeviceError
+from edgeprune.devices.board import (
+    KERNEL,
+    MAX_REJECTED_RATIO,
+    Board,
+    Loaded,
+    Timing,
+    TimingPlan,
+)
+from edgeprune.errors import DeviceError, Unreliable
+from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
 from edgeprune.progress import Progress
-from edgeprune.results import Comparison, Fingerprint, Measurement
+from edgeprune.results import Block, Comparison, Fingerprint, Measurement
 from edgeprune.specs import Precision
 
-CONFIDENCE = 0.99
 CHUNK_FILES = 64
 CHUNK_BYTES = 64 * 1024 * 1024
 
@@ -53,7 +59,11 @@ def measure(
         plan: how long to look.
         keep_loaded: leave the models on the board, for :meth:`Board.infer` and :meth:`Board.profile`.
 
+    Returns:
+        One measurement for each file; ``unreliable`` says when over 30 % of its blocks were rejected.
+
     Raises:
+        Unreliable: every block of a file was rejected.
         DeviceError: a file did not load, or the board failed.
     """
     names = [model.name for model in models]
@@ -67,18 +77,41 @@ def measure(
         ]
         timing = board.time(names, plan)
     except BaseException:
-        _forget(board, names)
+        forget(board, names)
         raise
     if not keep_loaded:
         board.unload(names)
     at = datetime.now(timezone.utc).isoformat()
     return [
-        _measurement(model, facts, timing, fingerprint, at)
+        require_some(_measurement(model, facts, timing, fingerprint, at))
         for model, facts in zip(models, loaded, strict=True)
     ]
 
 
-def _forget(board: Board, names: Sequence[str]) -> None:
+def require_some(measurement: Measurement) -> Measurement:
+    """The measurement, when at least one of its blocks counts.
+
+    Raises:
+        Unreliable: every block was rejected; names the most frequent reason.
+    """
+    if measurement.samples_ns():
+        return measurement
+    ((reason, count),) = measurement.rejections().most_common(1)
+    raise Unreliable(
+        f"all {len(measurement.blocks)} blocks of {measurement.name} were rejected, {count} of them because: {reason}",
+        hint="end other programs on the board, cool it, and run it again",
+    )
+
+
+def disturbed(name: str, blocks: Sequence[Block]) -> str | None:
+    """Why a model's blocks should not be believed: over 30 % of them were rejected."""
+    rejected = sum(block.rejected is not None for block in blocks)
+    if rejected <= MAX_REJECTED_RATIO * len(blocks):
+        return None
+    return f"{rejected} of {len(blocks)} blocks of {name} were rejected"
+
+
+def forget(board: Board, names: Sequence[str]) -> None:
     """Unload on the way out of an error; a board that is gone has nothing to unload."""
     with contextlib.suppress(DeviceError):
         board.unload(names)
@@ -100,6 +133,10 @@ def _measurement(
         fingerprint_key=fingerprint.key(),
         stamp=fingerprint.stamp,
         at=at,
+        peak_memory_bytes=timing.peak_memory_bytes.get(model.name),
+        unreliable=timing.unreliable or disturbed(model.name, timing.blocks[model.name]),
+        stop_reason=timing.stop_reason,
+        notes=timing.notes,
     )
 
 
@@ -123,32 +160,16 @@ def compare(
     ratios = sorted(ours[number] / theirs[number] for number in ours.keys() & theirs.keys())
     if not ratios:
         raise ValueError(f"{candidate.name!r} and {reference.name!r} share no accepted round")
-    rank = _rank(len(ratios), confidence)
+    rank = median_rank(len(ratios), confidence)
     return Comparison(
         candidate=candidate.name,
         reference=reference.name,
         ratio=statistics.median(ratios),
         low=ratios[rank - 1],
         high=ratios[-rank],
-        confidence=_coverage(len(ratios), rank),
+        confidence=median_coverage(len(ratios), rank),
         rounds=len(ratios),
     )
-
-
-def _rank(n: int, confidence: float) -> int:
-    """The highest rank ``k`` so that the k-th smallest and k-th largest of ``n`` values hold the median that surely, or 1."""
-    rank = 1
-    while 2 * (rank + 1) <= n and _coverage(n, rank + 1) >= confidence:
-        rank += 1
-    return rank
-
-
-def _coverage(n: int, rank: int) -> float:
-    """Probability that the median lies between the values of rank ``rank`` from below and from above.
-
-    Fewer than ``rank`` of ``n`` values lie on one side of the median with the binomial probability of ``n`` fair coins.
-    """
-    return 1.0 - 2.0 * sum(comb(n, below) for below in range(rank)) / 2.0**n
 
 
 def time_kernels(
@@ -185,7 +206,7 @@ def time_kernels(
             try:
                 timing = board.time(keys, plan) if keys else None
             finally:
-                _forget(board, keys)
+                forget(board, keys)
             for key, model in loaded.items():
                 if isinstance(model, str):
                     problem = f"{key} does not load on device {board.name!r}: {model}"

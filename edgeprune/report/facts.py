@@ -191,6 +191,12 @@ def stamp_banner(report: Report) -> tuple[str, str] | None:
     return None
 
 
+def unreliable(report: Report) -> list[str]:
+    """Why figures of this report should not be believed, each reason once."""
+    found = [m.unreliable for m in report.measurements.values() if m.unreliable is not None]
+    return list(dict.fromkeys(found))
+
+
 def board(report: Report) -> str:
     """What the target stands for, as people call it."""
     target = report.target

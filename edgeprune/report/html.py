@@ -26,6 +26,7 @@ CONTENTS = (
     ("variants", "Variants"),
     ("accuracy", "Accuracy"),
     ("samples", "Samples"),
+    ("sustained", "Sustained"),
     ("widths", "Widths"),
     ("cuts", "Cuts"),
     ("predictions", "Predictions"),
@@ -87,13 +88,15 @@ def _masthead(report: Report) -> Markup:
 
 def _body(report: Report) -> list[Markup]:
     return [
+        *_doubts(report),
         _hero(report),
         *_banner(report),
-        _contents(),
+        _contents(report),
         sections.gates(report),
         sections.variants(report),
         sections.accuracy(report),
         sections.samples(report),
+        *([steady] if (steady := sections.sustained(report)) else []),
         plan_sections.widths(report),
         plan_sections.cuts(report),
         plan_sections.predictions(report),
@@ -193,6 +196,17 @@ def _banner(report: Report) -> list[Markup]:
     ]
 
 
-def _contents() -> Markup:
-    links = (tag("a", title, href=f"#{key}") for key, title in CONTENTS)
+def _doubts(report: Report) -> list[Markup]:
+    """Times that were disturbed are called so before anything is read."""
+    found = facts.unreliable(report)
+    if not found:
+        return []
+    title = tag("strong", "Unreliable times. ")
+    text = f"{'; '.join(found)}. Measure again before you rely on any time in this report."
+    return [tag("aside", title, text, class_="banner unreliable", role="note")]
+
+
+def _contents(report: Report) -> Markup:
+    shown = (c for c in CONTENTS if c[0] != "sustained" or report.sustained is not None)
+    links = (tag("a", title, href=f"#{key}") for key, title in shown)
     return tag("nav", *links, aria_label="Sections")

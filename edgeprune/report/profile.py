@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgeprune.results import ProfileReport
+from edgeprune.report import timing_text
+from edgeprune.results import Measurement, ProfileReport
 
 BAR_WIDTH = 24
 
@@ -20,11 +21,10 @@ def render_profile(found: ProfileReport) -> str:
         "",
     ]
     for precision, m in found.measurements.items():
-        lines.append(
-            f"dense {precision:5} {m.median_ms:9.4f} ms  p90 {m.p90_ms:9.4f}  spread {m.spread_ratio:5.1%}"
-            f"  load {m.load_ns / 1e6:7.2f} ms  first {m.first_ns / 1e6:7.2f} ms"
-            f"  {found.sizes[precision] / 1024:8.1f} KiB"
-        )
+        lines += _measured(precision, m, found.sizes[precision])
+    if found.sustained is not None:
+        lines += ["", "sustained", ""]
+        lines += [f"{k:20} {_plain(v)}" for k, v in timing_text.sustained_rows(found.sustained)]
     method = found.layers[0].method if found.layers else "isolated kernel"
     covered = ", ".join(f"{p} {r:.0%}" for p, r in found.covered_ratio.items())
     lines += ["", f"kernels ({method}; their sum is {covered} of the whole file)", ""]
@@ -37,6 +37,21 @@ def render_profile(found: ProfileReport) -> str:
             f" {_us(layer.fp32_ms)} {_us(layer.int8_ms)}  {share:5.1%} {'#' * round(share * BAR_WIDTH)}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _measured(precision: str, m: Measurement, size_bytes: int) -> list[str]:
+    """Three lines for one file, and a loud one where its times should not be believed."""
+    p90 = "p90" if m.p90_method == "early stopping" else "p90 (few samples)"
+    lines = [
+        f"dense {precision:5} p50 {m.median_ms:9.4f} ms  {p90} {m.p90_ms:9.4f} ms  spread {m.spread_ratio:5.1%}"
+        f"  {size_bytes / 1024:8.1f} KiB",
+        f"{'':11} load {m.load_ns / 1e6:8.2f} ms  first run {m.first_ns / 1e6:7.2f} ms  peak memory {timing_text.memory_text(m)}",
+        f"{'':11} sessions {timing_text.sessions_text(m)}, {len(m.samples_ns())} samples,"
+        f" rejected blocks {_plain(timing_text.rejected_text(m))}",
+    ]
+    if m.unreliable is not None:
+        lines.append(f"{'':11} *** UNRELIABLE: {_plain(m.unreliable)} ***")
+    return lines
 
 
 def _plain(name: str) -> str:

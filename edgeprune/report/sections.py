@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.report import charts, facts, timing_charts
+from edgeprune.report import charts, facts, timing_charts, timing_text
 from edgeprune.report.figures import (
     NONE,
     TimeUnit,
@@ -18,7 +18,7 @@ from edgeprune.report.figures import (
     time_unit,
     unit_text,
 )
-from edgeprune.report.markup import Column, Markup, table, tag
+from edgeprune.report.markup import Column, Markup, pairs, table, tag
 from edgeprune.results import Gate, Measurement, Report, VariantRow
 
 
@@ -151,8 +151,9 @@ def _reading(report: Report) -> Markup:
         "div",
         tag("h3", "How to read this"),
         note(
-            "The highlighted row ships. Median is the median of the block medians; p90 is over all samples; spread is half the "
-            "inter-quartile range of the block medians over their median: how far blocks disagree."
+            "The highlighted row ships. Median is the median of the session medians, each over the blocks of one process; p90 is over all "
+            "samples and errs to the slow side (early stopping of MLPerf Inference); spread is half the inter-quartile range of the block "
+            "medians over their median: how far blocks disagree."
         ),
         note(
             "Speed-ups compare pruned with dense in one precision, round by round; the interval in brackets is by order statistics."
@@ -269,9 +270,12 @@ def samples(report: Report) -> Markup:
             f"{len(m.block_medians_ns())} of {len(m.blocks)}",
             time_text(m.load_ns / 1e6),
             time_text(m.first_ns / 1e6),
-            NONE if m.peak_memory_bytes is None else bytes_text(m.peak_memory_bytes),
+            timing_text.memory_text(m),
+            timing_text.p99_text(m),
+            timing_text.sessions_text(m),
+            timing_text.drift_text(m),
             _telemetry(m),
-            _rejections(m),
+            timing_text.rejected_text(m),
         )
         for row, m in timed
     ]
@@ -283,6 +287,9 @@ def samples(report: Report) -> Markup:
         Column("load", True),
         Column("first call", True),
         Column("peak memory", True),
+        Column("p99", True),
+        Column("sessions and their medians"),
+        Column("sentinel drift", True),
         Column("device before → after"),
         Column("rejected blocks"),
     ]
@@ -308,6 +315,14 @@ def _telemetry(measurement: Measurement) -> str:
     return ", ".join(parts) or NONE
 
 
-def _rejections(measurement: Measurement) -> str:
-    found = [f"round {b.round}: {b.rejected}" for b in measurement.blocks if b.rejected is not None]
-    return "; ".join(found) or "none"
+def sustained(report: Report) -> Markup | None:
+    """How fast the shipped file stays, where that was asked for."""
+    if report.sustained is None:
+        return None
+    rows = timing_text.sustained_rows(report.sustained)
+    return section(
+        "sustained",
+        "Sustained latency",
+        side_by_side(timing_charts.sustained(report.sustained), pairs(rows)),
+        note(f"Times are {report.sustained.stamp}. The latency gate is judged on the steady time."),
+    )

@@ -6,7 +6,7 @@ import io
 import shutil
 from collections.abc import Sequence
 
-from edgeprune.report import charts, facts
+from edgeprune.report import charts, facts, timing_text
 from edgeprune.report.figures import (
     NONE,
     bytes_text,
@@ -43,6 +43,7 @@ def render_terminal(report: Report, *, width: int | None = None, color: bool = F
     _headline(page, report)
     _gates(page, report)
     _variants(page, report)
+    _samples(page, report)
     _ledger(page, report)
     _predictions(page, report)
     _cuts(page, report)
@@ -127,6 +128,8 @@ def _headline(page: _Page, report: Report) -> None:
     missed = facts.missed_gates(report)
     if missed:
         page.say(f"missed: {', '.join(g.name for g in missed)}", "red")
+    for doubt in facts.unreliable(report):
+        page.say(f"UNRELIABLE TIMES: {doubt}", "bold red")
     banner = facts.stamp_banner(report)
     if banner is not None:
         page.say(f"{banner[0]}: {banner[1]}", "yellow")
@@ -200,6 +203,34 @@ def _variants(page: _Page, report: Report) -> None:
     head = ("", *(charts.variant_name(r) for r in report.variants))
     page.table(head, [(name, *cells) for name, cells in lines.items()])
     page.say("* against dense in the same precision", "dim")
+
+
+def _samples(page: _Page, report: Report) -> None:
+    """How the times were taken; on its side, as the variants are."""
+    timed = facts.timed_variants(report)
+    if timed:
+        lines = {
+            "load": [time_text(m.load_ns / 1e6) for _, m in timed],
+            "first call": [time_text(m.first_ns / 1e6) for _, m in timed],
+            "peak memory": [timing_text.memory_text(m) for _, m in timed],
+            "p99": [timing_text.p99_text(m) for _, m in timed],
+            "samples": [str(len(m.samples_ns())) for _, m in timed],
+            "sessions": [str(len(m.session_medians_ms())) for _, m in timed],
+            "sentinel drift": [timing_text.drift_text(m) for _, m in timed],
+            "rejected": [f"{m.rejections().total()} of {len(m.blocks)}" for _, m in timed],
+        }
+        page.title("How the times were taken")
+        page.table(
+            ("", *(charts.variant_name(r) for r, _ in timed)),
+            [(name, *cells) for name, cells in lines.items()],
+        )
+        for row, m in timed:
+            if m.rejections():
+                name = charts.variant_name(row)
+                page.say(f"rejected blocks of {name}: {timing_text.rejected_text(m)}", "dim")
+    if report.sustained is not None:
+        page.title(f"Sustained latency ({report.sustained.stamp})")
+        page.table(("", ""), timing_text.sustained_rows(report.sustained), left=2)
 
 
 def _ledger(page: _Page, report: Report) -> None:

@@ -23,7 +23,7 @@ from edgeprune.report.svg import (
     rect,
     steps,
 )
-from edgeprune.results import Block, Measurement, Report, VariantRow
+from edgeprune.results import Block, Measurement, Report, SustainedRun, VariantRow
 
 ECDF_POINTS = 160
 
@@ -138,6 +138,46 @@ def ecdf(report: Report) -> Markup | None:
         "All samples",
         "Cumulative share of accepted samples; steep means steady, a long upper end means outliers.",
         370,
+        *parts,
+    )
+
+
+def sustained(run: SustainedRun) -> Markup:
+    """Latency over the time of a sustained run, with start and steady times; below it the temperature, where the board tells it."""
+    minutes = run.seconds >= 300
+    per_s = 1 / 60 if minutes else 1.0
+    unit = time_unit([p.median_ms for p in run.points])
+    ms = per_ms(unit)
+    x = Scale(0.0, max(run.seconds, run.points[-1].t_s, 1.0) * per_s, 52.0, WIDTH - 8)
+    plot = Plot(x, Scale(*padded((p.median_ms * ms for p in run.points), 0.15), 206.0, 34.0))
+    curve = [(p.t_s * per_s, p.median_ms * ms) for p in run.points]
+    parts = [plot.axes(f"time, {'min' if minutes else 's'}", f"latency, {unit}")]
+    ends = (
+        (run.start_ms, 0.0, 0.1 * run.seconds),
+        (run.steady_ms, run.seconds * 2 / 3, run.seconds),
+    )
+    for value, start_s, end_s in ends:
+        a, b = (plot.at((t * per_s, value * ms)) for t in (start_s, end_s))
+        parts.append(line(a, b, "level"))
+    parts.append(path([plot.at(point) for point in curve], "thin steady"))
+    for point, at in zip(run.points, curve, strict=True):
+        hint = f"{point.t_s:.0f} s: {time_text(point.median_ms)}"
+        hint += "" if point.temperature_c is None else f", {point.temperature_c:.0f} °C"
+        hint += "" if point.clock_hz is None else f", {point.clock_hz / 1e9:.2f} GHz"
+        if point.throttled:
+            parts.append(_cross(plot.at(at), f"{hint}, throttled"))
+        else:
+            parts.append(dot(plot.at(at), 2.2, "mark steady", hint))
+    heat = [(p.t_s * per_s, p.temperature_c) for p in run.points if p.temperature_c is not None]
+    if heat:
+        below = Plot(x, Scale(*padded((c for _, c in heat), 0.15), 330.0, 270.0))
+        parts.append(below.axes("", "temperature, °C"))
+        parts.append(path([below.at(point) for point in heat], "thin heat"))
+    return chart(
+        "Sustained latency",
+        "Median of each piece of a run without a pause; the bars are the start (first tenth) and the steady time (last third); crosses are "
+        "pieces after which the board throttled.",
+        360 if heat else 246,
         *parts,
     )
 
