@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from edgeprune.devices.board import DECIDE, Board, TimingPlan
+from edgeprune.devices.board import DECIDE, MAX_REJECTED_RATIO, Board, TimingPlan
 from edgeprune.devices.measure import ModelFile, forget
 from edgeprune.errors import Unreliable
 from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
@@ -231,7 +231,8 @@ class _Pairs:
                 block.model_copy(update={"round": self.rounds + block.round})
                 for block in timing.blocks[name]
             )
-        self.rounds += rounds
+        # A board adds rounds for those that were disturbed.
+        self.rounds += len(timing.blocks[self.names[0]])
 
 
 def _look(
