@@ -73,7 +73,7 @@ class FakeBoard:
                 for i in range(plan.rounds)
             )  # fmt: skip
         peaks: dict[str, int | None] = {key: 10**6 * len(self.loads) for key in keys}
-        return Timing(blocks, Telemetry(), Telemetry(), peaks, ("waited 3 s to cool",))
+        return Timing(blocks, Telemetry(), Telemetry(), peaks, notes=("waited 3 s to cool",))
 
 
 def measured(board: FakeBoard, *models: ModelFile, **options: Any) -> list[Measurement]:

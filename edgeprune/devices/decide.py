@@ -197,6 +197,7 @@ class _Pairs:
     plan: TimingPlan
     rounds: int = 0
     blocks: dict[str, list[Block]] = field(default_factory=dict)
+    doubt: str | None = None  # what the board says of a timing as a whole
 
     @property
     def ratios(self) -> list[float]:
@@ -206,6 +207,8 @@ class _Pairs:
     @property
     def unreliable(self) -> str | None:
         """Why these blocks should not be believed."""
+        if self.doubt is not None:
+            return self.doubt
         share = rejected_share([b for name in self.names for b in self.blocks.get(name, [])])
         if not self.ratios:
             return "every pair of blocks was rejected"
@@ -226,6 +229,7 @@ class _Pairs:
         timing = self.board.time(
             self.names, replace(self.plan, rounds=rounds, seed=self.plan.seed + self.rounds)
         )
+        self.doubt = self.doubt or timing.unreliable
         for name in self.names:
             self.blocks.setdefault(name, []).extend(
                 block.model_copy(update={"round": self.rounds + block.round})
@@ -242,7 +246,8 @@ def _look(
     most = math.ceil(looks[-1] * _SPARE)
     for wanted in looks:
         while len(pairs.ratios) < wanted:
-            if pairs.rounds >= most or (pairs.rounds >= looks[0] and pairs.unreliable):
+            is_hopeless = pairs.doubt is None and pairs.unreliable is not None
+            if pairs.rounds >= most or (pairs.rounds >= looks[0] and is_hopeless):
                 return "pairs"
             if pairs.rounds and elapsed_s() > MAX_S:
                 return "time"

@@ -187,7 +187,8 @@ class _Timed:
                     b.model_copy(update={"round": self.rounds + b.round, "session": number})
                     for b in new
                 )
-            self.rounds += rounds
+            # A board adds rounds for those that were disturbed.
+            self.rounds += len(timing.blocks[names[0]])
             plan = replace(plan, warmup_ms=min(plan.warmup_ms, _RESUMED_WARMUP_MS))
             more = {n: self._more(n, wanted, max_s - spent_s[n]) for n in names}
             names = [n for n in names if more[n]]
@@ -231,5 +232,8 @@ class _Timed:
 
     def _doubt(self, name: str) -> str | None:
         """Why a model's figures should not be believed."""
+        disturbed_as_a_whole = [t.unreliable for t in self.timings if t.unreliable is not None]
+        if disturbed_as_a_whole:
+            return disturbed_as_a_whole[0]
         judged = [b for b in self.blocks[name] if b.rejected != _MOVED]
         return disturbed(name, judged) or self.moved or None
