@@ -5,6 +5,7 @@ Every block names its stamp beside the figures: times of a stand-in are never ti
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -101,6 +102,39 @@ class BudgetResults(records.Record):
     versions: dict[str, str]
     rows: tuple[BudgetRow, ...]
     seconds: float
+
+
+class Trial(records.Record):
+    """Two models compared once. ``ratio`` is what the rule found, ``true_ratio`` is that of their layers."""
+
+    number: int
+    rule: Literal[
+        "paired",
+        "50 then 50, medians",
+        "50 then 50, means",
+        "benchmark_model",
+        "onnxruntime_perf_test",
+    ]
+    true_ratio: float
+    ratio: float
+    verdict: Literal["faster", "slower", "tie", "undecided"] | None = None
+    pairs: int | None = None
+    seconds: float
+
+
+class MeasurementResults(records.Record):
+    """``measurement.json``: rules of measurement on chains of equal layers. ``chain_ms`` is by number of layers."""
+
+    schema_version: Literal[1] = 1
+    edgeprune_version: str
+    created: str
+    command: str
+    fingerprint: Fingerprint
+    layer: str
+    block_ms: float
+    chain_ms: dict[str, float]
+    versions: dict[str, str]
+    trials: tuple[Trial, ...]
 
 
 def stamp_text(fingerprint: Fingerprint) -> str:
@@ -301,6 +335,88 @@ def prediction_block(results: BudgetResults) -> str:
     return f"{intro}\n\n{table(head, shown)}"
 
 
+def measurement_block(results: MeasurementResults) -> str:
+    """How far rules of measurement err on equal models, and how surely the paired rule finds a true difference."""
+    stamp = stamp_text(results.fingerprint)
+    equal: dict[str, list[Trial]] = {}
+    shifted: dict[float, list[Trial]] = {}
+    for trial in results.trials:
+        if trial.true_ratio == 1:
+            equal.setdefault(trial.rule, []).append(trial)
+        if trial.rule == "paired":
+            shifted.setdefault(trial.true_ratio, []).append(trial)
+    if not results.trials:
+        return "No trial was made."
+    chains = ", ".join(f"{n} layers {time_text(ms)}" for n, ms in results.chain_ms.items())
+    f = results.fingerprint
+    intro = (
+        f"Chains of equal layers ({results.layer}) on `{f.device}` ({printable(f.cpu_model)}, {f.cores} cores, {f.runtime}"
+        f" {f.runtime_version}, {f.threads} thread): **{stamp}**. {chains}; blocks of {results.block_ms:g} ms. Trials of all rules take"
+        ' turns. "Paired" is the rule of `edgeprune.devices.decide`; the others time one file after the other, as these tools do, with'
+        " the same runtime calls."
+    )
+    parts = [intro]
+    if equal:
+        head = (
+            f"the same file twice ({stamp})",
+            "trials",
+            "error: median",
+            "95 % of trials",
+            "within 1.6 %",
+            "over 2 %",
+            "called different",
+            "time",
+        )
+        parts.append(table(head, [_equal_cells(rule, found) for rule, found in equal.items()]))
+    if shifted:
+        head = (
+            f"paired: true difference ({stamp})",
+            "trials",
+            "found",
+            "wrong direction",
+            "tie",
+            "undecided",
+            "pairs, median",
+            "time, median",
+        )
+        parts.append(table(head, [_shift_cells(r, shifted[r]) for r in sorted(shifted)]))
+    return "\n\n".join(parts)
+
+
+def _equal_cells(rule: str, found: Sequence[Trial]) -> tuple[str, ...]:
+    errors = sorted(abs(t.ratio - 1) for t in found)
+    n = len(errors)
+    different = sum(t.verdict in ("faster", "slower") for t in found)
+    return (
+        rule,
+        str(n),
+        share_text(statistics.median(errors), 2),
+        share_text(errors[min(n - 1, int(0.95 * n))], 2),
+        share_text(sum(e <= 0.016 for e in errors) / n),
+        share_text(sum(e > 0.02 for e in errors) / n),
+        share_text(different / n) if found[0].verdict is not None else "no rule",
+        seconds_text(statistics.median(t.seconds for t in found)),
+    )
+
+
+def _shift_cells(true_ratio: float, found: Sequence[Trial]) -> tuple[str, ...]:
+    n, verdicts = len(found), [t.verdict for t in found]
+    is_equal = true_ratio == 1
+    right = [t for t in found if t.verdict == "slower" and not is_equal]
+    wrong = verdicts.count("faster") + (verdicts.count("slower") if is_equal else 0)
+    counted = [t.pairs for t in (right or found) if t.pairs is not None]
+    return (
+        "none" if is_equal else f"+{(true_ratio - 1) * 100:.0f} %",
+        str(n),
+        "" if is_equal else share_text(len(right) / n),
+        share_text(wrong / n),
+        share_text(verdicts.count("tie") / n),
+        share_text(verdicts.count("undecided") / n),
+        f"{statistics.median(counted):g}" if counted else "",
+        seconds_text(statistics.median(t.seconds for t in found)),
+    )
+
+
 def _error(predicted: float, measured: float) -> str:
     return f"{signed((predicted / measured - 1) * 100, 1)} %"
 
@@ -309,16 +425,19 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     """Every block by name; ``None`` while its results file is not there.
 
     Args:
-        results: the folder with ``demo.json`` and ``budgets.json``.
+        results: the folder with ``demo.json``, ``budgets.json`` and ``measurement.json``.
 
     Raises:
         IntegrityError: a results file is damaged.
     """
     demo, budgets = results / "demo.json", results / "budgets.json"
-    found: dict[str, str | None] = {"demo": None, "budgets": None, "prediction": None}
+    measurement = results / "measurement.json"
+    found: dict[str, str | None] = dict.fromkeys(("demo", "budgets", "prediction", "measurement"))
     if demo.is_file():
         found["demo"] = demo_block(records.read_json(Report, demo))
     if budgets.is_file():
         read = records.read_json(BudgetResults, budgets)
         found |= {"budgets": budgets_block(read), "prediction": prediction_block(read)}
+    if measurement.is_file():
+        found["measurement"] = measurement_block(records.read_json(MeasurementResults, measurement))
     return found
