@@ -15,7 +15,7 @@ from example_files import EXAMPLE, ExampleFiles, make_example_files
 
 from edgeprune import cli
 from edgeprune.bundle.write import Payload, write_bundle
-from edgeprune.devices.agent import AGENT_PATH
+from edgeprune.devices.agent_file import PACKAGE, agent_bytes, agent_name
 from edgeprune.devices.board import Board, TimingPlan, open_board
 from edgeprune.devices.measure import ModelFile, measure
 from edgeprune.devices.transports import open_transport
@@ -91,11 +91,11 @@ def test_emulation_is_found_where_the_processor_looks_like_that_of_a_board(
 ):
     board("litert")  # pushes the agent
     root = board_folder() / "root"
-    (agent,) = (root / HOME / ".local/share/edgeprune").iterdir()
+    agent = root / HOME / ".local/share/edgeprune" / agent_name()
     tmp_path.joinpath("cpuinfo").write_text(
         "processor : 0\nFeatures : fp asimd crc32\n\nModel : Pi\n"
     )
-    text = "import runpy, sys; print(runpy.run_path(sys.argv[1])['machine_facts']())"
+    text = f"import sys; sys.path.insert(0, sys.argv[1]); import {PACKAGE}.machine as m; print(m.machine_facts())"
     argv = ["/usr/bin/python3", "-c", text, f"/{agent.relative_to(root)}"]
     shown = in_root(root, argv, 60, cpuinfo=tmp_path / "cpuinfo")
     assert "'cpu_model': 'Pi'" in shown
@@ -111,8 +111,7 @@ def test_an_emulated_board_is_stamped_so_even_when_it_stands_in(board, arm64_boa
 def test_the_agent_is_pushed_whole_and_private_over_ssh(board):
     board("litert")
     folder = board_folder() / "root" / HOME / ".local/share/edgeprune"
-    (pushed,) = folder.iterdir()
-    assert pushed.read_bytes() == AGENT_PATH.read_bytes()
+    assert (folder / agent_name()).read_bytes() == agent_bytes()
     assert folder.stat().st_mode & 0o077 == 0
 
 
