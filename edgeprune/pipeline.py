@@ -22,7 +22,7 @@ from edgeprune.devices.board import Board, open_board
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import check_format
 from edgeprune.progress import Progress
-from edgeprune.results import Artifact
+from edgeprune.results import Artifact, PruningPlan
 from edgeprune.runfolder import RunFolder
 from edgeprune.specs import Device
 from edgeprune.stage_records import (
@@ -170,7 +170,7 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
             "threads": torch.get_num_threads(),
         },
         RecoveredResult,
-        lambda f: stages.heal(context, plan, pruned.path("compensated.safetensors"), f),
+        lambda f: _heal(context, plan, pruned.path("compensated.safetensors"), f),
         final=lambda result: not result.interrupted,
     )
     _say_ledger(context, (recovered.result.entry,))
@@ -209,6 +209,12 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
     )
     closing = Closing(context, run, planned, pruned, recovered, files, four, final, model)
     return closing.judge_and_write()
+
+
+def _heal(context: Context, plan: PruningPlan, start: Path, folder: Path) -> RecoveredResult:
+    """Train while others may use the board."""
+    with context.board.rested():
+        return stages.heal(context, plan, start, folder)
 
 
 def _say_ledger(context: Context, entries: tuple[Any, ...]) -> None:

@@ -163,6 +163,7 @@ class Device(Record):
     min_free_bytes: Annotated[int, Field(ge=0)] = 256 * 1024**2
     cache_quota_bytes: Annotated[int, Field(ge=0)] = 2 * 1024**3
     thermal: Thermal = Thermal()
+    max_foreign_cpu_ratio: Annotated[float, Field(gt=0, le=1)] = 0.05  # of all cores, by others
     tuning: Tuning = Tuning()
     recording: str | None = None
     stand_in: bool = False

@@ -83,7 +83,7 @@ def test_the_bundle_runs_its_golden_samples_on_the_board(deployed):
 @pytest.mark.slow
 def test_a_board_that_is_the_real_thing_is_stamped_measured(server, tmp_path):
     home = tinynet.project(tmp_path / "project")
-    write_devices(home, server, stand_in=False)
+    write_devices(home, server, stand_in=False, max_foreign_cpu_ratio=1.0)
     done = tinynet.edgeprune(
         home, "profile", "--target", "this-machine", "--device", BOARD, "--json"
     )

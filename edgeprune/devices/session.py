@@ -148,6 +148,7 @@ class Session:
             "limits": {
                 "soft_limit_c": thermal.soft_limit_c,
                 "start_below_c": thermal.start_below_c,
+                "foreign_cpu_ratio": device.max_foreign_cpu_ratio,
             },
             "client": {"user": _user(), "host": platform.node(), "job": self._lease.job},
         }

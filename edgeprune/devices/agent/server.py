@@ -107,7 +107,8 @@ class Agent:
             raise Refused("workdir", "cannot use the workdir: %s" % error) from error
         self.ttl_s = float(request.get("ttl_s", DEFAULT_TTL_S))
         if not client.lease.is_taken():  # whoever changed settings and died is gone
-            tuning.restore("/", client.workdir)
+            with contextlib.suppress(Refused):  # `devices restore` says what is in the way
+                tuning.restore("/", client.workdir)
         facts = machine_facts()
         self._affinity = facts["affinity"] or []
         return facts, b""
@@ -120,8 +121,11 @@ class Agent:
     def op_release(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Free the board: its models, its settings, its lock."""
         self._end_workers()
-        tuning.restore("/", self.client.workdir)
-        self.client.lease.release()
+        try:
+            if self.client.lease.held:
+                tuning.restore("/", self.client.workdir)
+        finally:
+            self.client.lease.release()
         return {}, b""
 
     def op_who(self, request: Dict[str, Any], blob: bytes) -> Message:
@@ -452,7 +456,7 @@ def main(program: str) -> None:
     while True:
         header, blob = requests.get()
         if header.get("op") == "bye":
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 agent.op_release({}, b"")
                 agent.send({"id": header.get("id"), "ok": True})
             agent.end()
