@@ -28,7 +28,9 @@ MAX_YAML_DEPTH = 32
 class Record(BaseModel):
     """Plain, immutable data with checked types; what edgeprune reads from and writes to files."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        hide_input_in_errors=True, frozen=True, strict=True, extra="forbid", allow_inf_nan=False
+    )
 
 
 R = TypeVar("R", bound=Record)

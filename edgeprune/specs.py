@@ -148,17 +148,19 @@ class Device(Record):
 
     transport: Literal["local", "ssh", "replay"]
     targets: tuple[Name, ...]
-    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9:._%-]{1,253}$")] | None = None
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9:._%][A-Za-z0-9:._%-]{0,252}$")] | None = None
     port: Annotated[int, Field(ge=1, le=65535)] = 22
     user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_.-]{0,31}\$?$")] | None = None
     auth: Annotated[KeyAuth | PasswordAuth | AgentAuth, Field(discriminator="method")] | None = None
     host_key: HostKey | None = None
-    workdir: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~-]{1,255}$")] = (
+    workdir: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~][A-Za-z0-9/._~-]{0,254}$")] = (
         "~/.local/share/edgeprune"
     )
-    python: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~-]{1,255}$")] = "python3"
+    python: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~][A-Za-z0-9/._~-]{0,254}$")] = "python3"
     connect_timeout_s: Annotated[float, Field(gt=0, le=120)] = 8.0
-    lease_file: Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~-]{1,255}$")] | None = None
+    lease_file: (
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9/._~][A-Za-z0-9/._~-]{0,254}$")] | None
+    ) = None
     lease_ttl_s: Annotated[float, Field(ge=2, le=600)] = 30.0
     min_free_bytes: Annotated[int, Field(ge=0)] = 256 * 1024**2
     cache_quota_bytes: Annotated[int, Field(ge=0)] = 2 * 1024**3

@@ -135,6 +135,9 @@ class Frames:
                 self._pipe.write(piece, time.monotonic() + STALL_S)
             except DeadlineExceeded as error:
                 raise self._lost(f"took nothing for {STALL_S:.0f} s") from error
+            except LinkLost:
+                self.close()
+                raise
             except DeviceError as error:
                 raise self._gone() from error
 
@@ -198,8 +201,9 @@ class Frames:
     def _read(self, deadline: float) -> bytes:
         try:
             return self._pipe.read(1 << 18, deadline)
-        except Unreachable as error:
-            raise self._lost(error.message) from error
+        except (LinkLost, Unreachable):
+            self.close()
+            raise
 
     def _lost(self, what: str) -> LinkLost:
         self.close()

@@ -32,15 +32,17 @@ class Pipe(Protocol):
 
         Raises:
             DeadlineExceeded: not taken in time; the pipe is unusable afterwards.
-            DeviceError: the process or the connection is gone.
+            LinkLost: the connection broke.
+            DeviceError: the process is gone.
         """
         ...
 
     def read(self, n: int, deadline: float) -> bytes:
-        """At least 1 and at most ``n`` bytes; ``b""`` when the process or the connection ended.
+        """At least 1 and at most ``n`` bytes; ``b""`` when the process ended.
 
         Raises:
             DeadlineExceeded: nothing came in time; the pipe is unusable afterwards.
+            LinkLost: the connection broke, which is no end of the output.
         """
         ...
 
@@ -65,16 +67,23 @@ class Transport(Protocol):
 
         Raises:
             DeadlineExceeded: it ran longer than ``timeout_s`` in total, whatever it printed meanwhile; the connection may be cut.
-            DeviceError: a signal ended it, the connection broke before an exit code came, or it printed over 256 MiB.
+            LinkLost: the connection broke before an exit code came.
+            DeviceError: a signal ended it, or it printed over 256 MiB.
         """
         ...
 
     def put(self, content: bytes, remote_path: str) -> None:
-        """Write a file for its owner alone: complete or not at all. Folders above it are made. Raises ``DeviceError``."""
+        """Write a file for its owner alone: complete or not at all. Folders above it are made.
+
+        Raises:
+            DeadlineExceeded: nothing moved for 30 s, or far too little in total.
+            LinkLost: the connection broke; the file may be there, complete, or not.
+            DeviceError: the disk is full or cannot be written; the message says which.
+        """
         ...
 
     def get(self, remote_path: str) -> bytes:
-        """Content of a file. Raises ``DeviceError``."""
+        """Content of a file. Raises as :meth:`put`."""
         ...
 
     def close(self) -> None:

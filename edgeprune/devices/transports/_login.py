@@ -10,19 +10,21 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import paramiko
 from paramiko.ssh_exception import IncompatiblePeer
 
-from edgeprune.devices.transports._secrets import read_private, resolve
+from edgeprune.devices.transports._secrets import Secret, read_private, resolve
 from edgeprune.errors import (
     AuthFailed,
     DeadlineExceeded,
     DeviceError,
+    EdgepruneError,
     HostKeyMismatch,
+    LinkLost,
     SpecError,
     Unreachable,
 )
@@ -51,29 +53,70 @@ logging.getLogger(_log_name).addHandler(logging.NullHandler())
 
 
 @contextlib.contextmanager
-def within(sock: socket.socket, deadline: float, doing: str) -> Iterator[None]:
-    """The total deadline: a timer that shuts the socket, which ends whatever waits on it."""
-    cut = threading.Event()
+def within(
+    sock: socket.socket,
+    deadline: float,
+    doing: str,
+    *,
+    moved: Callable[[], int] | None = None,
+    stall_s: float = float("inf"),
+) -> Iterator[None]:
+    """The total deadline: a watch that shuts the socket, which ends whatever waits on it.
 
-    def shut() -> None:
-        cut.set()
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    Args:
+        sock: the connected socket.
+        deadline: in seconds of :func:`time.monotonic`.
+        doing: what the block does, for messages.
+        moved: a count that grows as long as there is progress.
+        stall_s: how long ``moved`` may stand still.
 
-    timer = threading.Timer(max(0.0, deadline - time.monotonic()), shut)
-    timer.daemon = True
-    timer.start()
+    Raises:
+        DeadlineExceeded: the block outlasted the deadline, or stood still.
+        DeviceError: anything foreign that went wrong in it, as its cause.
+    """
+    done = threading.Event()
+    verdict: list[str] = []
+
+    def watch() -> None:
+        if problem := _overdue(done, deadline, moved, stall_s):
+            verdict.append(problem)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
-    except (paramiko.SSHException, OSError, EOFError, DeviceError) as error:
-        if not cut.is_set():
-            if isinstance(error, DeviceError):
+    except Exception as error:
+        # What the other side sends can break the SSH library in any way: a flipped bit is an InvalidTag of its crypto library.
+        if not verdict:
+            if isinstance(error, EdgepruneError):
                 raise
             raise DeviceError(f"{doing} failed: {error or type(error).__name__}") from error
     finally:
-        timer.cancel()
-    if cut.is_set():
-        raise DeadlineExceeded(f"{doing} outlasted its deadline")
+        done.set()
+    if verdict:
+        raise DeadlineExceeded(f"{doing} {verdict[0]}")
+
+
+def _overdue(
+    done: threading.Event, deadline: float, moved: Callable[[], int] | None, stall_s: float
+) -> str:
+    """Wait for the end of the work; gives what is wrong when it has to be cut, or nothing."""
+    most, since = -1, time.monotonic()
+    while True:
+        now = time.monotonic()
+        if now >= deadline:
+            return "outlasted its deadline"
+        pause = min(deadline - now, threading.TIMEOUT_MAX)
+        if moved is not None:
+            if (count := moved()) > most:
+                most, since = count, now
+            elif now - since >= stall_s:
+                return f"stood still for {stall_s:g} s"
+            pause = min(pause, stall_s / 20)
+        if done.wait(pause):
+            return ""
 
 
 def seen_host_key(host: str, port: int, timeout_s: float) -> HostKey:
@@ -161,7 +204,10 @@ def handshake(
             raise HostKeyMismatch(
                 f"{place} shares no {key_type} host key, cipher or key exchange with this program"
             ) from error
-        raise Unreachable(f"{error.message}", hint="is this the SSH port?") from error
+        raise Unreachable(
+            error.message,
+            hint="is this the SSH port? a server with too many logins under way (MaxStartups) hangs up like this: try again",
+        ) from error
     return client
 
 
@@ -182,27 +228,47 @@ def check_host_key(client: paramiko.Transport, pinned: HostKey, place: str) -> N
 
 
 def login(client: paramiko.Transport, sock: socket.socket, device: Device, place: str) -> None:
-    """One attempt with the one method of the device."""
-    assert device.user is not None
+    """One attempt with the one method of the device.
+
+    Raises:
+        AuthFailed: refused.
+        LinkLost: the connection broke before the answer.
+    """
     auth = device.auth
     assert auth is not None
-    password = resolve(auth.password_ref) if isinstance(auth, PasswordAuth) else None
-    key = None if isinstance(auth, PasswordAuth) else _private_key(device)
-    refused = ""
-    with within(sock, time.monotonic() + LOGIN_S, f"the login ({place})"):
-        try:
-            if password is not None:
-                client.auth_password(device.user, password, fallback=False)
-            else:
-                assert key is not None
-                client.auth_publickey(device.user, key)
-        except paramiko.AuthenticationException as error:
-            refused = type(error).__name__
-    if refused or not client.is_authenticated():
+    secret = resolve(auth.password_ref) if isinstance(auth, PasswordAuth) else None
+    key = None if secret is not None else _private_key(device)
+    problem: DeviceError | None = None
+    try:
+        with within(sock, time.monotonic() + LOGIN_S, f"the login ({place})"):
+            accepted = _accepted(client, device.user, secret, key)
+    except DeadlineExceeded as error:
+        problem = DeadlineExceeded(error.message)
+    except DeviceError as error:
+        problem = LinkLost(error.message, hint="run again")
+    # What failed inside is not kept as a cause: frames of the SSH library in its traceback hold the password.
+    if problem is not None:
+        raise problem from None
+    if not accepted:
         raise AuthFailed(
             f"login refused: {place} does not let {device.user!r} in by {auth.method}",
             hint="check user and auth of the device; nothing else was tried",
-        ) from None
+        )
+
+
+def _accepted(
+    client: paramiko.Transport, user: str | None, secret: Secret | None, key: paramiko.PKey | None
+) -> bool:
+    assert user is not None
+    try:
+        if secret is not None:
+            client.auth_password(user, secret.reveal(), fallback=False)
+        else:
+            assert key is not None
+            client.auth_publickey(user, key)
+    except paramiko.AuthenticationException:
+        return False
+    return bool(client.is_authenticated())
 
 
 def _private_key(device: Device) -> paramiko.PKey:
@@ -219,13 +285,22 @@ def _private_key(device: Device) -> paramiko.PKey:
     return _load_key(auth.key_file, resolve(auth.passphrase_ref) if auth.passphrase_ref else None)
 
 
-def _load_key(path: str, passphrase: str | None) -> paramiko.PKey:
-    content = read_private(Path(path)).decode(errors="replace")
+def _load_key(path: str, passphrase: Secret | None) -> paramiko.PKey:
+    key = _parsed_key(read_private(Path(path)), passphrase)
+    if key is None:
+        raise SpecError(
+            f"the key file {path} must hold an Ed25519, ECDSA or RSA private key that auth.passphrase_ref opens, if it is locked"
+        )
+    return key
+
+
+def _parsed_key(content: bytes, passphrase: Secret | None) -> paramiko.PKey | None:
+    text = content.decode(errors="replace")
     for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
         # The crypto library tells another kind of key, a wrong passphrase and damage apart in words only, and those may quote the file.
         with contextlib.suppress(ValueError, TypeError, paramiko.SSHException):
-            key: paramiko.PKey = kind.from_private_key(io.StringIO(content), passphrase)
+            key: paramiko.PKey = kind.from_private_key(
+                io.StringIO(text), passphrase.reveal() if passphrase else None
+            )
             return key
-    raise SpecError(
-        f"the key file {path} must hold an Ed25519, ECDSA or RSA private key that auth.passphrase_ref opens, if it is locked"
-    )
+    return None

@@ -5,13 +5,33 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import NoReturn
 
 from edgeprune.errors import SpecError
 
 MAX_SECRET_BYTES = 64 * 1024
 
 
-def resolve(reference: str) -> str:
+class Secret:
+    """A secret that shows itself as ``***`` wherever it is printed, logged or seen in a traceback; it cannot be pickled."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The secret itself: give it straight to what needs it, and keep it in no variable."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret cannot be pickled")
+
+
+def resolve(reference: str) -> Secret:
     """The secret behind ``env:NAME`` or ``file:/path``; a file's last newline does not belong to it.
 
     Raises:
@@ -19,16 +39,15 @@ def resolve(reference: str) -> str:
     """
     kind, _, place = reference.partition(":")
     if kind == "env":
-        value = os.environ.get(place)
-        if not value:
+        if not os.environ.get(place):
             raise SpecError(f"the environment variable {place} must hold a secret, but is not set")
-        return value
+        return Secret(os.environ[place])
     if kind != "file":
         raise SpecError(
             f"a secret reference must start with env: or file:, but starts with {kind!r}"
         )
     try:
-        return read_private(Path(place)).decode().rstrip("\r\n")
+        return Secret(read_private(Path(place)).decode().rstrip("\r\n"))
     except UnicodeDecodeError:
         raise SpecError(f"the secret file {place} must be UTF-8 text") from None
 

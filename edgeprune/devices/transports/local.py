@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from edgeprune.devices.transports import MAX_OUTPUT_BYTES, MAX_TAIL_BYTES, Completed
-from edgeprune.errors import DeadlineExceeded, DeviceError, EdgepruneError
+from edgeprune.errors import DeadlineExceeded, DeviceError, EdgepruneError, NoSpace
 from edgeprune.records import write_bytes
 from edgeprune.specs import Device
 
@@ -111,8 +112,17 @@ class LocalTransport:
         try:
             write_bytes(path, content)
             path.chmod(0o600)
+        except NoSpace as error:
+            free = shutil.disk_usage(path.parent).free
+            raise DeviceError(
+                f"the disk of {remote_path!r} on this machine is full: {len(content)} bytes needed, {free} bytes available",
+                hint="free space there, or set workdir of the device to another disk",
+            ) from error
         except (EdgepruneError, OSError) as error:
-            raise DeviceError(f"cannot write {remote_path!r} on this machine") from error
+            raise DeviceError(
+                f"cannot write {remote_path!r} on this machine: {error}",
+                hint="set workdir of the device to a folder that you can write",
+            ) from error
 
     def get(self, remote_path: str) -> bytes:
         """As :meth:`Transport.get <edgeprune.devices.transports.Transport.get>`."""

@@ -12,9 +12,11 @@ import contextlib
 import secrets
 import shlex
 import socket
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import paramiko
 
@@ -26,18 +28,31 @@ from edgeprune.devices.transports._login import (
     login,
     within,
 )
-from edgeprune.errors import DeviceError, Unreachable
+from edgeprune.errors import DeviceError, LinkLost
 from edgeprune.specs import Device
 
 START_S = 15.0
-KEEPALIVE_S = 5  # something must be in flight for a dead link to be noticed
+KEEPALIVE_S = (
+    3  # something must be in flight for a dead link to be noticed: with DEAD_LINK_MS, within 12 s
+)
+STALL_S = 30.0  # a transfer may take long, but not stand still
+SLOWEST_BITS_PER_S = 10_000  # the total deadline of a transfer, for a far end that drips
+CHUNK_BYTES = 32 * 1024
+LOST_S = 0.5
 MAX_BANNER_BYTES = 64 * 1024
 # The marker tells our command's output from what a login shell prints before it.
 _MARKED = 'printf "%s" "$1"; shift; exec "$@"'
-# Complete or not at all: a broken connection ends stdin early, so the size is compared before the rename.
-_PUT = """umask 077
-[ ! -d "$1" ] && mkdir -p "$(dirname "$1")" && cat >"$1.$3" && [ "$(wc -c <"$1.$3")" -eq "$2" ] && mv -f "$1.$3" "$1" && exit 0
-rm -f "$1.$3"; exit 1"""
+# Complete or not at all: a broken connection ends stdin early, so the size is compared before the rename. Noclobber opens with O_EXCL,
+# so a planted link is not followed. C locale: the words of an error are compared.
+_PUT = """umask 077; trap '' HUP PIPE; LC_ALL=C; export LC_ALL
+part="$1.$3"; folder=$(dirname "$1")
+if [ -d "$1" ]; then echo "is a folder" >&2; exit 1; fi
+mkdir -p "$folder" || exit 1
+set -C
+cat >"$part" && [ "$(wc -c <"$part")" -eq "$2" ] && mv -f "$part" "$1" && exit 0
+rm -f "$part"; df -Pk "$folder"; exit 1"""
+_FULL = ("no space left", "quota exceeded")
+_FORBIDDEN = ("read-only file system", "permission denied")
 
 
 class SshPipe:
@@ -64,7 +79,7 @@ class SshPipe:
         with self._owner.within(deadline, "waiting for the board"):
             piece: bytes = self._channel.recv(n)
         if not piece:
-            self._owner.check_alive()
+            self._owner.check_alive(self._channel)
         return piece
 
     def stderr_tail(self) -> str:
@@ -93,14 +108,33 @@ class SshTransport:
         self._sock = sock
         self._client = client
 
-    def within(self, deadline: float, doing: str) -> contextlib.AbstractContextManager[None]:
-        """Cut the connection when the block outlasts ``deadline`` (monotonic seconds), and map foreign errors."""
-        return within(self._sock, deadline, f"{doing} ({self._place})")
+    @contextlib.contextmanager
+    def within(
+        self, deadline: float, doing: str, moved: Callable[[], int] | None = None
+    ) -> Iterator[None]:
+        """Cut the connection when the block outlasts ``deadline`` (monotonic seconds) or stands still, and map foreign errors."""
+        try:
+            with within(
+                self._sock, deadline, f"{doing} ({self._place})", moved=moved, stall_s=STALL_S
+            ):
+                yield
+        except DeviceError as error:
+            foreign = error.__cause__ is not None
+            # A refused channel leaves the connection as it is; everything else may be the first sign of its end.
+            if foreign and not isinstance(error.__cause__, paramiko.ChannelException):
+                self._raise_if_lost(error)
+            raise
 
-    def check_alive(self) -> None:
-        """Raise :class:`Unreachable` when the connection is gone: an empty read alone does not tell."""
+    def _raise_if_lost(self, cause: DeviceError | None = None) -> None:
+        # The library wakes those who wait a moment before it says that the connection ended.
+        self._client.join(LOST_S)
         if not self._client.is_active():
-            raise Unreachable(f"the connection to {self._place} broke", hint="run again")
+            raise LinkLost(f"the connection to {self._place} broke", hint="run again") from cause
+
+    def check_alive(self, channel: paramiko.Channel) -> None:
+        """Raise :class:`LinkLost` when the channel ended with the connection: an empty read alone does not tell."""
+        if not channel.eof_received:
+            self._raise_if_lost()
 
     def start(self, argv: Sequence[str]) -> SshPipe:
         """As :meth:`Transport.start <edgeprune.devices.transports.Transport.start>`."""
@@ -115,39 +149,65 @@ class SshTransport:
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> Completed:
         """As :meth:`Transport.run <edgeprune.devices.transports.Transport.run>`."""
-        marker = secrets.token_hex(16)
-        marked = ["sh", "-c", _MARKED, "sh", marker, *argv]
         with self.within(time.monotonic() + timeout_s, f"running {argv[0]!r}"):
-            channel = self._execute(marked)
-            try:
-                out, err = _communicate(channel, stdin)
-                code = channel.recv_exit_status()
-            finally:
-                channel.close()
+            return self._run(argv, stdin, _Flow())
+
+    def _run(self, argv: Sequence[str], stdin: bytes, flow: _Flow) -> Completed:
+        marker = secrets.token_hex(16).encode()
+        channel = self._execute(["sh", "-c", _MARKED, "sh", marker.decode(), *argv])
+        try:
+            out, err = _communicate(channel, stdin, marker, flow)
+            banner, found, out = out.partition(marker)
+            is_flood = len(banner) > MAX_BANNER_BYTES  # which need not have an end
+            code = 0 if is_flood else channel.recv_exit_status()
+        finally:
+            channel.close()
         if code < 0:
-            self.check_alive()
+            self.check_alive(channel)
             raise DeviceError(f"{argv[0]!r} on {self._place} was ended by a signal")
-        banner, found, out = out.partition(marker.encode())
-        if not found or len(banner) > MAX_BANNER_BYTES:
+        if is_flood or not found:
             raise DeviceError(
-                f"the login shell of {self._place} printed {len(banner)} bytes instead of running {argv[0]!r}",
+                f"the login shell of {self._place} printed {len(banner)} bytes or more instead of running {argv[0]!r}",
                 hint="the account needs a POSIX shell that prints little",
             )
         return Completed(code, out, err)
+
+    def _transfer(
+        self, argv: Sequence[str], doing: str, size: int, stdin: bytes = b""
+    ) -> Completed:
+        """Run a command that moves up to ``size`` bytes: it may be slow, but not stand still."""
+        flow = _Flow()
+        deadline = time.monotonic() + 60 + size * 8 / SLOWEST_BITS_PER_S
+        moved = lambda: flow.sent_bytes + flow.received_bytes - _unsent_bytes(self._sock)  # noqa: E731
+        with self.within(deadline, doing, moved):
+            return self._run(argv, stdin, flow)
 
     def put(self, content: bytes, remote_path: str) -> None:
         """As :meth:`Transport.put <edgeprune.devices.transports.Transport.put>`."""
         suffix = f"part-{secrets.token_hex(6)}"
         argv = ["sh", "-c", _PUT, "sh", remote_path, str(len(content)), suffix]
-        done = self.run(argv, stdin=content, timeout_s=_transfer_s(len(content)))
+        done = self._transfer(argv, f"writing {remote_path!r}", len(content), content)
         if done.code != 0:
-            raise DeviceError(
-                f"cannot write {remote_path!r} on {self._place}: {_last_line(done.stderr)}"
+            raise self._not_written(done, remote_path, len(content))
+
+    def _not_written(self, done: Completed, path: str, size: int) -> DeviceError:
+        reason = _last_line(done.stderr)
+        if any(words in reason.lower() for words in _FULL):
+            return DeviceError(
+                f"the disk of {path!r} on {self._place} is full: {size} bytes needed, {_free_bytes(done.stdout)} bytes available",
+                hint="free space there, or set workdir of the device to another disk",
             )
+        is_forbidden = any(words in reason.lower() for words in _FORBIDDEN)
+        return DeviceError(
+            f"cannot write {path!r} on {self._place}: {reason}",
+            hint="set workdir of the device to a folder that its user can write"
+            if is_forbidden
+            else None,
+        )
 
     def get(self, remote_path: str) -> bytes:
         """As :meth:`Transport.get <edgeprune.devices.transports.Transport.get>`."""
-        done = self.run(["cat", remote_path], timeout_s=_transfer_s(MAX_OUTPUT_BYTES // 16))
+        done = self._transfer(["cat", remote_path], f"reading {remote_path!r}", MAX_OUTPUT_BYTES)
         if done.code != 0:
             raise DeviceError(
                 f"cannot read {remote_path!r} on {self._place}: {_last_line(done.stderr)}"
@@ -160,14 +220,27 @@ class SshTransport:
         self._sock.close()
 
 
-def _communicate(channel: paramiko.Channel, stdin: bytes) -> tuple[bytes, bytes]:
-    """Send all input while both outputs are read, to the end of all three."""
+@dataclass
+class _Flow:
+    """Bytes of one command that went through the channel so far."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+def _communicate(
+    channel: paramiko.Channel, stdin: bytes, marker: bytes, flow: _Flow
+) -> tuple[bytes, bytes]:
+    """Send all input while both outputs are read, to the end of all three. A flood before the marker ends it early."""
     errors = bytearray()
 
     def send() -> None:
         # A command may end without reading its input.
         with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-            channel.sendall(stdin)
+            while piece := stdin[flow.sent_bytes : flow.sent_bytes + CHUNK_BYTES]:
+                if not (n := channel.send(piece)):
+                    return  # closed
+                flow.sent_bytes += n
             channel.shutdown_write()
 
     def drain() -> None:
@@ -179,17 +252,40 @@ def _communicate(channel: paramiko.Channel, stdin: bytes) -> tuple[bytes, bytes]
     for thread in threads:
         thread.start()
     output = bytearray()
+    started = False
     while piece := channel.recv(1 << 18):
         output += piece
+        flow.received_bytes += len(piece)
+        started = started or marker in output
+        if not started and len(output) > MAX_BANNER_BYTES + len(marker):
+            return bytes(output), bytes(errors)
         if len(output) > MAX_OUTPUT_BYTES:
             raise DeviceError(f"a command printed more than {MAX_OUTPUT_BYTES} bytes")
     threads[1].join()
     return bytes(output), bytes(errors)
 
 
-def _transfer_s(size_bytes: int) -> float:
-    """Patience for a link of 100 kbit/s."""
-    return 60 + size_bytes * 8 / 100_000
+def _unsent_bytes(sock: socket.socket) -> int:
+    """Bytes that the other side has not acknowledged yet (SIOCOUTQ, tcp(7)); 0 where the system does not tell."""
+    try:
+        import fcntl
+        import termios
+
+        answer = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4)
+    except (ImportError, AttributeError, OSError, ValueError):
+        return 0
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def _free_bytes(df: bytes) -> int | str:
+    """Room that ``df -Pk`` shows: the fourth field of its last line (POSIX), in KiB."""
+    lines = df.decode(errors="replace").strip().splitlines()
+    fields = lines[-1].split() if lines else []
+    return (
+        int(fields[3]) * 1024
+        if len(fields) > 4 and fields[3].isdecimal()
+        else "an unknown number of"
+    )
 
 
 def _last_line(stderr: bytes) -> str:
@@ -203,7 +299,8 @@ def open_transport(device: Device) -> SshTransport:
     Raises:
         Unreachable: no address of the host answered in time.
         HostKeyMismatch: the host key is not the pinned one; nothing was sent to it.
-        DeviceError: the login was refused.
+        AuthFailed: the login was refused.
+        LinkLost: the connection broke during the login.
         SpecError: the key file or the secret reference is unusable.
     """
     assert device.host is not None  # the record refuses an ssh device without them
