@@ -212,8 +212,8 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
 
 
 def _heal(context: Context, plan: PruningPlan, start: Path, folder: Path) -> RecoveredResult:
-    """Train while others may use the board."""
-    with context.board.rested():
+    """Train while others may use the boards."""
+    with context.board.rested(), context.proof.rested():
         return stages.heal(context, plan, start, folder)
 
 

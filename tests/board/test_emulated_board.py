@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from build_board import HOME, PROCESSORS, board_folder, in_root
 from bundle_fixture import facts
-from example_files import EXAMPLE, ExampleFiles, make_example_files
+from emulated_board import PYTHONS, workdir
+from example_files import ExampleFiles
 
 from edgeprune import cli
 from edgeprune.bundle.write import Payload, write_bundle
@@ -24,11 +24,6 @@ from edgeprune.specs import Device
 
 # The first use builds the board: minutes, once.
 pytestmark = [pytest.mark.board, pytest.mark.timeout(1800)]
-PYTHONS = {
-    "litert": "/opt/litert/bin/python",
-    "tflite-runtime": "/opt/tflite/bin/python",
-    "onnxruntime": "/opt/ort/bin/python",
-}
 HOST_RUNTIMES = {"tflite": "litert", "onnx": "onnxruntime"}
 MAX_STEPS = 2
 LIST_OPERATORS = """
@@ -50,21 +45,12 @@ def board(arm64_board: Device) -> Iterator[Opener]:
             python = PYTHONS[runtime] + (f"-{processor}" if processor else "")
             if python not in boards:
                 device = arm64_board.model_copy(update={"python": python})
-                boards[python] = opened.enter_context(open_board("emulated", device))
+                boards[python] = opened.enter_context(
+                    open_board("emulated", device, exclusive=False)
+                )
             return boards[python]
 
         yield get
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Board]:
-    with open_board("here", Device(transport="local", targets=(), stand_in=True)) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> ExampleFiles:
-    return make_example_files(tmp_path_factory.mktemp("files"))
 
 
 def answers(
@@ -91,7 +77,7 @@ def test_emulation_is_found_where_the_processor_looks_like_that_of_a_board(
 ):
     board("litert")  # pushes the agent
     root = board_folder() / "root"
-    agent = root / HOME / ".local/share/edgeprune" / agent_name()
+    agent = workdir() / agent_name()
     tmp_path.joinpath("cpuinfo").write_text(
         "processor : 0\nFeatures : fp asimd crc32\n\nModel : Pi\n"
     )
@@ -104,13 +90,14 @@ def test_emulation_is_found_where_the_processor_looks_like_that_of_a_board(
 
 def test_an_emulated_board_is_stamped_so_even_when_it_stands_in(board, arm64_board):
     assert board("litert").fingerprint("litert", 1).stamp == "emulated"
-    with open_board("emulated", arm64_board.model_copy(update={"stand_in": True})) as opened:
+    stand_in = arm64_board.model_copy(update={"stand_in": True})
+    with open_board("emulated", stand_in, exclusive=False) as opened:
         assert opened.fingerprint("litert", 1).stamp == "emulated"
 
 
 def test_the_agent_is_pushed_whole_and_private_over_ssh(board):
     board("litert")
-    folder = board_folder() / "root" / HOME / ".local/share/edgeprune"
+    folder = workdir()
     assert (folder / agent_name()).read_bytes() == agent_bytes()
     assert folder.stat().st_mode & 0o077 == 0
 
@@ -126,7 +113,7 @@ def test_the_arm64_wheels_of_every_runtime_import(board, runtime, version):
 def test_a_python_without_the_runtime_is_an_error_that_says_what_to_install(arm64_board):
     device = arm64_board.model_copy(update={"python": "/usr/bin/python3"})
     with (
-        open_board("emulated", device) as opened,
+        open_board("emulated", device, exclusive=False) as opened,
         pytest.raises(DeviceError, match="pip install ai-edge-litert"),
     ):
         opened.runtime_version("litert")
@@ -197,27 +184,15 @@ def test_an_onnx_file_answers_on_the_board_as_on_the_host(board, host, files, pr
     assert (found.argmax(1) == files.y[: len(found)]).mean() >= 0.8
 
 
-def test_times_of_an_emulated_board_are_stamped_emulated(board, files):
+def test_times_of_an_emulated_board_are_stamped_emulated(arm64_board, files):
     artifact = files.artifacts["tflite", "int8"]
     content = files.path("tflite", "int8").read_bytes()
     model = ModelFile("net", content, "int8", artifact.sha256)
     plan = TimingPlan(rounds=2, block_ms=1, min_runs=2, max_runs=2, warmup_ms=1)
-    (found,) = measure(board("litert"), [model], runtime="litert", threads=1, plan=plan)
+    with open_board("emulated", arm64_board) as board:
+        (found,) = measure(board, [model], runtime="litert", threads=1, plan=plan)
     assert found.stamp == "emulated"
     assert len(found.samples_ns()) == 4
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm64_board: Device) -> Path:
-    """A folder whose ``devices.yaml`` names the board, as the working directory."""
-    devices = {
-        name: arm64_board.model_copy(update={"python": python}).model_dump(mode="json")
-        for name, python in PYTHONS.items()
-    }
-    text = yaml.safe_dump({"schema_version": 1, "devices": devices})
-    (tmp_path / "devices.yaml").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def bundle_of(
@@ -267,20 +242,3 @@ def test_the_sample_of_a_bundle_passes_its_own_check_on_the_board(
         transport.close()
     assert done.code == 0, done
     assert done.stdout.startswith(b"PASS")
-
-
-def test_a_plan_for_an_emulated_board_is_refused_before_anything_is_exported(project, capsys):
-    model = [
-        "--weights",
-        str(EXAMPLE / "fashion_net.safetensors"),
-        "--data",
-        f"{EXAMPLE}/data.py:load",
-    ]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(
-            ["deploy", f"{EXAMPLE}/net.py:build", *model, "--target", "rpi4", "--device", "litert",
-             "--run", "run", "--color", "grey"]
-        )  # fmt: skip
-    assert ended.value.code == DeviceError.exit_code
-    assert "'litert' is emulated" in capsys.readouterr().err
-    assert list((project / "run").rglob("*.tflite")) == []
