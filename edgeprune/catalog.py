@@ -61,7 +61,7 @@ def devices(path: Path | None = None) -> dict[str, Device]:
     Raises:
         SpecError: the file is wrong, or gives ``this-machine`` another transport than ``local``.
     """
-    file = path or _devices_file()
+    file = path or devices_file()
     found = {} if file is None else dict(read_yaml(DeviceFile, file).devices)
     if THIS_MACHINE not in found:
         found[THIS_MACHINE] = Device(transport="local", targets=tuple(targets()), stand_in=True)
@@ -167,7 +167,8 @@ def _files(kind: Kind) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _devices_file() -> Path | None:
+def devices_file() -> Path | None:
+    """``./devices.yaml``, else the one in the user's config folder, else ``None``."""
     for path in (Path("devices.yaml"), _config_dir() / "devices.yaml"):
         if path.is_file():
             return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeprune.cli_devices import devices
+from edgeprune.console import plain, print_list
 from edgeprune.errors import BudgetError, EdgepruneError, SpecError
 from edgeprune.version import VERSION
 
@@ -35,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _say_wrong_usage(error)
         sys.exit(error.exit_code)
     except EdgepruneError as error:
-        click.echo(f"error: {_plain(error.message)}", err=True)
+        click.echo(f"error: {plain(error.message)}", err=True)
         if error.hint:
-            click.echo(f"hint: {_plain(error.hint)}", err=True)
+            click.echo(f"hint: {plain(error.hint)}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         click.echo("interrupted; run the same command again to go on", err=True)
@@ -50,14 +51,9 @@ def _say_wrong_usage(error: click.ClickException) -> None:
     if "\n" in text:  # a group without a command: the message is its help
         error.show()
         return
-    click.echo(f"error: {_plain(text[:1].lower() + text[1:])}", err=True)
+    click.echo(f"error: {plain(text[:1].lower() + text[1:])}", err=True)
     if isinstance(error, click.UsageError) and error.ctx is not None:
         click.echo(f"hint: {error.ctx.command_path} --help lists what there is", err=True)
-
-
-def _plain(text: str) -> str:
-    """One line without control characters: names may come from a board or a file from outside."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -260,7 +256,7 @@ def verify(bundle: Path, names: Sequence[str], as_json: bool) -> None:
         click.echo(records.to_json(found).decode(), nl=False)
     else:
         for level in found.levels:
-            click.echo(f"L{level.level} {level.name:28} {level.status:8} {_plain(level.detail)}")
+            click.echo(f"L{level.level} {level.name:28} {level.status:8} {plain(level.detail)}")
     require_ok(found)
 
 
@@ -305,9 +301,7 @@ def profiles() -> None:
     """What is known of each piece of silicon."""
 
 
-@cli.group()
-def devices() -> None:
-    """The boards on this desk."""
+cli.add_command(devices)
 
 
 @targets.command("list")
@@ -317,7 +311,7 @@ def targets_list(as_json: bool) -> None:
     from edgeprune import catalog
 
     found = {name: catalog.target(path) for name, path in catalog.targets().items()}
-    _print_list(
+    print_list(
         as_json,
         {
             n: {"format": t.format, "profile": t.profile, "summary": t.summary}
@@ -333,24 +327,7 @@ def profiles_list(as_json: bool) -> None:
     from edgeprune import catalog
 
     found = {name: catalog.profile(path) for name, path in catalog.profiles().items()}
-    _print_list(as_json, {n: {"isa": p.isa, "summary": p.summary} for n, p in found.items()})
-
-
-@devices.command("list")
-@click.option("--json", "as_json", is_flag=True)
-def devices_list(as_json: bool) -> None:
-    """All devices of devices.yaml, and this machine."""
-    from edgeprune import catalog
-
-    found = {
-        name: {
-            "transport": d.transport,
-            "address": f"{d.user}@{d.host}:{d.port}" if d.transport == "ssh" else "local",
-            "targets": " ".join(d.targets),
-        }
-        for name, d in catalog.devices().items()
-    }
-    _print_list(as_json, found)
+    print_list(as_json, {n: {"isa": p.isa, "summary": p.summary} for n, p in found.items()})
 
 
 @targets.command("show")
@@ -369,18 +346,6 @@ def profiles_show(name: str) -> None:
     from edgeprune import catalog
 
     _print_yaml(catalog.profile(name))
-
-
-def _print_list(as_json: bool, rows: dict[str, dict[str, str]]) -> None:
-    if as_json:
-        click.echo(json.dumps(rows, indent=1))
-        return
-    width = max(map(len, rows), default=0)
-    columns = list(next(iter(rows.values()), {}))
-    widths = {c: max(len(row[c]) for row in rows.values()) for c in columns[:-1]}
-    for name, row in rows.items():
-        cells = [row[c].ljust(widths.get(c, 0)) for c in columns]
-        click.echo(f"{name:{width}}  {'  '.join(cells)}")
 
 
 def _print_yaml(record: Any) -> None:

@@ -9,6 +9,7 @@
      |- ModelError      3   your model, weights or data for it
      |- DeviceError     4   your board, or the way to it
      |   |- Unreachable       no answer within the deadline
+     |   |   `- HungUp            the server took the call and hung up before it said who it is
      |   |- LinkLost          the connection broke, and did not come back in time
      |   |- HostKeyMismatch   the board's key is unknown, or not the pinned one
      |   |- AuthFailed        the board refused the one login that was tried
@@ -93,6 +94,10 @@ class DeviceError(EdgepruneError):
 
 class Unreachable(DeviceError):
     """The board did not answer within the deadline."""
+
+
+class HungUp(Unreachable):
+    """The server took the call and hung up before it said who it is, as one with too many logins under way does."""
 
 
 class LinkLost(DeviceError):

@@ -197,8 +197,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
     """A temporary path beside ``path``; synced and renamed to it when the block ends well, removed when it does not.
+
+    Args:
+        path: the file to replace, or to make.
+        mode: permissions of the result.
 
     Raises:
         NoSpace, SpecError: as :func:`write_bytes`.
@@ -212,7 +216,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:

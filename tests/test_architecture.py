@@ -50,7 +50,10 @@ LAYERS = {
     "stages": 5,
     "verdict": 5,
     "runfolder": 5,
+    "console": 1,
     "cli": 6,
+    "cli_devices": 6,
+    "cli_entries": 6,
     "api": 6,
     "__init__": 6,
     "__main__": 6,
@@ -63,8 +66,8 @@ PLAIN = {
     "yaml",
     "edgeprune",
 }  # all that layers 0 to 2 need beside Python itself
-# Imported where they are used: rich draws the bars, PIL opens image files.
-ALSO_PLAIN = {("progress", "rich"), ("imagedata", "PIL")}
+# Imported where they are used: rich draws the bars, PIL opens image files, click writes to the terminal.
+ALSO_PLAIN = {("progress", "rich"), ("imagedata", "PIL"), ("console", "click")}
 # What runs on a board without edgeprune: the runtimes it times, and the arrays they take.
 ON_BOARD = {"numpy", "ai_edge_litert", "tflite_runtime", "onnxruntime"}
 

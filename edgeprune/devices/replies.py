@@ -17,6 +17,7 @@ Nanoseconds = Annotated[int, Field(gt=0, lt=HOUR_NS)]
 Text = Annotated[str, Field(max_length=400), AfterValidator(clean)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Celsius = Annotated[float, Field(gt=-100, lt=300)]
+Bytes = Annotated[int, Field(ge=0, lt=2**60)]
 Hertz = Annotated[int, Field(ge=0, lt=10**12)]
 
 
@@ -35,10 +36,10 @@ class Hello(Record):
     hostname_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
     emulated: bool
     bits: Literal[32, 64]
-    glibc: Text | None
-    boot_id: Annotated[str, Field(pattern=r"^[0-9a-f-]{0,64}$")]
+    glibc: Annotated[str, Field(pattern=r"^[0-9]{1,3}(\.[0-9]{1,4}){1,3}$")] | None
+    boot_id: Annotated[str, Field(pattern=r"^[0-9a-f-]{0,40}$")]
     wall_clock_ns: Annotated[int, Field(ge=0, lt=2**63)]
-    user: Text
+    user: Annotated[Text, Field(max_length=64)]
     affinity: Annotated[tuple[int, ...], Field(max_length=4096)] | None
 
 
@@ -133,6 +134,76 @@ class Moment(Record):
         return Telemetry(**self.model_dump())
 
 
+class Owner(Record):
+    """Who holds the lease of a board, as the client told its agent; for messages alone."""
+
+    user: Text
+    host: Text
+    pid: Annotated[int, Field(ge=0, lt=2**31)]
+    job: Text
+    since_s: Annotated[float, Field(ge=0, lt=1e9)]
+    session: Text
+
+    def text(self) -> str:
+        """``anna@laptop (pid 4711), deploy, for 12 min``."""
+        parts = [
+            f"{self.user}@{self.host} (pid {self.pid})",
+            self.job,
+            f"for {_span(self.since_s)}",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+class Who(Record):
+    """The answer to ``who``."""
+
+    owner: Owner | None
+
+
+class Broken(Record):
+    """The answer to ``break``: who held the board, and whether that agent has ended."""
+
+    owner: Owner | None
+    ended: bool
+
+
+class Cleaned(Record):
+    """The answer to ``clean``."""
+
+    freed_bytes: Bytes
+    kept_bytes: Bytes
+
+
+class Restored(Record):
+    """The answer to ``restore``: the settings that were put back."""
+
+    restored: Annotated[tuple[Text, ...], Field(max_length=256)]
+
+
+class InstalledEnvironment(Record):
+    """One environment with a runtime in the board's work folder."""
+
+    name: Text
+    runtime: Text
+    version: Text
+    bytes: Bytes
+
+
+class Status(Record):
+    """The answer to ``status``: the work folder, the lease, and the state of the board."""
+
+    lease_file: Text
+    owner: Owner | None
+    mine: bool
+    workdir: Text
+    disk_free_bytes: Bytes
+    cache_bytes: Bytes
+    environments: Annotated[tuple[InstalledEnvironment, ...], Field(max_length=256)]
+    telemetry: Moment
+    workdir_problem: Text | None
+    tuned: bool
+
+
 class Timed(Record):
     """The answer to ``time``."""
 
@@ -164,6 +235,14 @@ class Profiled(Record):
     """The answer to ``profile``."""
 
     nodes: Annotated[tuple[Node, ...], Field(max_length=100_000)]
+
+
+def _span(seconds: float) -> str:
+    """A duration for people."""
+    for size_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size_s:
+            return f"{seconds / size_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 R = TypeVar("R", bound=Record)

@@ -30,7 +30,15 @@ from edgeprune.devices import replies
 from edgeprune.devices.agent_file import agent_bytes, agent_digest, agent_name
 from edgeprune.devices.frames import Frames, Refusal, clean
 from edgeprune.devices.transports import Transport, open_transport
-from edgeprune.errors import Busy, DeviceError, EdgepruneError, LinkLost, NotReady, Unreachable
+from edgeprune.errors import (
+    Busy,
+    DeviceError,
+    EdgepruneError,
+    HungUp,
+    LinkLost,
+    NotReady,
+    Unreachable,
+)
 from edgeprune.records import sha256_bytes
 from edgeprune.specs import Device
 
@@ -238,7 +246,7 @@ class Session:
             except (LinkLost, Unreachable) as error:
                 self._drop()
                 # A first connection that fails is a wrong address more often than a bad moment.
-                is_first = self.hello is None and not isinstance(error, LinkLost)
+                is_first = self.hello is None and not isinstance(error, LinkLost | HungUp)
                 if attempt == len(self._backoff_s) or is_first:
                     raise
                 wait_s = self._backoff_s[attempt] * self._random.uniform(0.75, 1.25)

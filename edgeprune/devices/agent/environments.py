@@ -22,12 +22,8 @@ import zipfile
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 from . import wire
+from .runtimes import RUNTIMES
 
-RUNTIMES = {  # name on the wire: module to import, distribution that holds it
-    "litert": ("ai_edge_litert.interpreter", "ai-edge-litert"),
-    "tflite-runtime": ("tflite_runtime.interpreter", "tflite-runtime"),
-    "onnxruntime": ("onnxruntime", "onnxruntime"),
-}
 PROBE = """
 import importlib, importlib.metadata, sys
 importlib.import_module(sys.argv[1])

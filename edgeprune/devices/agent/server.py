@@ -153,7 +153,7 @@ class Agent:
             "workdir": client.workdir,
             "disk_free_bytes": found.f_bavail * found.f_frsize,
             "cache_bytes": client.cache.size_bytes(),
-            "environments": environments.listed(client.workdir),
+            "environments": environment_sizes(client.workdir),
             "telemetry": telemetry.snapshot(),
             "workdir_problem": problem,
             "tuned": os.path.exists(os.path.join(client.workdir, "tuning.json")),
@@ -163,8 +163,9 @@ class Agent:
         """Remove cached files; with ``all``, the environments too."""
         freed = self.client.cache.trim(0)
         if request.get("all"):
-            freed += environments.remove(self.client.workdir, keep=())
-        kept = sum(entry["bytes"] for entry in environments.listed(self.client.workdir))
+            freed += sum(entry["bytes"] for entry in environment_sizes(self.client.workdir))
+            environments.remove(self.client.workdir, keep=())
+        kept = sum(entry["bytes"] for entry in environment_sizes(self.client.workdir))
         return {"freed_bytes": freed, "kept_bytes": kept + self.client.cache.size_bytes()}, b""
 
     def op_restore(self, request: Dict[str, Any], blob: bytes) -> Message:
@@ -415,6 +416,29 @@ class Agent:
         if why:
             print("edgeprune agent: " + why, file=sys.stderr, flush=True)
         os._exit(0)
+
+
+def environment_sizes(workdir: str) -> List[Dict[str, Any]]:
+    """Name, runtime, version and size of every environment that counts."""
+    return [
+        {
+            "name": found["name"],
+            "runtime": found["runtime"],
+            "version": found["version"],
+            "bytes": size_bytes(os.path.join(workdir, "env", found["name"])),
+        }
+        for found in environments.listed(workdir)
+    ]
+
+
+def size_bytes(folder: str) -> int:
+    """What the files below a folder hold together."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 def read_requests(

@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from edgeprune.errors import (
     DeviceError,
     EdgepruneError,
     HostKeyMismatch,
+    HungUp,
     LinkLost,
     SpecError,
     Unreachable,
@@ -39,6 +40,13 @@ CIPHERS = (
     "aes256-ctr",
     "aes192-ctr",
     "aes128-ctr",
+)
+KEY_TYPES = (
+    "ssh-ed25519",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    "ssh-rsa",
 )
 MACS = (
     "hmac-sha2-256-etm@openssh.com",
@@ -119,16 +127,24 @@ def _overdue(
             return ""
 
 
-def seen_host_key(host: str, port: int, timeout_s: float) -> HostKey:
-    """The Ed25519 host key that a server shows now, for a person to compare with the one on its console. Nothing is sent to it.
+def seen_host_key(host: str, port: int, timeout_s: float, *, prefer: str | None = None) -> HostKey:
+    """The host key that a server shows now, for a person to compare with the one on its console. No login is tried.
+
+    Args:
+        host: a name or an address.
+        port: of the SSH server.
+        timeout_s: for each address; twice that for the key exchange.
+        prefer: the type to ask for first. The rest follows in the order Ed25519, ECDSA, RSA; the server gives the first that it has,
+            since the client's order decides (RFC 4253, section 7.1).
 
     Raises:
         Unreachable: no address of the host answered in time.
-        HostKeyMismatch: the server has no Ed25519 key.
+        HostKeyMismatch: the server has a key of none of these types.
     """
+    wanted = KEY_TYPES if prefer is None else (prefer, *(k for k in KEY_TYPES if k != prefer))
     sock = connect(host, port, timeout_s)
     try:
-        client = handshake(sock, f"{host}:{port}", "ssh-ed25519", timeout_s)
+        client = handshake(sock, f"{host}:{port}", wanted, timeout_s)
         try:
             key = client.get_remote_server_key()
             return HostKey(sha256=_fingerprint(key), key_type=key.get_name())
@@ -175,9 +191,9 @@ def _addresses(host: str, port: int, timeout_s: float) -> list[Any]:
 
 
 def handshake(
-    sock: socket.socket, place: str, key_type: str, timeout_s: float
+    sock: socket.socket, place: str, key_types: Sequence[str], timeout_s: float
 ) -> paramiko.Transport:
-    """Exchange keys, in twice the time allowed to connect. Only the pinned type of host key is asked for: another would look changed."""
+    """Exchange keys, in twice the time allowed to connect. Only these types of host key are asked for: another would look changed."""
     client = paramiko.Transport(sock)
     client.set_log_channel(_log_name)
     client.daemon = True
@@ -186,12 +202,12 @@ def handshake(
     client.auth_timeout = client.channel_timeout = LOGIN_S
     options = client.get_security_options()
     options.ciphers, options.digests = CIPHERS, MACS
+    # An RSA key is asked for by its signatures, so that SHA-1 is never one of them.
+    rsa = ("rsa-sha2-512", "rsa-sha2-256")
     try:
-        options.key_types = (
-            ("rsa-sha2-512", "rsa-sha2-256") if key_type == "ssh-rsa" else (key_type,)
-        )
+        options.key_types = [n for k in key_types for n in (rsa if k == "ssh-rsa" else (k,))]
     except ValueError:
-        raise SpecError(f"host_key.key_type {key_type!r} is not a known type") from None
+        raise SpecError(f"host_key.key_type {key_types[0]!r} is not a known type") from None
     try:
         with within(sock, time.monotonic() + limit_s, f"the SSH handshake ({place})"):
             client.start_client(timeout=limit_s)
@@ -202,9 +218,9 @@ def handshake(
         client.close()
         if isinstance(error.__cause__, IncompatiblePeer):
             raise HostKeyMismatch(
-                f"{place} shares no {key_type} host key, cipher or key exchange with this program"
+                f"{place} shares no {' or '.join(key_types)} host key, cipher or key exchange with this program"
             ) from error
-        raise Unreachable(
+        raise HungUp(
             error.message,
             hint="is this the SSH port? a server with too many logins under way (MaxStartups) hangs up like this: try again",
         ) from error
@@ -223,7 +239,8 @@ def check_host_key(client: paramiko.Transport, pinned: HostKey, place: str) -> N
     if (key.get_name(), seen) != (pinned.key_type, pinned.sha256):
         raise HostKeyMismatch(
             f"{place} shows the host key {key.get_name()} {seen}, but {pinned.sha256} is pinned",
-            hint="compare with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on its console before you pin the new key",
+            hint="compare with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on its console;"
+            " only when that shows the new one: edgeprune devices rekey",
         )
 
 

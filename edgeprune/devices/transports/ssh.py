@@ -308,7 +308,7 @@ def open_transport(device: Device) -> SshTransport:
     place = f"{device.host}:{device.port}"
     sock = connect(device.host, device.port, device.connect_timeout_s)
     try:
-        client = handshake(sock, place, device.host_key.key_type, device.connect_timeout_s)
+        client = handshake(sock, place, [device.host_key.key_type], device.connect_timeout_s)
         try:
             check_host_key(client, device.host_key, place)
             login(client, sock, device, place)

@@ -1,0 +1,251 @@
+"""The commands for boards: add one, look it over, set it up, see who holds it, and put it back as it was."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeprune.cli_entries import add, rekey, remove
+from edgeprune.console import plain, print_list
+from edgeprune.errors import Busy, DeviceError, SpecError
+
+if TYPE_CHECKING:
+    from edgeprune.devices.board import Board
+    from edgeprune.devices.replies import Owner
+    from edgeprune.specs import Device
+
+RUNTIMES = ("litert", "tflite-runtime", "onnxruntime")
+_CLEAN_S = 600.0
+_POLL_S = 2.0
+
+_name = click.argument("name")
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_yes = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+
+
+@click.group()
+def devices() -> None:
+    """The boards on this desk."""
+
+
+for _command in (add, rekey, remove):
+    devices.add_command(_command)
+
+
+@devices.command("list")
+@_json
+def list_devices(as_json: bool) -> None:
+    """All devices of devices.yaml, and this machine."""
+    from edgeprune import catalog
+
+    rows = {
+        name: {
+            "transport": d.transport,
+            "address": f"{d.user}@{d.host}:{d.port}" if d.transport == "ssh" else d.transport,
+            "stamp": "stand-in" if d.stand_in else "measured",
+            "pinned": "yes" if d.host_key else "no",
+            "targets": " ".join(d.targets),
+        }
+        for name, d in catalog.devices().items()
+    }
+    print_list(as_json, rows)
+
+
+@devices.command()
+@_name
+@_json
+def check(name: str, as_json: bool) -> None:
+    """Look a board over: what it is, what it can run, and what would disturb a measurement."""
+    from edgeprune import catalog, records
+    from edgeprune.devices.checkup import check_up
+
+    device = catalog.device(name)
+    with _open(name, exclusive=False) as board:
+        found = check_up(board, _runtimes_of(device))
+    if as_json:
+        click.echo(records.to_json(found).decode(), nl=False)
+    else:
+        width = max(len(f.name) for f in found.findings)
+        for f in found.findings:
+            click.echo(plain(f"{f.level:4}  {f.name:{width}}  {f.text}"))
+            if f.next_step is not None:
+                click.echo(plain(f"{'':6}{'':{width}}  -> {f.next_step}"))
+    failed = [f for f in found.findings if f.level == "fail"]
+    if failed:
+        raise DeviceError(
+            f"device {name!r} cannot be measured as it is: {', '.join(f.name for f in failed)}",
+            hint=failed[0].next_step,
+        )
+
+
+def _runtimes_of(device: Device) -> list[str]:
+    """Runtimes that the targets of a device need, and that this version can run on a board."""
+    from edgeprune import catalog
+
+    wanted = (str(catalog.target(name).runtime.name) for name in device.targets)
+    return [name for name in dict.fromkeys(wanted) if name in RUNTIMES]
+
+
+def _open(name: str, *, exclusive: bool) -> Board:
+    from edgeprune import catalog
+    from edgeprune.devices.board import open_board
+
+    return open_board(name, catalog.device(name), exclusive=exclusive)
+
+
+@devices.command()
+@_name
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    type=click.Choice(RUNTIMES),
+    help="What to install; default: what the device's targets need.",
+)
+@click.option(
+    "--wheels",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder with wheels, for a computer without a network.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+def setup(name: str, runtimes: Sequence[str], wheels: Path | None, quiet: bool) -> None:
+    """Install the runtimes in a folder of their own on the board, and try them there."""
+    from edgeprune import catalog
+    from edgeprune.progress import Silent, Terminal
+
+    wanted = list(dict.fromkeys(runtimes)) or _runtimes_of(catalog.device(name))
+    if not wanted:
+        raise SpecError(
+            f"no target of the device {name!r} says which runtime to set up",
+            hint=f"add --runtime: {', '.join(RUNTIMES)}",
+        )
+    provision: Any = importlib.import_module("edgeprune.devices.provision")
+    progress = Silent() if quiet else Terminal()
+    with _open(name, exclusive=True) as board:
+        found = provision.setup(board, wanted, progress=progress, wheels=wheels)
+    from edgeprune.devices.checkup import size_text
+
+    for line in found.runtimes:
+        text = f"{line.runtime:14} {line.version or '-':10} {line.status:10} {line.detail or ''}"
+        click.echo(plain(text).rstrip())
+    seconds = sum(found.seconds.values())
+    click.echo(
+        f"sent {size_text(found.bytes_sent)} in {seconds:.1f} s; next: edgeprune devices check {name}"
+    )
+
+
+@devices.command()
+@_name
+@_json
+def who(name: str, as_json: bool) -> None:
+    """Who holds the board now."""
+    from edgeprune import records
+    from edgeprune.devices.checkup import asked
+    from edgeprune.devices.replies import Who
+
+    with _open(name, exclusive=False) as board:
+        found = asked(board, Who, "who", {})
+    if as_json:
+        click.echo(records.to_json(found).decode(), nl=False)
+    else:
+        click.echo(plain(f"{name} is {_holder(found.owner)}"))
+
+
+def _holder(owner: Owner | None) -> str:
+    return "free" if owner is None else f"held by {owner.text()}"
+
+
+@devices.command()
+@_name
+@click.option("--timeout", default="10min", show_default=True, help="Such as 90s, 10min or 2h.")
+def wait(name: str, timeout: str) -> None:
+    """Return once nobody holds the board; exit code 75 when that takes too long."""
+    from edgeprune.devices.checkup import asked
+    from edgeprune.devices.replies import Who
+
+    limit_s = _seconds(timeout)
+    deadline, owner = time.monotonic() + limit_s, None
+    with _open(name, exclusive=False) as board:
+        while (owner := asked(board, Who, "who", {}).owner) is not None:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise Busy(
+                    f"{name} is still {_holder(owner)} after {timeout}",
+                    hint=f"wait longer with --timeout, or ask them; edgeprune devices break {name} ends their work",
+                )
+            time.sleep(min(_POLL_S, left_s))
+    click.echo(f"{name} is free")
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)(s|min|h)", text.strip())
+    if found is None:
+        raise SpecError(f"a timeout must look like 90s, 10min or 2h, but got {text!r}")
+    return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]]
+
+
+@devices.command("break")
+@_name
+@_yes
+def break_lease(name: str, yes: bool) -> None:
+    """End the agent that holds the board, and with it what it measures. Works for one's own user on the board."""
+    from edgeprune.devices.checkup import asked
+    from edgeprune.devices.replies import Broken, Who
+
+    with _open(name, exclusive=False) as board:
+        owner = asked(board, Who, "who", {}).owner
+        if owner is None:
+            click.echo(f"{name} is free; there is nothing to end")
+            return
+        click.echo(plain(f"{name} is {_holder(owner)}"), err=True)
+        _agree("End that work?", yes)
+        done = asked(board, Broken, "break", {})
+    if not done.ended:
+        raise DeviceError(
+            f"{name} is still {_holder(done.owner or owner)}",
+            hint="only the same user on the board can end it; ask them",
+        )
+    click.echo(f"ended; {name} is free")
+
+
+def _agree(question: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise SpecError("without a terminal to ask on, --yes must be given")
+    click.confirm(question, default=False, abort=True, err=True)
+
+
+@devices.command()
+@_name
+@click.option("--all", "everything", is_flag=True, help="The environments of runtimes as well.")
+def clean(name: str, everything: bool) -> None:
+    """Free the board's disk of cached model files and old agents."""
+    from edgeprune.devices.checkup import asked, size_text
+    from edgeprune.devices.replies import Cleaned
+
+    with _open(name, exclusive=True) as board:
+        done = asked(board, Cleaned, "clean", {"all": everything}, work_s=_CLEAN_S)
+    click.echo(f"freed {size_text(done.freed_bytes)}, kept {size_text(done.kept_bytes)} on {name}")
+
+
+@devices.command()
+@_name
+def restore(name: str) -> None:
+    """Put back the settings of the board that were changed for a measurement."""
+    from edgeprune.devices.checkup import asked
+    from edgeprune.devices.replies import Restored
+
+    with _open(name, exclusive=True) as board:
+        done = asked(board, Restored, "restore", {})
+    if not done.restored:
+        click.echo(f"nothing to put back on {name}")
+    for setting in done.restored:
+        click.echo(plain(f"put back {setting}"))
