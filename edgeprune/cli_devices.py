@@ -133,7 +133,7 @@ def setup(name: str, runtimes: Sequence[str], wheels: Path | None, quiet: bool) 
     from edgeprune.devices.checkup import size_text
 
     for line in found.runtimes:
-        text = f"{line.runtime:14} {line.version or '-':10} {line.status:10} {line.detail or ''}"
+        text = f"{line.runtime:14} {line.version or '-':10} {line.status:10} {line.reason or ''}"
         click.echo(plain(text).rstrip())
     seconds = sum(found.seconds.values())
     click.echo(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from build_board import HOME, board_folder, ensure_board, isolated
+from build_board import DEFAULT_PROCESSOR, HOME, board_folder, ensure_board, isolated
 from sshd import serve
 
 from edgeprune.specs import Device
@@ -22,6 +22,9 @@ from edgeprune.specs import Device
 USER = "edgeprune-board"
 COMMENT = "emulated board of the edgeprune tests"
 WORKDIR = ".local/share/edgeprune"  # below the home of the user
+BARE_PYTHON = (
+    f"/{HOME}/bin/python3"  # Debian's, without numpy, pip or a runtime, on the usual processor
+)
 PYTHONS = {
     "litert": "/opt/litert/bin/python",
     "tflite-runtime": "/opt/tflite/bin/python",
@@ -42,6 +45,7 @@ def emulated_board() -> Iterator[Device]:
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir()
         os.chown(home, account.pw_uid, account.pw_gid)
+        _bare_python(root / BARE_PYTHON[1:])
         Path(keys).chmod(0o755)  # sshd reads the authorized keys as the user
         only = (f"AllowUsers {USER}", "AllowTcpForwarding no", f"ChrootDirectory {root}")
         with serve(Path(keys), *only, prefix=isolated(proc=f"{root}/proc")) as server:
@@ -53,6 +57,12 @@ def emulated_board() -> Iterator[Device]:
                 lease_file=None,  # the shared one, in /run/lock
                 stand_in=False,
             )
+
+
+def _bare_python(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\nQEMU_CPU={DEFAULT_PROCESSOR} exec /usr/bin/python3 "$@"\n')
+    path.chmod(0o755)
 
 
 def workdir() -> Path:
