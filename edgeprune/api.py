@@ -12,7 +12,7 @@ from torch import nn
 from edgeprune import catalog, pipeline, records
 from edgeprune.closing import Outcome
 from edgeprune.compress import importance as importances
-from edgeprune.context import Context, Job
+from edgeprune.context import Context, Job, stand_in_runtime
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import Options, chosen_gates, chosen_sustained, chosen_target
@@ -23,9 +23,6 @@ from edgeprune.results import ProfileReport, Report
 from edgeprune.runfolder import RunFolder
 from edgeprune.specs import Preprocess, Workload
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
-
-# tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine.
-STAND_IN_RUNTIMES = {"tflite-runtime": "litert"}
 
 
 def resolve(loaded: LoadedWorkload, options: Options) -> Job:
@@ -42,10 +39,9 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing
     notes: tuple[str, ...] = ()
-    stand_in = STAND_IN_RUNTIMES.get(target.runtime.name)
-    if device.transport == "local" and device.stand_in and stand_in is not None:
-        notes = (f"{stand_in} stands in for {target.runtime.name}, which is for boards only",)
-        runtime = target.runtime.model_copy(update={"name": stand_in})
+    runtime = stand_in_runtime(target.runtime, device)
+    if runtime != target.runtime:
+        notes = (f"{runtime.name} stands in for {target.runtime.name}, which is for boards only",)
         target = target.model_copy(update={"runtime": runtime})
     if options.importance not in importances.BY_NAME:
         raise UnknownName("importance", options.importance, importances.BY_NAME)
@@ -164,7 +160,7 @@ def deploy(
 
 @contextlib.contextmanager
 def _context(loaded: LoadedWorkload, options: Options, progress: Progress) -> Iterator[Context]:
-    with pipeline.opened(resolve(loaded, options), progress) as context:
+    with pipeline.opened(resolve(loaded, options), progress, for_planning=False) as context:
         yield context
 
 

@@ -84,9 +84,13 @@ class Closing:
         quality = self.run.stage(
             "quality",
             "measuring",
-            {"export": self.files.digest, "final": self.final.digest},
+            {
+                "export": self.files.digest,
+                "final": self.final.digest,
+                "proof": [context.proof.name, context.proof.device.model_dump(mode="json")],
+            },
             FinalQuality,
-            lambda _: stages.final_quality(context, self.four, where=job.device_name),
+            lambda _: stages.final_quality(context, self.four, where=context.proof.name),
         )
         measured = verdict.Measured(
             measurements=self.final.result.measurements,
@@ -162,7 +166,7 @@ class Closing:
             model=job.loaded.workload.model,
             target=job.target.name,
             profile=job.profile.name,
-            device=job.device_name,
+            device=self.context.board.name,
             stamp=fingerprint.stamp,
             fingerprint=fingerprint,
             budget=job.budget.text,
@@ -195,6 +199,7 @@ class Closing:
         )
 
     def _notes(self) -> Iterator[str]:
+        yield from self.context.notes
         yield from self.context.prepared[1]
         yield from self.planned.dense.result.notes
         yield from self.files.result.notes
@@ -229,7 +234,7 @@ class Closing:
                 failed_gates=tuple(g.name for g in found.gates if not g.met),
                 runtime=RuntimeNeed(
                     name=job.target.runtime.name,
-                    min_version=found.fingerprint.runtime_version,
+                    min_version=context.proof.runtime_version(job.target.runtime.name),
                     threads=job.target.runtime.threads,
                 ),
                 preprocess=job.loaded.preprocess,
@@ -242,7 +247,7 @@ class Closing:
                     shipped=row.quality,
                 ),
                 latency=Latency(
-                    device=job.device_name,
+                    device=found.device,
                     fingerprint_key=found.fingerprint.key(),
                     stamp=found.stamp,
                     median_ms=row.median_ms,

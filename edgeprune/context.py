@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from edgeprune.devices.measure import ModelFile
 from edgeprune.formats import Format
 from edgeprune.progress import Progress
 from edgeprune.results import Artifact, FrozenGroup, LedgerEntry
-from edgeprune.specs import Budget, Device, Precision, Profile, Target
+from edgeprune.specs import Budget, Device, Precision, Profile, Runtime, Target
 from edgeprune.workload import LoadedWorkload
 
 INFER_CHUNK = 256
 PIXEL_SEED = 20261123
+# tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine.
+STAND_IN_RUNTIMES: dict[str, Literal["litert"]] = {"tflite-runtime": "litert"}
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,38 @@ class Job:
 
 @dataclass
 class Context:
-    """What every stage needs: the job, the boards, the data as the model sees it."""
+    """What every stage needs: the job, the boards, the data as the model sees it.
+
+    ``board`` is timed, the answers of ``proof`` are judged, and ``host`` runs what needs no device. The device of the job is both ``board``
+    and ``proof``, unless it is emulated: its answers are real and its times mean nothing, so ``board`` is then this machine.
+    """
 
     job: Job
     form: Format
     board: Board
+    proof: Board
     host: Board
     progress: Progress
 
     @property
     def is_host(self) -> bool:
         """Whether the device is this machine: then one run serves as host and as device."""
-        return self.board is self.host
+        return self.proof is self.host
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What must be said when times and numerics are of two machines."""
+        if self.board is self.proof:
+            return ()
+        runtime, proof = self.runtime_on(self.board).name, self.proof.name
+        note = f"numerics were verified on the emulated device {proof}; times are of this machine (stand-in)"
+        if runtime == self.job.target.runtime.name:
+            return (note,)
+        return (note, f"times are of {runtime}, which stands in for {self.job.target.runtime.name}")
+
+    def runtime_on(self, board: Board) -> Runtime:
+        """What runs the target's files on a board: on this machine, when it stands in, LiteRT for tflite-runtime."""
+        return stand_in_runtime(self.job.target.runtime, board.device)
 
     @cached_property
     def prepared(self) -> tuple[nn.Module, tuple[str, ...]]:
@@ -136,7 +159,7 @@ class Context:
         self, board: Board, file: Path, x: np.ndarray, *, delegate: bool = True
     ) -> torch.Tensor:
         """Logits ``[N, K]`` of a file on a board, in that board's child process."""
-        runtime = self.job.target.runtime
+        runtime = self.runtime_on(board)
         key = f"{file.name}-{'fast' if delegate else 'built-in'}"
         board.load(
             key, file.read_bytes(), runtime=runtime.name, threads=runtime.threads, delegate=delegate
@@ -154,3 +177,11 @@ class Context:
     def model_file(self, name: str, path: Path, artifact: Artifact) -> ModelFile:
         """A file ready to be measured."""
         return ModelFile(name, path.read_bytes(), artifact.precision, artifact.sha256)
+
+
+def stand_in_runtime(runtime: Runtime, device: Device) -> Runtime:
+    """The runtime for a device: another one for the same files where this machine stands in and cannot have it."""
+    name = STAND_IN_RUNTIMES.get(runtime.name)
+    if name is None or device.transport != "local" or not device.stand_in:
+        return runtime
+    return runtime.model_copy(update={"name": name})

@@ -26,7 +26,7 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
     dense = _dense(context, run)
     latency = _latency(context, run, dense)
     file, variant = _resizable(context, run, dense, latency)
-    stand = Stand(context.board, context.job.target.runtime, latency.result.precision)
+    stand = Stand(context.board, context.runtime_on(context.board), latency.result.precision)
     table = _table(context, run, latency, variant, stand, file)
     nets = run.stage(
         "nets",
@@ -41,7 +41,7 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
 
 
 def _check_times(context: Context) -> None:
-    runtime = context.job.target.runtime
+    runtime = context.runtime_on(context.board)
     if context.board.fingerprint(runtime.name, runtime.threads).stamp == "emulated":
         raise DeviceError(
             f"a plan needs times that mean something, but device {context.board.name!r} is emulated in software",
@@ -77,11 +77,11 @@ def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
 
 def _latency(context: Context, run: RunFolder, dense: Stage[DenseFiles]) -> Stage[DenseLatency]:
     job, say = context.job, context.progress.say
-    say(f"[2/8] dense latency on {job.device_name}")
+    say(f"[2/8] dense latency on {context.board.name}")
     inputs: dict[str, Any] = {
         "dense": dense.digest,
-        "device": [job.device_name, job.device.model_dump(mode="json")],
-        "runtime": job.target.runtime,
+        "device": [context.board.name, context.board.device.model_dump(mode="json")],
+        "runtime": context.runtime_on(context.board),
         "precisions": list(job.target.precisions),
     }
     latency = run.stage(
@@ -97,7 +97,7 @@ def _latency(context: Context, run: RunFolder, dense: Stage[DenseFiles]) -> Stag
         say(f"      dense {m.precision}: {m.median_ms:.4g} ms{mark}")
     if stamp == "stand-in":
         say(
-            f"      note: {job.device_name} stands in for {job.target.name}; its times are not that board's"
+            f"      note: {context.board.name} stands in for {job.target.name}; its times are not that board's"
         )
     return latency
 

@@ -56,8 +56,13 @@ def run_digest(job: Job) -> str:
 
 
 @contextlib.contextmanager
-def opened(job: Job, progress: Progress) -> Iterator[Context]:
+def opened(job: Job, progress: Progress, *, for_planning: bool = True) -> Iterator[Context]:
     """The context of a job, with its boards open: the device, and this machine as host.
+
+    Args:
+        job: the resolved request.
+        progress: where to report.
+        for_planning: times must mean something, so those of an emulated device are not taken: this machine is timed in its place.
 
     Raises:
         FormatError: no module for the target's format exists yet.
@@ -67,17 +72,28 @@ def opened(job: Job, progress: Progress) -> Iterator[Context]:
     form = formats.load(job.target.format)
     torch.manual_seed(job.seed)
     with contextlib.ExitStack() as stack:
-        board: Board = stack.enter_context(
-            open_board(
-                job.device_name, job.device, job=f"deploy for {job.target.name}", say=progress.say
-            )
+        purpose = f"deploy for {job.target.name}"
+        device: Board = stack.enter_context(
+            open_board(job.device_name, job.device, job=purpose, say=progress.say)
         )
-        host = board
+        board = host = device
+        is_replaced = for_planning and device.hello()["emulated"]
         if job.device.transport != "local":
             local = Device(transport="local", targets=(job.target.name,), stand_in=True)
-            host = stack.enter_context(open_board("this-machine", local, exclusive=False))
-        board.fingerprint(job.target.runtime.name, job.target.runtime.threads)
-        yield Context(job=job, form=form, board=board, host=host, progress=progress)
+            host = stack.enter_context(
+                open_board("this-machine", local, exclusive=is_replaced, job=purpose)
+            )
+        if is_replaced:
+            board = host
+        context = Context(
+            job=job, form=form, board=board, proof=device, host=host, progress=progress
+        )
+        for opened_board in {id(b): b for b in (device, board)}.values():
+            runtime = context.runtime_on(opened_board)
+            opened_board.fingerprint(runtime.name, runtime.threads)
+        for note in context.notes:
+            progress.say(f"note: {note}")
+        yield context
 
 
 def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
@@ -197,8 +213,8 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
 
 
 def _heal(context: Context, plan: PruningPlan, start: Path, folder: Path) -> RecoveredResult:
-    """Train while others may use the board."""
-    with context.board.rested():
+    """Train while others may use the boards."""
+    with context.board.rested(), context.proof.rested():
         return stages.heal(context, plan, start, folder)
 
 

@@ -35,7 +35,7 @@ def profile(context: Context) -> ProfileReport:
     Raises:
         FormatError, DeviceError: the export fails, or the board does.
     """
-    job, runtime = context.job, context.job.target.runtime
+    job, runtime = context.job, context.runtime_on(context.board)
     with tempfile.TemporaryDirectory(prefix="edgeprune-profile-") as scratch:
         folder = Path(scratch)
         context.progress.say(f"exporting to {job.target.format}, fp32 and int8")
@@ -94,7 +94,7 @@ def _layer_times(
     context: Context, path: Path, artifact: Artifact, whole_ms: float
 ) -> dict[str, _Timed]:
     """Time of each kernel of a file by its name, in the order of the file."""
-    runtime = context.job.target.runtime
+    runtime = context.runtime_on(context.board)
     nodes = None
     if whole_ms >= PROFILER_FROM_MS:
         key = f"profile-{artifact.precision}"

@@ -1,26 +1,18 @@
-"""The emulated board as a device: the host's sshd on loopback, with the arm64 root as the only thing its one user can see."""
+"""Fixtures of all tests on the emulated board."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from build_board import HOME, BoardUnavailable, board_folder, ensure_board, isolated
-from sshd import serve
+import yaml
+from build_board import BoardUnavailable
+from emulated_board import PYTHONS, emulated_board
+from example_files import ExampleFiles, make_example_files
 
+from edgeprune.devices.board import Board, open_board
 from edgeprune.specs import Device
-
-USER = "edgeprune-board"
-COMMENT = "emulated board of the edgeprune tests"
 
 
 @pytest.fixture(scope="session")
@@ -29,65 +21,44 @@ def arm64_board() -> Iterator[Device]:
 
     ``/opt/tflite`` and ``/opt/ort`` on it hold the other runtimes. Built at the first use, which takes minutes.
     """
+    opened = emulated_board()
     try:
-        root = ensure_board()
+        device = opened.__enter__()
     except BoardUnavailable as reason:
         pytest.skip(f"no emulated board here: {reason}")
-    with _alone(), _user() as account, tempfile.TemporaryDirectory(prefix="edgeprune-") as keys:
-        home = root / HOME
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir()
-        os.chown(home, account.pw_uid, account.pw_gid)
-        Path(keys).chmod(0o755)  # sshd reads the authorized keys as the user
-        only = (f"AllowUsers {USER}", "AllowTcpForwarding no", f"ChrootDirectory {root}")
-        with serve(Path(keys), *only, prefix=isolated(proc=f"{root}/proc")) as server:
-            yield server.device(
-                targets=("rpi4", "rpi3-32bit"),
-                user=USER,
-                workdir="~/.local/share/edgeprune",
-                python="/opt/litert/bin/python",
-                stand_in=False,
-            )
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Two test runs cannot share the user and its home."""
-    with (board_folder() / "in-use").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _user() -> Iterator[pwd.struct_passwd]:
-    """An account of the host without a password, for the time of the tests. One that a killed run left behind is taken over."""
     try:
-        found = pwd.getpwnam(USER)
-        if found.pw_gecos != COMMENT:
-            pytest.skip(f"no emulated board here: this machine has a user {USER} of its own")
-    except KeyError:
-        # "*" is no password; "!", the default, would lock the account for keys too.
-        facts = ["--comment", COMMENT, "--home-dir", f"/{HOME}", "--shell", "/bin/sh"]
-        options = ["--system", "--no-create-home", "--gid", "nogroup", "--password", "*"]
-        subprocess.run(["useradd", *options, *facts, USER], check=True, timeout=30)
-    try:
-        yield pwd.getpwnam(USER)
+        yield device
     finally:
-        _wait_until_idle(pwd.getpwnam(USER).pw_uid)
-        subprocess.run(["userdel", USER], check=True, timeout=30, capture_output=True)
+        opened.__exit__(None, None, None)
 
 
-def _wait_until_idle(uid: int, seconds: float = 10) -> None:
-    """Return when no process of this user is left: they are killed with their sshd, but not at once."""
-    deadline = time.monotonic() + seconds
-    while any(_owner(place) == uid for place in Path("/proc").glob("[0-9]*")):
-        if time.monotonic() > deadline:
-            pytest.fail(f"processes of the user {USER} still run")
-        time.sleep(0.05)
+@pytest.fixture(scope="session")
+def host() -> Iterator[Board]:
+    """This machine, which others may use at the same time."""
+    local = Device(transport="local", targets=(), stand_in=True)
+    with open_board("here", local, exclusive=False) as opened:
+        yield opened
 
 
-def _owner(place: Path) -> int | None:
-    try:
-        return place.stat().st_uid
-    except FileNotFoundError:  # it ended meanwhile
-        return None
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ExampleFiles:
+    """The trained example in both formats and precisions."""
+    return make_example_files(tmp_path_factory.mktemp("files"))
+
+
+def write_devices(folder: Path, board: Device) -> None:
+    """A ``devices.yaml`` with the board once for every runtime, by the runtime's name."""
+    devices = {
+        name: board.model_copy(update={"python": python}).model_dump(mode="json")
+        for name, python in PYTHONS.items()
+    }
+    text = yaml.safe_dump({"schema_version": 1, "devices": devices})
+    (folder / "devices.yaml").write_text(text)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm64_board: Device) -> Path:
+    """A folder whose ``devices.yaml`` names the board, as the working directory."""
+    write_devices(tmp_path, arm64_board)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

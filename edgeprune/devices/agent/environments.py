@@ -40,6 +40,8 @@ CLEAN_ENV = {
     "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
     "LC_ALL": "C.UTF-8",
     "HOME": "/nonexistent",
+    # Which processor an emulated board has: without it the runtime would be tried on one, and run on another.
+    **{name: os.environ[name] for name in ("QEMU_CPU",) if name in os.environ},
 }
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
 _VERSION = re.compile(r"^[0-9][A-Za-z0-9.+!_]{0,40}$")

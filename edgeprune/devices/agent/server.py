@@ -81,7 +81,7 @@ class Agent:
             name: getattr(self, "op_" + name)
             for name in (
                 "hello", "lease", "release", "who", "break", "status", "clean", "restore", "tune", "runtime", "ready",
-                "env_install", "cache_state", "cache_write", "load", "load_many", "unload", "time", "infer", "profile",
+                "env_list", "env_install", "cache_state", "cache_write", "load", "load_many", "unload", "time", "infer", "profile",
                 "result",
             )
         }  # fmt: skip
@@ -100,7 +100,9 @@ class Agent:
         return self._client
 
     def op_hello(self, request: Dict[str, Any], blob: bytes) -> Message:
-        """Facts about this machine; sets up what belongs to the client."""
+        """Facts about this machine; sets up what belongs to the client, unless it is known and says nothing new."""
+        if self._client is not None and "workdir" not in request:
+            return machine_facts(), b""
         try:
             self._client = client = Client(request)
         except OSError as error:
@@ -194,8 +196,13 @@ class Agent:
             raise Refused("runtime", "this agent cannot run the runtime " + runtime)
         return environments.python_for(self.client.workdir, runtime) or own_python()
 
+    def op_env_list(self, request: Dict[str, Any], blob: bytes) -> Message:
+        """The environments of runtimes; the preferred one of a runtime comes first."""
+        return {"environments": environments.listed(self.client.workdir)}, b""
+
     def op_env_install(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Make an environment from wheels that are in the cache."""
+        self._need_lease()
         client = self.client
         return environments.install(client.workdir, own_python(), request, client.cache.path), b""
 
