@@ -211,6 +211,7 @@ class Timed(Record):
     before: Moment
     after: Moment
     peak_memory_bytes: dict[str, Annotated[int, Field(gt=0, lt=2**50)]]
+    inside_ns: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = {}
     stop_reason: Literal["rounds", "rejected"]
     notes: Annotated[tuple[Text, ...], Field(max_length=20)]
 

@@ -323,15 +323,13 @@ class Agent:
             if error.kind in ("crash", "memory", "timeout"):
                 self._forget([key for key, w in models.items() if not w.is_running()])
             raise
-        memory = {
-            key: worker.ask({"op": "memory"})[0]["peak_memory_bytes"]
-            for key, worker in models.items()
-        }
+        spent = {key: worker.ask({"op": "spent", "key": key})[0] for key, worker in models.items()}
         result = {
             "blocks": session.blocks,
             "before": before,
             "after": telemetry.snapshot(),
-            "peak_memory_bytes": memory,
+            "peak_memory_bytes": {key: found["peak_memory_bytes"] for key, found in spent.items()},
+            "inside_ns": {key: found["inside_ns"] for key, found in spent.items()},
             "stop_reason": stopped,
             "notes": session.notes[:20],
         }

@@ -47,6 +47,7 @@ class Timer:
         self.n_samples = max(plan["min_runs"], min(plan["max_runs"], wanted))
         self.call_ns = call_ns
         self.ended_ns = time.perf_counter_ns()
+        self.inside_ns = self.ended_ns - start
 
     def _settle(self, limit_ns: float) -> float:
         """Go on until two windows of five samples agree; gives the time of one call."""
@@ -69,11 +70,13 @@ class Timer:
 
     def visit(self, number: int) -> Dict[str, Any]:
         """Time one block. The first sample meets the caches of another model and is dropped; after an idle second, two are."""
-        idle_ns = time.perf_counter_ns() - self.ended_ns
+        start = time.perf_counter_ns()
+        idle_ns = start - self.ended_ns
         for _ in range(2 if idle_ns > 1_000_000_000 else 1):
             sample(self.run, self.calls)
         taken = [sample(self.run, self.calls) for _ in range(self.n_samples)]
         self.ended_ns = time.perf_counter_ns()
+        self.inside_ns += self.ended_ns - start
         return {"round": number, "calls_per_sample": self.calls, "samples_ns": taken}
 
 
@@ -90,7 +93,7 @@ class Worker:
             "blocks": self.blocks,
             "infer": self.infer,
             "profile": self.profile,
-            "memory": lambda request, blob: ({"peak_memory_bytes": peak_memory_bytes()}, b""),
+            "spent": self.spent,
         }
 
     def load(self, request: Dict[str, Any], blob: bytes) -> Message:
@@ -133,6 +136,11 @@ class Worker:
             if digest(self.models[key].answer()) != self.answers[key]:
                 raise Refused("nondeterministic", "%s gives other outputs for the same input" % key)
         return {"blocks": found}, b""
+
+    def spent(self, request: Dict[str, Any], blob: bytes) -> Message:
+        """The most memory that this process had, and the time that a model ran since it was warmed up."""
+        inside_ns = self.timers[request["key"]].inside_ns
+        return {"peak_memory_bytes": peak_memory_bytes(), "inside_ns": inside_ns}, b""
 
     def infer(self, request: Dict[str, Any], blob: bytes) -> Message:
         """Outputs of a loaded model for an array."""
