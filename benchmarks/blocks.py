@@ -5,10 +5,13 @@ Every block names its stamp beside the figures: times of a stand-in are never ti
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+
+from board_blocks import BoardResults, boards_block, matrix_block
 
 from edgeprune import records
 from edgeprune.report import charts, facts
@@ -425,14 +428,17 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     """Every block by name; ``None`` while its results file is not there.
 
     Args:
-        results: the folder with ``demo.json``, ``budgets.json`` and ``measurement.json``.
+        results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json`` and ``emulated-setup.json``.
 
     Raises:
         IntegrityError: a results file is damaged.
     """
     demo, budgets = results / "demo.json", results / "budgets.json"
     measurement = results / "measurement.json"
-    found: dict[str, str | None] = dict.fromkeys(("demo", "budgets", "prediction", "measurement"))
+    boards, setup = results / "boards.json", results / "emulated-setup.json"
+    names = ("demo", "budgets", "prediction", "measurement", "boards")
+    found: dict[str, str | None] = dict.fromkeys(names)
+    found["failures"] = matrix_block()
     if demo.is_file():
         found["demo"] = demo_block(records.read_json(Report, demo))
     if budgets.is_file():
@@ -440,4 +446,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         found |= {"budgets": budgets_block(read), "prediction": prediction_block(read)}
     if measurement.is_file():
         found["measurement"] = measurement_block(records.read_json(MeasurementResults, measurement))
+    if boards.is_file():
+        costs = json.loads(setup.read_bytes()) if setup.is_file() else None
+        found["boards"] = boards_block(records.read_json(BoardResults, boards), costs)
     return found
