@@ -13,6 +13,7 @@ from edgeprune import catalog, pipeline, records
 from edgeprune.closing import Outcome
 from edgeprune.compress import importance as importances
 from edgeprune.context import Context, Job
+from edgeprune.devices.recording import as_recorded
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import Options, chosen_gates, chosen_target
@@ -41,9 +42,11 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     device_name, device = catalog.device_for(target.name, options.device or workload.device)
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing
+    device = as_recorded(device)
     notes: tuple[str, ...] = ()
     stand_in = STAND_IN_RUNTIMES.get(target.runtime.name)
-    if device.transport == "local" and device.stand_in and stand_in is not None:
+    is_stand_in = device.transport in ("local", "replay") and device.stand_in
+    if is_stand_in and stand_in is not None:
         notes = (f"{stand_in} stands in for {target.runtime.name}, which is for boards only",)
         runtime = target.runtime.model_copy(update={"name": stand_in})
         target = target.model_copy(update={"runtime": runtime})
@@ -62,6 +65,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         seed=workload.seed if options.seed is None else options.seed,
         command=options.command,
         notes=notes,
+        record=options.record,
     )
 
 
@@ -176,6 +180,6 @@ def plan_loaded(
     """The measured plan without any training, and the run folder that ``deploy`` would go on with. Raises as :func:`deploy`."""
     job = resolve(loaded, options)
     path = run_path(job, options)
-    with RunFolder(path, progress) as run, pipeline.opened(job, progress) as context:
+    with RunFolder(path, progress) as run, pipeline.opened(job, progress, run) as context:
         records.write_json(pipeline.request(job), path / "run.json")
         return plan_stages(context, run).plan.result, path

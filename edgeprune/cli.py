@@ -83,6 +83,11 @@ def _model_options(command: Command) -> Command:
         click.option("--mean", type=float, multiple=True, help="Per channel, of pixels in [0, 1]."),
         click.option("--std", type=float, multiple=True, help="Per channel, of pixels in [0, 1]."),
         click.option("--seed", type=click.IntRange(0), help="Of everything random."),
+        click.option(
+            "--record",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Record all that the device answers, for a replay device (*.epr).",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
         click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
     ]
@@ -431,6 +436,7 @@ def _options(flags: dict[str, Any]) -> Options:
         seed=flags.get("seed"),
         run=flags.get("run"),
         resume=flags.get("resume"),
+        record=flags.get("record"),
         command=shlex.join(["edgeprune", *sys.argv[1:]]),
     )
 

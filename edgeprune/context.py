@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from edgeprune.compress.groups import ChannelGroup, find_groups
 from edgeprune.datasets import Split, model_input, to_layout
 from edgeprune.devices.board import Board
 from edgeprune.devices.measure import ModelFile
+from edgeprune.devices.recording import recording_path
 from edgeprune.formats import Format
 from edgeprune.progress import Progress
+from edgeprune.records import sha256_file
 from edgeprune.results import Artifact, FrozenGroup, LedgerEntry
 from edgeprune.specs import Budget, Device, Precision, Profile, Target
 from edgeprune.workload import LoadedWorkload
@@ -41,6 +44,14 @@ class Job:
     seed: int
     command: str
     notes: tuple[str, ...] = ()
+    record: Path | None = None
+
+    def device_key(self) -> list[Any]:
+        """What tells the device from others, as plain data; a replay is told by the content of its recording."""
+        found: list[Any] = [self.device_name, self.device.model_dump(mode="json")]
+        if self.device.transport == "replay":
+            found.append(sha256_file(recording_path(self.device)))
+        return found
 
 
 @dataclass

@@ -80,7 +80,7 @@ def _latency(context: Context, run: RunFolder, dense: Stage[DenseFiles]) -> Stag
     say(f"[2/8] dense latency on {job.device_name}")
     inputs: dict[str, Any] = {
         "dense": dense.digest,
-        "device": [job.device_name, job.device.model_dump(mode="json")],
+        "device": job.device_key(),
         "runtime": job.target.runtime,
         "precisions": list(job.target.precisions),
     }

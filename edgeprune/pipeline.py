@@ -19,6 +19,7 @@ from edgeprune import formats, records, stages
 from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
+from edgeprune.devices.store import MeasurementStore
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import check_format
 from edgeprune.progress import Progress
@@ -33,6 +34,8 @@ from edgeprune.stage_records import (
 )
 from edgeprune.version import VERSION
 
+STORE = "measurements.sqlite"
+
 
 def run_digest(job: Job) -> str:
     """What tells one run from another: the model, the data, every setting, and the device."""
@@ -44,7 +47,7 @@ def run_digest(job: Job) -> str:
             "data": job.loaded.dataset.digest,
             "preprocess": job.loaded.preprocess,
             "target": job.target,
-            "device": [job.device_name, job.device.model_dump(mode="json")],
+            "device": job.device_key(),
             "budget": job.budget,
             "max_drop": job.max_drop,
             "importance": job.importance,
@@ -55,8 +58,11 @@ def run_digest(job: Job) -> str:
 
 
 @contextlib.contextmanager
-def opened(job: Job, progress: Progress) -> Iterator[Context]:
+def opened(job: Job, progress: Progress, run: RunFolder | None = None) -> Iterator[Context]:
     """The context of a job, with its boards open: the device, and this machine as host.
+
+    In a run folder every timing is stored before it is used, so that a killed run repeats only the one that it was in. A run that is
+    recorded measures all afresh: a recording must hold what the replay will be asked.
 
     Raises:
         FormatError: no module for the target's format exists yet.
@@ -66,9 +72,18 @@ def opened(job: Job, progress: Progress) -> Iterator[Context]:
     form = formats.load(job.target.format)
     torch.manual_seed(job.seed)
     with contextlib.ExitStack() as stack:
+        store = None
+        if run is not None and job.record is None:
+            store = stack.enter_context(MeasurementStore(run.path / STORE))
+            run.notes.extend(store.notes)
         board: Board = stack.enter_context(
             open_board(
-                job.device_name, job.device, job=f"deploy for {job.target.name}", say=progress.say
+                job.device_name,
+                job.device,
+                job=f"deploy for {job.target.name}",
+                say=progress.say,
+                record=job.record,
+                store=store,
             )
         )
         host = board
@@ -98,7 +113,7 @@ def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
         records.write_json(request(job), run_path / "run.json")
         with run.timed("opening the device", "other"):
             stack = contextlib.ExitStack()
-            context = stack.enter_context(opened(job, progress))
+            context = stack.enter_context(opened(job, progress, run))
         with stack:
             planned = plan_stages(context, run)
             return _finish(context, run, planned)

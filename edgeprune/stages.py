@@ -121,7 +121,12 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
     found = {
         m.name: m
         for m in measure(
-            context.board, models, runtime=runtime.name, threads=runtime.threads, plan=SEARCH
+            context.board,
+            models,
+            runtime=runtime.name,
+            threads=runtime.threads,
+            plan=SEARCH,
+            purpose="dense",
         )
     }
     allowed = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
@@ -306,7 +311,12 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
     found = {
         m.name: m
         for m in measure(
-            context.board, models, runtime=runtime.name, threads=runtime.threads, plan=REPORT
+            context.board,
+            models,
+            runtime=runtime.name,
+            threads=runtime.threads,
+            plan=REPORT,
+            purpose="final",
         )
     }
     pairs = [

@@ -71,7 +71,7 @@ class Clock:
     def __post_init__(self) -> None:
         self._draw = np.random.default_rng(0)
 
-    def measure(self, files: Mapping[str, bytes]) -> dict[str, Measurement]:
+    def measure(self, files: Mapping[str, bytes], purpose: str) -> dict[str, Measurement]:
         self.measured.extend(files)
         rounds = range(12)
         drift = self._draw.normal(1, 0.05, len(rounds))  # a regime that all files of a round share
@@ -98,7 +98,7 @@ class Clock:
             ),
         )  # fmt: skip
 
-    def kernels(self, files: Mapping[str, bytes], _: Progress) -> dict[str, float]:
+    def kernels(self, files: Mapping[str, bytes], _: Progress, purpose: str) -> dict[str, float]:
         found = {}
         for name, content in files.items():
             asked = json.loads(content)

@@ -42,6 +42,7 @@ def measure(
     threads: int,
     plan: TimingPlan,
     keep_loaded: bool = False,
+    purpose: str = "",
 ) -> list[Measurement]:
     """Latency of every file, in the order given, timed in the same rounds.
 
@@ -52,6 +53,7 @@ def measure(
         threads: threads of the runtime.
         plan: how long to look.
         keep_loaded: leave the models on the board, for :meth:`Board.infer` and :meth:`Board.profile`.
+        purpose: see :meth:`Board.time`.
 
     Raises:
         DeviceError: a file did not load, or the board failed.
@@ -65,7 +67,7 @@ def measure(
             board.load(model.name, model.content, runtime=runtime, threads=threads)
             for model in models
         ]
-        timing = board.time(names, plan)
+        timing = board.time(names, plan, purpose=purpose)
     except BaseException:
         _forget(board, names)
         raise
@@ -159,6 +161,7 @@ def time_kernels(
     threads: int,
     progress: Progress,
     plan: TimingPlan = KERNEL,
+    purpose: str = "",
 ) -> dict[str, float]:
     """Time of many small files in nanoseconds.
 
@@ -172,6 +175,7 @@ def time_kernels(
         threads: threads of the runtime.
         progress: counts files; a file that the board cannot load is named there and left out of the answer.
         plan: how long to look at each.
+        purpose: see :meth:`Board.time`; a number is added to it for each request.
 
     Raises:
         DeviceError: no file loads, or the board failed.
@@ -179,11 +183,12 @@ def time_kernels(
     times: dict[str, float] = {}
     problem = ""
     with progress.bar("timing kernels", len(files)) as bar:
-        for chunk in _chunks(files):
+        for number, chunk in enumerate(_chunks(files)):
+            part = f"{purpose}-{number}" if purpose else ""
             loaded = board.load_many(chunk, runtime=runtime, threads=threads)
             keys = [key for key, model in loaded.items() if isinstance(model, Loaded)]
             try:
-                timing = board.time(keys, plan) if keys else None
+                timing = board.time(keys, plan, purpose=part) if keys else None
             finally:
                 _forget(board, keys)
             for key, model in loaded.items():
