@@ -357,11 +357,7 @@ def make_plan(
             options = [
                 s for s in _options(problem, aim_ms) if tuple(sorted(s.widths.items())) not in tried
             ]
-            found = (
-                _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
-                if options
-                else []
-            )
+            found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
             checks.extend(found)
             samples += [(c.widths, c.measured_ms, 3.0) for c in found]
             model = correct(model, samples)
@@ -400,6 +396,8 @@ def _check(
     limit_ms: float,
     purpose: str,
 ) -> list[PlanCheck]:
+    if not options:
+        return []
     files = {str(i): file.resized(s.widths) for i, s in enumerate(options)}
     found = stand.measure({"dense": file.resized({}), **files}, purpose)
     checks = []

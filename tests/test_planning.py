@@ -229,9 +229,9 @@ def test_kernels_are_never_timed_twice():
     counted: list[str] = []
     answer = clock.kernels
 
-    def counting(files: Mapping[str, bytes], progress: Progress) -> dict[str, float]:
+    def counting(files: Mapping[str, bytes], progress: Progress, purpose: str) -> dict[str, float]:
         counted.extend(content.decode() for content in files.values())
-        return answer(files, progress)
+        return answer(files, progress, purpose)
 
     clock.kernels = counting  # type: ignore[method-assign]
     table = table_of(clock)
