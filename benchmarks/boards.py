@@ -26,7 +26,8 @@ from board_blocks import BoardResults, Overhead, Recovery  # noqa: E402
 from faultproxy import FaultProxy  # noqa: E402
 from sshd import Sshd, matmul_file, serve  # noqa: E402
 
-from edgeprune.devices.board import KERNEL, REPORT, SEARCH, Board, TimingPlan, open_board  # noqa: E402
+from edgeprune.devices.board import Board, open_board  # noqa: E402
+from edgeprune.devices.plans import KERNEL, REPORT, SEARCH, TimingPlan  # noqa: E402
 from edgeprune.records import write_json  # noqa: E402
 from edgeprune.specs import Device  # noqa: E402
 

@@ -22,9 +22,10 @@ from blocks import RESULTS, MeasurementResults, Trial, measurement_block
 import edgeprune
 from edgeprune import records
 from edgeprune.closing import versions
-from edgeprune.devices.board import Board, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.decide import decide
 from edgeprune.devices.measure import ModelFile
+from edgeprune.devices.plans import TimingPlan
 from edgeprune.errors import EdgepruneError
 from edgeprune.progress import Terminal
 from edgeprune.results import Block

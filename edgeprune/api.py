@@ -13,6 +13,7 @@ from edgeprune import catalog, pipeline, records
 from edgeprune.closing import Outcome
 from edgeprune.compress import importance as importances
 from edgeprune.context import Context, Job, stand_in_runtime
+from edgeprune.devices.recording import as_recorded
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import Options, chosen_gates, chosen_sustained, chosen_target
@@ -38,6 +39,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     device_name, device = catalog.device_for(target.name, options.device or workload.device)
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing
+    device = as_recorded(device)
     notes: tuple[str, ...] = ()
     runtime = stand_in_runtime(target.runtime, device)
     if runtime != target.runtime:
@@ -59,6 +61,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         command=options.command,
         notes=notes,
         sustained=chosen_sustained(options),
+        record=options.record,
     )
 
 
@@ -176,6 +179,6 @@ def plan_loaded(
     """The measured plan without any training, and the run folder that ``deploy`` would go on with. Raises as :func:`deploy`."""
     job = resolve(loaded, options)
     path = run_path(job, options)
-    with RunFolder(path, progress) as run, pipeline.opened(job, progress) as context:
+    with RunFolder(path, progress) as run, pipeline.opened(job, progress, run) as context:
         records.write_json(pipeline.request(job), path / "run.json")
         return plan_stages(context, run).plan.result, path

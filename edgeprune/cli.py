@@ -82,6 +82,11 @@ def _model_options(command: Command) -> Command:
             "--sustained", help="Also run without a pause, such as 10min, and judge the end of it."
         ),
         click.option("--seed", type=click.IntRange(0), help="Of everything random."),
+        click.option(
+            "--record",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Record all that the device answers, for a replay device (*.epr).",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
         click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
     ]
@@ -400,6 +405,7 @@ def _options(flags: dict[str, Any]) -> Options:
         run=flags.get("run"),
         resume=flags.get("resume"),
         sustained=flags.get("sustained"),
+        record=flags.get("record"),
         command=shlex.join(["edgeprune", *sys.argv[1:]]),
     )
 

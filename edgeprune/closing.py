@@ -208,6 +208,7 @@ class Closing:
             yield doubt
         if self.recovered.result.interrupted:
             yield "the recovery was interrupted; the best epoch so far was kept"
+        yield from self.context.board.notes
         if self.context.is_host:
             yield "host and device are the same machine; each file was run once"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from edgeprune.compress.groups import ChannelGroup, find_groups
 from edgeprune.datasets import Split, model_input, to_layout
 from edgeprune.devices.board import Board
 from edgeprune.devices.measure import ModelFile
+from edgeprune.devices.recording import recording_path
 from edgeprune.formats import Format
 from edgeprune.progress import Progress
+from edgeprune.records import sha256_file
 from edgeprune.results import Artifact, FrozenGroup, LedgerEntry
 from edgeprune.specs import Budget, Device, Precision, Profile, Runtime, Target
 from edgeprune.workload import LoadedWorkload
@@ -45,6 +47,14 @@ class Job:
     command: str
     notes: tuple[str, ...] = ()
     sustained: float | None = None  # seconds
+    record: Path | None = None
+
+    def device_key(self) -> list[Any]:
+        """What tells the device from others, as plain data; a replay is told by the content of its recording."""
+        found: list[Any] = [self.device_name, self.device.model_dump(mode="json")]
+        if self.device.transport == "replay":
+            found.append(sha256_file(recording_path(self.device)))
+        return found
 
 
 @dataclass
@@ -77,6 +87,12 @@ class Context:
         if runtime == self.job.target.runtime.name:
             return (note,)
         return (note, f"times are of {runtime}, which stands in for {self.job.target.runtime.name}")
+
+    def board_key(self) -> list[Any]:
+        """What tells the timed board from others, as plain data."""
+        if self.board is self.proof:
+            return self.job.device_key()
+        return [self.board.name, self.board.device.model_dump(mode="json")]
 
     def runtime_on(self, board: Board) -> Runtime:
         """What runs the target's files on a board: on this machine, when it stands in, LiteRT for tflite-runtime."""
@@ -182,6 +198,6 @@ class Context:
 def stand_in_runtime(runtime: Runtime, device: Device) -> Runtime:
     """The runtime for a device: another one for the same files where this machine stands in and cannot have it."""
     name = STAND_IN_RUNTIMES.get(runtime.name)
-    if name is None or device.transport != "local" or not device.stand_in:
+    if name is None or device.transport not in ("local", "replay") or not device.stand_in:
         return runtime
     return runtime.model_copy(update={"name": name})

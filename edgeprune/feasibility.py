@@ -80,7 +80,7 @@ def _latency(context: Context, run: RunFolder, dense: Stage[DenseFiles]) -> Stag
     say(f"[2/8] dense latency on {context.board.name}")
     inputs: dict[str, Any] = {
         "dense": dense.digest,
-        "device": [context.board.name, context.board.device.model_dump(mode="json")],
+        "device": context.board_key(),
         "runtime": context.runtime_on(context.board),
         "precisions": list(job.target.precisions),
     }

@@ -22,6 +22,7 @@ class Options:
     seed: int | None = None
     run: Path | None = None
     resume: Path | None = None
+    record: Path | None = None
     command: str = "edgeprune (from Python)"
     sustained: str | None = None
 

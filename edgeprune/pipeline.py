@@ -19,6 +19,7 @@ from edgeprune import formats, records, stages
 from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
+from edgeprune.devices.store import MeasurementStore
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import check_format
 from edgeprune.progress import Progress
@@ -33,6 +34,8 @@ from edgeprune.stage_records import (
 )
 from edgeprune.version import VERSION
 
+STORE = "measurements.sqlite"
+
 
 def run_digest(job: Job) -> str:
     """What tells one run from another: the model, the data, every setting, and the device."""
@@ -44,7 +47,7 @@ def run_digest(job: Job) -> str:
             "data": job.loaded.dataset.digest,
             "preprocess": job.loaded.preprocess,
             "target": job.target,
-            "device": [job.device_name, job.device.model_dump(mode="json")],
+            "device": job.device_key(),
             "budget": job.budget,
             "max_drop": job.max_drop,
             "importance": job.importance,
@@ -56,12 +59,18 @@ def run_digest(job: Job) -> str:
 
 
 @contextlib.contextmanager
-def opened(job: Job, progress: Progress, *, for_planning: bool = True) -> Iterator[Context]:
+def opened(
+    job: Job, progress: Progress, run: RunFolder | None = None, *, for_planning: bool = True
+) -> Iterator[Context]:
     """The context of a job, with its boards open: the device, and this machine as host.
+
+    In a run folder every timing is stored before it is used, so that a killed run repeats only the one that it was in. A run that is
+    recorded measures all afresh: a recording must hold what the replay will be asked.
 
     Args:
         job: the resolved request.
         progress: where to report.
+        run: the folder of the run, when there is one.
         for_planning: times must mean something, so those of an emulated device are not taken: this machine is timed in its place.
 
     Raises:
@@ -72,16 +81,27 @@ def opened(job: Job, progress: Progress, *, for_planning: bool = True) -> Iterat
     form = formats.load(job.target.format)
     torch.manual_seed(job.seed)
     with contextlib.ExitStack() as stack:
+        store = None
+        if run is not None and job.record is None:
+            store = stack.enter_context(MeasurementStore(run.path / STORE))
+            run.notes.extend(store.notes)
         purpose = f"deploy for {job.target.name}"
         device: Board = stack.enter_context(
-            open_board(job.device_name, job.device, job=purpose, say=progress.say)
+            open_board(
+                job.device_name,
+                job.device,
+                job=purpose,
+                say=progress.say,
+                record=job.record,
+                store=store,
+            )
         )
         board = host = device
         is_replaced = for_planning and device.hello()["emulated"]
         if job.device.transport != "local":
             local = Device(transport="local", targets=(job.target.name,), stand_in=True)
             host = stack.enter_context(
-                open_board("this-machine", local, exclusive=is_replaced, job=purpose)
+                open_board("this-machine", local, exclusive=is_replaced, job=purpose, store=store)
             )
         if is_replaced:
             board = host
@@ -115,7 +135,7 @@ def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
         records.write_json(request(job), run_path / "run.json")
         with run.timed("opening the device", "other"):
             stack = contextlib.ExitStack()
-            context = stack.enter_context(opened(job, progress))
+            context = stack.enter_context(opened(job, progress, run))
         with stack:
             planned = plan_stages(context, run)
             return _finish(context, run, planned)

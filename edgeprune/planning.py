@@ -16,8 +16,9 @@ import numpy as np
 from edgeprune import search
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.compress.importance import kept_channels
-from edgeprune.devices.board import SEARCH, Board
+from edgeprune.devices.board import Board
 from edgeprune.devices.measure import ModelFile, compare, measure, time_kernels
+from edgeprune.devices.plans import SEARCH
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
 from edgeprune.latency.grid import admissible, candidate_widths, thin
@@ -58,22 +59,30 @@ class Stand:
     runtime: Runtime
     precision: Precision
 
-    def measure(self, files: Mapping[str, bytes]) -> dict[str, Measurement]:
-        """Interleaved measurements of whole files, by name."""
+    def measure(self, files: Mapping[str, bytes], purpose: str) -> dict[str, Measurement]:
+        """Interleaved measurements of whole files, by name. ``purpose`` is used once in a run; see :meth:`Board.time`."""
         models = [ModelFile(n, c, self.precision, sha256_bytes(c)) for n, c in files.items()]
         found = measure(
-            self.board, models, runtime=self.runtime.name, threads=self.runtime.threads, plan=SEARCH
+            self.board,
+            models,
+            runtime=self.runtime.name,
+            threads=self.runtime.threads,
+            plan=SEARCH,
+            purpose=purpose,
         )
         return {m.name: m for m in found}
 
-    def kernels(self, files: Mapping[str, bytes], progress: Progress) -> dict[str, float]:
-        """Nanoseconds of single kernels, by name."""
+    def kernels(
+        self, files: Mapping[str, bytes], progress: Progress, purpose: str
+    ) -> dict[str, float]:
+        """Nanoseconds of single kernels, by name. ``purpose`` is used once in a run; see :meth:`Board.time`."""
         return time_kernels(
             self.board,
             dict(files),
             runtime=self.runtime.name,
             threads=self.runtime.threads,
             progress=progress,
+            purpose=purpose,
         )
 
 
@@ -130,7 +139,8 @@ def measure_table(
     }
     probes = Probes(stand, file, full, progress)
     probes.measure(
-        (k, p) for k in file.kernels for p in _marginals([candidates[v] for v in k.variables])
+        ((k, p) for k in file.kernels for p in _marginals([candidates[v] for v in k.variables])),
+        "kernels-alone",
     )
     staircases = {
         group: Staircase(widths=widths, ns=tuple(probes.touched_ns(group, w) for w in widths))
@@ -154,7 +164,9 @@ def measure_table(
         ]
         slots_of[name] = slots
         points[name] = probe_points(slots, seed=PROBE_SEED)
-    probes.measure((classes[name][0], p) for name, wanted in points.items() for p in wanted)
+    probes.measure(
+        ((classes[name][0], p) for name, wanted in points.items() for p in wanted), "kernels-grid"
+    )
     kernels = tuple(
         tabulate(
             name,
@@ -197,7 +209,7 @@ class Probes:
         self.times: dict[tuple[str, tuple[int, ...]], float] = {}
         self._stand, self._file, self._full, self._progress = stand, file, full, progress
 
-    def measure(self, wanted: Iterable[tuple[Kernel, tuple[int, ...]]]) -> None:
+    def measure(self, wanted: Iterable[tuple[Kernel, tuple[int, ...]]], purpose: str) -> None:
         """Time these kernels at these widths, except what is known."""
         missing = {
             (k.signature, p): (k, p) for k, p in wanted if (k.signature, p) not in self.times
@@ -210,7 +222,7 @@ class Probes:
                 kernel.index, dict(zip(kernel.variables, point, strict=True))
             )
         if files:
-            found = self._stand.kernels(files, self._progress)
+            found = self._stand.kernels(files, self._progress, purpose)
             self.times.update({key: found[name] for name, key in keys.items() if name in found})
             for name, key in keys.items():
                 if name not in found:
@@ -270,7 +282,8 @@ def measure_nets(
     smallest = {g: widths[0] for g, widths in grids.items()}
     nets = [smallest, *sample_nets(grids, NETS_FITTED + NETS_HELD_OUT, seed)]
     found = stand.measure(
-        {"dense": file.resized({}), **{str(i): file.resized(w) for i, w in enumerate(nets)}}
+        {"dense": file.resized({}), **{str(i): file.resized(w) for i, w in enumerate(nets)}},
+        "nets",
     )
     dense = found["dense"]
     ms = [compare(found[str(i)], dense).ratio * dense.median_ms for i in range(len(nets))]
@@ -339,13 +352,13 @@ def make_plan(
     checks: list[PlanCheck] = []
     failures = 0  # rounds in a row in which nothing fitted
     with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
-        for _ in range(CHECK_ROUNDS):
+        for number in range(CHECK_ROUNDS):
             problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
             tried = {tuple(sorted(c.widths.items())) for c in checks}
             options = [
                 s for s in _options(problem, aim_ms) if tuple(sorted(s.widths.items())) not in tried
             ]
-            found = _check(stand, file, options, nets.dense_ms, limit_ms) if options else []
+            found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
             checks.extend(found)
             samples += [(c.widths, c.measured_ms, 3.0) for c in found]
             model = correct(model, samples)
@@ -382,9 +395,12 @@ def _check(
     options: Sequence[Solution],
     dense_ms: float,
     limit_ms: float,
+    purpose: str,
 ) -> list[PlanCheck]:
+    if not options:
+        return []
     files = {str(i): file.resized(s.widths) for i, s in enumerate(options)}
-    found = stand.measure({"dense": file.resized({}), **files})
+    found = stand.measure({"dense": file.resized({}), **files}, purpose)
     checks = []
     for i, solution in enumerate(options):
         comparison = compare(found[str(i)], found["dense"], confidence=TWO_SIDED)
@@ -429,7 +445,8 @@ def _smallest_if_it_fits(
 ) -> PlanCheck:
     """The smallest structure, checked last; nothing else fitted."""
     problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
-    found = _check(stand, file, [search.fastest(problem)], nets.dense_ms, limit_ms)
+    smallest = [search.fastest(problem)]
+    found = _check(stand, file, smallest, nets.dense_ms, limit_ms, "check-smallest")
     checks.extend(found)
     if not found[0].within_budget:
         fastest = min(c.measured_ms for c in checks)

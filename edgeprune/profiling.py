@@ -10,8 +10,8 @@ from typing import Literal
 
 from edgeprune import stages
 from edgeprune.context import Context
-from edgeprune.devices.board import SEARCH
 from edgeprune.devices.measure import measure, time_kernels
+from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.sustained import sustained
 from edgeprune.records import Record
 from edgeprune.results import Artifact, LayerTime, ProfileReport

@@ -34,7 +34,7 @@ Kind = Literal["training", "conversion", "measuring", "other"]
 
 
 class StageRecord(Record):
-    """``stage.json``: what a stage made, and from what."""
+    """``stage.json``: what a stage made, and from what. ``seal`` is :func:`sealed` of all the rest: a changed figure is still good JSON."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -43,6 +43,12 @@ class StageRecord(Record):
     seconds: float
     files: dict[str, str]
     result: dict[str, Any]
+    seal: str = ""
+
+
+def sealed(record: StageRecord) -> str:
+    """SHA-256 of a record without its seal."""
+    return records.sha256_bytes(records.to_json(record.model_copy(update={"seal": ""})))
 
 
 class Stage(Generic[R]):
@@ -151,6 +157,7 @@ class RunFolder:
             result=result.model_dump(mode="json"),
         )
         if final(result):
+            record = record.model_copy(update={"seal": sealed(record)})
             records.write_json(record, folder / "stage.json")
         self.costs.append(StageCost(name=name, seconds=seconds, kind=kind))
         return Stage(folder, digest, result)
@@ -162,6 +169,8 @@ class RunFolder:
             record = records.read_json(StageRecord, folder / "stage.json")
             if record.digest != digest:
                 raise IntegrityError(f"{folder} is of another stage")
+            if record.seal != sealed(record):
+                raise IntegrityError(f"{folder / 'stage.json'} is not what the stage wrote")
             for name, wanted in record.files.items():
                 path = folder / name
                 if not path.is_file() or records.sha256_file(path) != wanted:

@@ -24,8 +24,8 @@ from edgeprune.compress.recover import recover
 from edgeprune.compress.silent import rescue_silent
 from edgeprune.context import Context
 from edgeprune.datasets import model_input
-from edgeprune.devices.board import SEARCH
 from edgeprune.devices.measure import compare, measure
+from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.report_tier import measure_report
 from edgeprune.devices.sustained import sustained
 from edgeprune.errors import FormatError, ModelError
@@ -124,7 +124,12 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
     found = {
         m.name: m
         for m in measure(
-            context.board, models, runtime=runtime.name, threads=runtime.threads, plan=SEARCH
+            context.board,
+            models,
+            runtime=runtime.name,
+            threads=runtime.threads,
+            plan=SEARCH,
+            purpose="dense",
         )
     }
     allowed = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
@@ -309,7 +314,11 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
     found = {
         m.name: m
         for m in measure_report(
-            context.board, models, runtime=runtime.name, threads=runtime.threads
+            context.board,
+            models,
+            runtime=runtime.name,
+            threads=runtime.threads,
+            purpose="final",
         )
     }
     pairs = [

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from sshd import matmul_file
 
 from edgeprune.devices import decide as decisions
-from edgeprune.devices.board import Board, Timing, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.decide import LOOKS, Interval, decide, interval, judge, judge_budget
 from edgeprune.devices.measure import ModelFile
+from edgeprune.devices.plans import Timing, TimingPlan
 from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.orderstats import median_coverage, median_rank, percentile_overs
 from edgeprune.records import sha256_bytes
@@ -199,7 +200,7 @@ class FakeBoard:
     def unload(self, keys: Sequence[str]) -> None:
         self.loaded -= set(keys)
 
-    def time(self, keys: Sequence[str], plan: TimingPlan) -> Timing:
+    def time(self, keys: Sequence[str], plan: TimingPlan, *, purpose: str = "") -> Timing:
         self.asked.append(plan.rounds)
         self.now += self.seconds
         blocks: dict[str, list[Block]] = {key: [] for key in keys}

@@ -22,8 +22,9 @@ from sshd import WEIGHT, matmul_file, script, serve, wait_until_gone
 
 from edgeprune.devices.agent import runtimes
 from edgeprune.devices.agent_file import AGENT_FOLDER, agent_bytes
-from edgeprune.devices.board import KERNEL, Board, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.frames import Frames, Refusal, clean
+from edgeprune.devices.plans import KERNEL, TimingPlan
 from edgeprune.devices.transports import open_transport
 from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost
 from edgeprune.specs import Device

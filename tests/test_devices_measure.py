@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sshd import WEIGHT, matmul_file
 
-from edgeprune.devices.board import Board, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import (
     CHUNK_FILES,
     ModelFile,
@@ -19,6 +19,7 @@ from edgeprune.devices.measure import (
     measure,
     time_kernels,
 )
+from edgeprune.devices.plans import TimingPlan
 from edgeprune.errors import DeviceError
 from edgeprune.progress import Silent
 from edgeprune.records import sha256_bytes

@@ -71,7 +71,7 @@ class Clock:
     def __post_init__(self) -> None:
         self._draw = np.random.default_rng(0)
 
-    def measure(self, files: Mapping[str, bytes]) -> dict[str, Measurement]:
+    def measure(self, files: Mapping[str, bytes], purpose: str) -> dict[str, Measurement]:
         self.measured.extend(files)
         rounds = range(12)
         drift = self._draw.normal(1, 0.05, len(rounds))  # a regime that all files of a round share
@@ -98,7 +98,7 @@ class Clock:
             ),
         )  # fmt: skip
 
-    def kernels(self, files: Mapping[str, bytes], _: Progress) -> dict[str, float]:
+    def kernels(self, files: Mapping[str, bytes], _: Progress, purpose: str) -> dict[str, float]:
         found = {}
         for name, content in files.items():
             asked = json.loads(content)
@@ -229,9 +229,9 @@ def test_kernels_are_never_timed_twice():
     counted: list[str] = []
     answer = clock.kernels
 
-    def counting(files: Mapping[str, bytes], progress: Progress) -> dict[str, float]:
+    def counting(files: Mapping[str, bytes], progress: Progress, purpose: str) -> dict[str, float]:
         counted.extend(content.decode() for content in files.values())
-        return answer(files, progress)
+        return answer(files, progress, purpose)
 
     clock.kernels = counting  # type: ignore[method-assign]
     table = table_of(clock)

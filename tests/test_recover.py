@@ -248,7 +248,29 @@ def test_an_interrupted_run_continues_to_the_same_weights(tmp_path: Path) -> Non
     finished = run(Stopper(), path)
     assert same_weights(finished.model, whole.model)
     assert finished.epochs_run == 3
-    assert len(list(tmp_path.iterdir())) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.previous"]
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(tmp_path: Path) -> None:
+    dense = teacher()
+    train, selection = splits(labelled=True)
+    path = tmp_path / "recovery.safetensors"
+
+    def run(told: Stopper, checkpoint: Path | None):
+        return recover(
+            damaged(dense), dense, train, selection, SETTINGS,
+            preprocess=PREPROCESS, seed=0, progress=told, checkpoint=checkpoint,
+        )  # fmt: skip
+
+    whole = run(Stopper(), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    told = Stopper()
+    again = run(told, path)
+    assert told.lines[0].startswith("going on from the checkpoint before the last: ")
+    assert told.lines[1] == "continuing the recovery after 2 epochs"
+    assert same_weights(again.model, whole.model)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "text", "settings"])

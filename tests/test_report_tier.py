@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from sshd import matmul_file
 
-from edgeprune.devices.board import Board, Loaded, Timing, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import ModelFile, compare, measure
+from edgeprune.devices.plans import Loaded, Timing, TimingPlan
 from edgeprune.devices.report_tier import measure_report
 from edgeprune.devices.sentinel import KEY
 from edgeprune.errors import DeviceError, Unreliable
@@ -60,7 +61,7 @@ class FakeBoard:
     def unload(self, keys: Sequence[str]) -> None:
         self.loaded -= set(keys)
 
-    def time(self, keys: Sequence[str], plan: TimingPlan) -> Timing:
+    def time(self, keys: Sequence[str], plan: TimingPlan, *, purpose: str = "") -> Timing:
         if list(keys) != [KEY]:
             self.asked.append((tuple(keys), plan.rounds))
         blocks = {}
@@ -176,7 +177,7 @@ def test_a_runtime_without_a_sentinel_is_measured_without_one():
 
 def test_a_board_that_fails_leaves_nothing_loaded():
     class Broken(FakeBoard):
-        def time(self, keys: Sequence[str], plan: TimingPlan) -> Timing:
+        def time(self, keys: Sequence[str], plan: TimingPlan, *, purpose: str = "") -> Timing:
             if list(keys) != [KEY]:
                 raise DeviceError("gone")
             return super().time(keys, plan)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from edgeprune.devices import sentinel as sentinels
-from edgeprune.devices.board import Board, Timing, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
+from edgeprune.devices.plans import Timing, TimingPlan
 from edgeprune.devices.sentinel import KEY, SENTINELS, Sentinel, judge_drift, sentinel_file
 from edgeprune.errors import DeviceError, IntegrityError
 from edgeprune.results import Block, Telemetry
@@ -34,7 +35,7 @@ class FakeBoard:
         for key in keys:
             self.loaded.remove(key)
 
-    def time(self, keys: Sequence[str], plan: TimingPlan) -> Timing:
+    def time(self, keys: Sequence[str], plan: TimingPlan, *, purpose: str = "") -> Timing:
         blocks = tuple(
             Block(
                 round=i,

@@ -13,8 +13,9 @@ import pytest
 from fakeagent import fake_device
 from sshd import WEIGHT, Sshd, matmul_file, serve
 
-from edgeprune.devices.board import Board, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.frames import Refusal
+from edgeprune.devices.plans import TimingPlan
 from edgeprune.errors import DeviceError, LinkLost
 from edgeprune.specs import Device
 

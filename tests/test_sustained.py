@@ -13,8 +13,9 @@ from sshd import matmul_file
 from test_verdict import found as measured_files
 
 from edgeprune import verdict
-from edgeprune.devices.board import Board, Timing, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import ModelFile
+from edgeprune.devices.plans import Timing, TimingPlan
 from edgeprune.devices.sustained import REQUEST_S, sustained
 from edgeprune.errors import DeviceError, SpecError
 from edgeprune.options import Options, chosen_sustained
@@ -102,7 +103,7 @@ class FakeBoard:
     def unload(self, keys: Sequence[str]) -> None:
         self.loaded -= set(keys)
 
-    def time(self, keys: Sequence[str], plan: TimingPlan) -> Timing:
+    def time(self, keys: Sequence[str], plan: TimingPlan, *, purpose: str = "") -> Timing:
         assert set(keys) == self.loaded
         self.plans.append(plan)
         self.now += plan.rounds * plan.block_ms / 1e3

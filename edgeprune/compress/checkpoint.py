@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ def split_sha256(split: Split) -> str:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], digest: str) -> None:
-    """Write a checkpoint so that a reader sees the old one or the new one, never a part.
+    """Write a checkpoint so that a reader sees the old one or the new one, never a part. The one before it stays as :func:`previous`.
 
     Args:
         path: where it goes.
@@ -58,7 +59,15 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], di
     text = json.dumps(state, sort_keys=True)
     metadata = {"digest": digest, "state": text, "sha256": _seal(copies, text)}
     # As bytes: the library's own writer has an error of its own for a full disk.
-    write_bytes(path, tensor_bytes(copies, metadata=metadata))
+    content = tensor_bytes(copies, metadata=metadata)
+    with contextlib.suppress(OSError):
+        path.replace(previous(path))  # a kill between here and the next line leaves that one
+    write_bytes(path, content)
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the last one lies."""
+    return path.with_name(f"{path.name}.previous")
 
 
 def load(path: Path, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -71,7 +80,7 @@ def load(path: Path, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise IntegrityError(f"{path} is not a readable checkpoint: {error}") from error
     if metadata.get("digest") != digest:
         raise IntegrityError(f"{path} belongs to another model, data or settings")

@@ -11,6 +11,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -421,15 +422,32 @@ def _save(state: _State, path: Path, digest: str) -> None:
     checkpoints.save(path, tensors, plain, digest)
 
 
+def _newest(
+    path: Path, digest: str, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The last checkpoint, or the one before it when that is damaged; ``None`` when there is none to go on with."""
+    problem: IntegrityError | None = None
+    for candidate in (path, checkpoints.previous(path)):
+        if candidate.exists():
+            try:
+                found = checkpoints.load(candidate, digest)
+            except IntegrityError as error:
+                problem = problem or error
+                continue
+            if problem is not None:
+                progress.say(f"going on from the checkpoint before the last: {problem}")
+            return found
+    if problem is not None:
+        progress.say(f"starting the recovery afresh: {problem}")
+    return None
+
+
 def _resume(state: _State, setup: _Setup, path: Path, digest: str, progress: Progress) -> None:
     """Continue from a checkpoint of the same configuration, if there is one."""
-    if not path.exists():
+    found = _newest(path, digest, progress)
+    if found is None:
         return
-    try:
-        tensors, plain = checkpoints.load(path, digest)
-    except IntegrityError as error:
-        progress.say(f"starting the recovery afresh: {error}")
-        return
+    tensors, plain = found
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, key = name.partition("/")

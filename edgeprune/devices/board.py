@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,10 +16,13 @@ import numpy as np
 
 from edgeprune.devices import replies
 from edgeprune.devices.frames import Refusal
+from edgeprune.devices.plans import Loaded, NodeTime, Timing, TimingPlan
+from edgeprune.devices.recording import Recorder, as_recorded, origin_of
 from edgeprune.devices.session import BACKOFF_S, LINK_S, Lease, Session, not_ready, ready
+from edgeprune.devices.store import MeasurementStore, store_key
 from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.records import sha256_bytes
-from edgeprune.results import Block, Fingerprint, Telemetry, TensorSpec
+from edgeprune.results import Fingerprint
 from edgeprune.specs import Device, Stamp
 
 MAX_SAMPLES_PER_REQUEST = 300_000  # keeps a reply under the 4 MiB of a header
@@ -33,71 +37,6 @@ _PIP = {
 }
 
 
-@dataclass(frozen=True)
-class TimingPlan:
-    """How long to look. Every model is visited once in each round, for one block.
-
-    ``block_ms`` is the aim for one block; it gets at least ``min_runs`` and at most ``max_runs`` samples, where a sample is one call, or
-    the mean of as many calls as take 0.2 ms. ``seed`` fixes the order of the models. ``tolerant`` takes disturbed blocks as they come: a
-    sustained run wants to see the board get hot.
-    """
-
-    rounds: int
-    block_ms: float
-    min_runs: int
-    max_runs: int
-    warmup_ms: float
-    seed: int = 0
-    tolerant: bool = False
-
-
-KERNEL = TimingPlan(rounds=8, block_ms=1, min_runs=3, max_runs=20, warmup_ms=2)
-SEARCH = TimingPlan(rounds=12, block_ms=20, min_runs=3, max_runs=100, warmup_ms=100)
-DECIDE = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=200)
-REPORT = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=1000)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is loaded and has run once. ``first_ns`` holds allocation and the first inference."""
-
-    key: str
-    load_ns: int
-    first_ns: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Blocks of every model, by key, and the state of the board around them.
-
-    ``peak_memory_bytes`` is of the process that ran each model, where the board tells it; ``notes`` is what the board did or found
-    meanwhile.
-    """
-
-    blocks: dict[str, tuple[Block, ...]]
-    before: Telemetry
-    after: Telemetry
-    peak_memory_bytes: dict[str, int | None] = field(default_factory=dict)
-    inside_ns: dict[str, int] = field(
-        default_factory=dict
-    )  # spent in the runtime, warm-up included
-    stop_reason: str = "rounds"
-    notes: tuple[str, ...] = ()
-    unreliable: str | None = None
-
-
-@dataclass(frozen=True)
-class NodeTime:
-    """One node as the runtime's own profiler saw it; resolution is 1 microsecond."""
-
-    name: str
-    op: str
-    provider: str
-    ns: int  # median over the runs
-
-
 class Board:
     """A running agent on a device. Use as a context manager; see :func:`open_board`.
 
@@ -110,6 +49,8 @@ class Board:
         lease: whether to hold it alone.
         say: told in one line when a broken link was survived.
         backoff_s: how long to wait before each try to come back after a broken link.
+        record: a file to record the conversation in, for a ``replay`` device.
+        store: where timings with a purpose are kept, and taken from when they are there. Owned by the caller.
     """
 
     def __init__(
@@ -120,11 +61,23 @@ class Board:
         *,
         say: Callable[[str], None] = lambda _: None,
         backoff_s: Sequence[float] = BACKOFF_S,
+        record: Path | None = None,
+        store: MeasurementStore | None = None,
     ) -> None:
         self.name = name
-        self.device = device
+        self.device = device = as_recorded(device)
+        self.origin = origin_of(device)
+        self._store = store
+        self._recorder = None if record is None else Recorder(record, name, device)
+        tap = self._recorder.tap if self._recorder is not None else (lambda pipe: pipe)
         self.session = Session(
-            name, device, lease or Lease(), restore=self._restore, say=say, backoff_s=backoff_s
+            name,
+            device,
+            lease or Lease(),
+            restore=self._restore,
+            say=say,
+            backoff_s=backoff_s,
+            tap=tap,
         )
         self._was_ready = False
         self._versions: dict[str, str] = {}
@@ -143,8 +96,10 @@ class Board:
         self.close()
 
     def close(self) -> None:
-        """End the agent and the connection; the board is free when this returns."""
+        """End the agent and the connection; the board is free when this returns, and a recording of it is complete."""
         self.session.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     @contextlib.contextmanager
     def rested(self) -> Iterator[None]:
@@ -155,8 +110,12 @@ class Board:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What went wrong on the way and was survived."""
-        return tuple(self.session.notes)
+        """What went wrong on the way and was survived, and whether this is only a replay."""
+        if self.origin is None:
+            return tuple(self.session.notes)
+        name = Path(self.device.recording or "").name
+        replayed = f"replayed from {name}, recorded on {self.origin.at[:10]}; no board was measured"
+        return (replayed, *self.session.notes)
 
     def request(
         self, op: str, fields: dict[str, Any], blob: bytes = b"", *, work_s: float = LINK_S
@@ -234,7 +193,7 @@ class Board:
         if self._facts().emulated:
             stamp = "emulated"  # says more than "stand-in": not even another machine's times
         return Fingerprint(
-            device=self.name,
+            device=self.name if self.origin is None else self.origin.device,
             transport=self.device.transport,
             runtime=runtime,
             runtime_version=self.runtime_version(runtime),
@@ -308,12 +267,13 @@ class Board:
             self._loaded.pop(key, None)
         self.request("unload", {"keys": gone})
 
-    def time(self, keys: Sequence[str], plan: TimingPlan) -> Timing:
+    def time(self, keys: Sequence[str], plan: TimingPlan, *, purpose: str = "") -> Timing:
         """Time loaded models in the same rounds, so that they meet the same noise.
 
         Args:
             keys: loaded models, each once.
             plan: how long to look.
+            purpose: what the times are for. With one, which must be used once only in a run, they are kept in the board's store.
 
         Raises:
             NotReady: a strict board is too hot or too busy to begin, and stayed so.
@@ -335,6 +295,7 @@ class Board:
             "warmup_ns": int(plan.warmup_ms * 1e6),
             "settle": plan.warmup_ms >= SETTLE_FROM_MS,
             "seed": plan.seed,
+            "purpose": purpose,
         }
         strict = self.is_strict and not plan.tolerant
         if strict and not self._was_ready:
@@ -351,13 +312,7 @@ class Board:
         )
 
     def _timed(self, keys: Sequence[str], plan: TimingPlan, fields: dict[str, Any]) -> Timing:
-        start = time.monotonic()
-        reply, _ = self.session.request(
-            "time", fields, work_s=self._time_limit_s(keys, plan), journalled=True
-        )
-        elapsed_ns = (time.monotonic() - start) * 1e9
-        timed = replies.checked(replies.Timed, reply, self.name)
-        self._check_blocks(timed, keys, plan, elapsed_ns)
+        timed = self._timed_reply(keys, plan, fields)
         return self._judged(
             Timing(
                 blocks={key: tuple(block.block() for block in timed.blocks[key]) for key in keys},
@@ -369,6 +324,39 @@ class Board:
                 notes=timed.notes,
             )
         )
+
+    def _timed_reply(
+        self, keys: Sequence[str], plan: TimingPlan, fields: dict[str, Any]
+    ) -> replies.Timed:
+        """The checked reply to a timing request: from the store when it is there, else from the board."""
+        loads = [(key, self._loaded[key][1]) for key in keys if key in self._loaded]
+        key = ""
+        if self._store is not None and fields["purpose"] and len(loads) == len(keys):
+            stands = sorted({(load["runtime"], load["threads"]) for _, load in loads})
+            key = store_key([self.fingerprint(*s).key() for s in stands], loads, fields)
+        reply = self._store.get(key) if self._store is not None and key else None
+        if reply is not None:
+            return self._checked(reply, keys, plan, math.inf)
+        start = time.monotonic()
+        reply, _ = self.session.request(
+            "time", fields, work_s=self._time_limit_s(keys, plan), journalled=True
+        )
+        elapsed_ns = math.inf if self.origin is not None else (time.monotonic() - start) * 1e9
+        timed = self._checked(reply, keys, plan, elapsed_ns)
+        # What a board may have to measure again must not come back from the store for ever.
+        is_fine = self.device.stand_in or timed.rejected_ratio() <= MAX_REJECTED_RATIO
+        if self._store is not None and key and is_fine:
+            self._store.put(key, reply)
+        return timed
+
+    def _checked(
+        self, reply: dict[str, Any], keys: Sequence[str], plan: TimingPlan, elapsed_ns: float
+    ) -> replies.Timed:
+        timed = replies.checked(replies.Timed, reply, self.name)
+        runs = (plan.min_runs, plan.max_runs)
+        problem = timed.problem(keys, rounds=plan.rounds, runs=runs, elapsed_ns=elapsed_ns)
+        self._expect(not problem, problem)
+        return timed
 
     def _judged(self, timing: Timing) -> Timing:
         """Where too much was disturbed, a timing is marked, and all its blocks count again: the rest alone would be a choice."""
@@ -392,27 +380,6 @@ class Board:
             block = max(plan.block_ms / 1e3, plan.min_runs * call) + 2 * call
             expected += plan.warmup_ms / 1e3 + (_WARMUP_RUNS + 5) * call + plan.rounds * block
         return LINK_S + 15 * expected  # more than the board allows itself, so that it answers first
-
-    def _check_blocks(
-        self, timed: replies.Timed, keys: Sequence[str], plan: TimingPlan, elapsed_ns: float
-    ) -> None:
-        self._expect(set(timed.blocks) == set(keys), "times of other models than asked for")
-        of_models = set(timed.peak_memory_bytes) | set(timed.inside_ns)
-        self._expect(of_models <= set(keys), "memory or times of other models")
-        total_ns = 0
-        for blocks in timed.blocks.values():
-            rounds = [block.round for block in blocks]
-            n_rounds = len(rounds)
-            self._expect(rounds == list(range(n_rounds)), "rounds that do not count up")
-            self._expect(
-                plan.rounds <= n_rounds <= 1.5 * plan.rounds,
-                f"{n_rounds} rounds of {plan.rounds}",
-            )
-            for block in blocks:
-                n = len(block.samples_ns)
-                self._expect(plan.min_runs <= n <= plan.max_runs, f"a block of {n} samples")
-                total_ns += sum(block.samples_ns) * block.calls_per_sample
-        self._expect(total_ns <= elapsed_ns * 1.05, "times that are longer than the wait for them")
 
     def infer(self, key: str, inputs: np.ndarray) -> np.ndarray:
         """First output of a loaded model for every sample.
@@ -469,6 +436,8 @@ def open_board(
     job: str = "edgeprune",
     say: Callable[[str], None] = lambda _: None,
     backoff_s: Sequence[float] = BACKOFF_S,
+    record: Path | None = None,
+    store: MeasurementStore | None = None,
 ) -> Board:
     """A board with a running agent.
 
@@ -480,13 +449,17 @@ def open_board(
         job: what it is for; other clients are shown it.
         say: told in one line when a broken link was survived.
         backoff_s: how long to wait before each try to come back after one.
+        record: a file to record the conversation in; it is complete when the board is closed.
+        store: where timings are kept. See :class:`Board`.
 
     Raises:
+        SpecError, IntegrityError: the recording cannot be written, or (of a ``replay`` device) read.
         Unreachable, HostKeyMismatch, AuthFailed: the device cannot be reached, is not the pinned one, or refuses the login.
         Busy: another client holds it.
         DeviceError: the agent failed; the message has the end of what the board said.
     """
-    board = Board(name, device, Lease(exclusive, wait_s, job), say=say, backoff_s=backoff_s)
+    lease = Lease(exclusive, wait_s, job)
+    board = Board(name, device, lease, say=say, backoff_s=backoff_s, record=record, store=store)
     try:
         board.hello()
     except BaseException:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from edgeprune.devices.board import DECIDE, MAX_REJECTED_RATIO, Board, TimingPlan
+from edgeprune.devices.board import MAX_REJECTED_RATIO, Board
 from edgeprune.devices.measure import ModelFile, forget
+from edgeprune.devices.plans import DECIDE, TimingPlan
 from edgeprune.errors import Unreliable
 from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
 from edgeprune.records import Record

@@ -12,14 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from edgeprune.devices.board import (
-    KERNEL,
-    MAX_REJECTED_RATIO,
-    Board,
-    Loaded,
-    Timing,
-    TimingPlan,
-)
+from edgeprune.devices.board import MAX_REJECTED_RATIO, Board
+from edgeprune.devices.plans import KERNEL, Loaded, Timing, TimingPlan
 from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
 from edgeprune.progress import Progress
@@ -48,6 +42,7 @@ def measure(
     threads: int,
     plan: TimingPlan,
     keep_loaded: bool = False,
+    purpose: str = "",
 ) -> list[Measurement]:
     """Latency of every file, in the order given, timed in the same rounds.
 
@@ -58,6 +53,7 @@ def measure(
         threads: threads of the runtime.
         plan: how long to look.
         keep_loaded: leave the models on the board, for :meth:`Board.infer` and :meth:`Board.profile`.
+        purpose: see :meth:`Board.time`.
 
     Returns:
         One measurement for each file; ``unreliable`` says when over 30 % of its blocks were rejected.
@@ -75,7 +71,7 @@ def measure(
             board.load(model.name, model.content, runtime=runtime, threads=threads)
             for model in models
         ]
-        timing = board.time(names, plan)
+        timing = board.time(names, plan, purpose=purpose)
     except BaseException:
         forget(board, names)
         raise
@@ -180,6 +176,7 @@ def time_kernels(
     threads: int,
     progress: Progress,
     plan: TimingPlan = KERNEL,
+    purpose: str = "",
 ) -> dict[str, float]:
     """Time of many small files in nanoseconds.
 
@@ -193,6 +190,7 @@ def time_kernels(
         threads: threads of the runtime.
         progress: counts files; a file that the board cannot load is named there and left out of the answer.
         plan: how long to look at each.
+        purpose: see :meth:`Board.time`; a number is added to it for each request.
 
     Raises:
         DeviceError: no file loads, or the board failed.
@@ -200,11 +198,12 @@ def time_kernels(
     times: dict[str, float] = {}
     problem = ""
     with progress.bar("timing kernels", len(files)) as bar:
-        for chunk in _chunks(files):
+        for number, chunk in enumerate(_chunks(files)):
+            part = f"{purpose}-{number}" if purpose else ""
             loaded = board.load_many(chunk, runtime=runtime, threads=threads)
             keys = [key for key, model in loaded.items() if isinstance(model, Loaded)]
             try:
-                timing = board.time(keys, plan) if keys else None
+                timing = board.time(keys, plan, purpose=part) if keys else None
             finally:
                 forget(board, keys)
             for key, model in loaded.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
@@ -214,6 +215,42 @@ class Timed(Record):
     inside_ns: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = {}
     stop_reason: Literal["rounds", "rejected"]
     notes: Annotated[tuple[Text, ...], Field(max_length=20)]
+
+    def rejected_ratio(self) -> float:
+        """Share of the blocks that were disturbed, in [0, 1]."""
+        blocks = [block for found in self.blocks.values() for block in found]
+        return sum(block.rejected is not None for block in blocks) / max(1, len(blocks))
+
+    def problem(
+        self, keys: Sequence[str], *, rounds: int, runs: tuple[int, int], elapsed_ns: float
+    ) -> str:
+        """What of this was not asked for or cannot be; empty when all is well.
+
+        Args:
+            keys: the models that were to be timed.
+            rounds: how many were asked for; up to half as many may be added.
+            runs: least and most samples of a block.
+            elapsed_ns: how long the client waited for all of it.
+        """
+        if set(self.blocks) != set(keys):
+            return "times of other models than asked for"
+        if not set(self.peak_memory_bytes) | set(self.inside_ns) <= set(keys):
+            return "memory or times of other models"
+        total_ns = 0
+        for blocks in self.blocks.values():
+            numbers = [block.round for block in blocks]
+            if numbers != list(range(len(numbers))):
+                return "rounds that do not count up"
+            if not rounds <= len(numbers) <= 1.5 * rounds:
+                return f"{len(numbers)} rounds of {rounds}"
+            for block in blocks:
+                n = len(block.samples_ns)
+                if not runs[0] <= n <= runs[1]:
+                    return f"a block of {n} samples"
+                total_ns += sum(block.samples_ns) * block.calls_per_sample
+        return (
+            "" if total_ns <= elapsed_ns * 1.05 else "times that are longer than the wait for them"
+        )
 
 
 class Ready(Record):

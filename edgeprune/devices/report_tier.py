@@ -10,15 +10,9 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
 from edgeprune.devices import sentinel as sentinels
-from edgeprune.devices.board import (
-    MAX_SAMPLES_PER_REQUEST,
-    REPORT,
-    Board,
-    Loaded,
-    Timing,
-    TimingPlan,
-)
+from edgeprune.devices.board import MAX_SAMPLES_PER_REQUEST, Board
 from edgeprune.devices.measure import ModelFile, disturbed, forget, require_some
+from edgeprune.devices.plans import REPORT, Loaded, Timing, TimingPlan
 from edgeprune.devices.sentinel import SENTINELS, Sentinel, judge_drift
 from edgeprune.errors import Unreliable
 from edgeprune.results import Block, Fingerprint, Measurement
@@ -41,6 +35,7 @@ def measure_report(
     sentinel_plan: TimingPlan | None = sentinels.PLAN,
     min_runs: int = MIN_RUNS,
     max_s: float = MAX_S,
+    purpose: str = "",
 ) -> list[Measurement]:
     """Latency of every file over several fresh processes, for figures that people will rely on.
 
@@ -64,6 +59,7 @@ def measure_report(
         sentinel_plan: how the sentinel is timed; ``None`` leaves it out, and so does a runtime that has no sentinel.
         min_runs: accepted samples that each file should have, over all sessions.
         max_s: the most seconds that one file is timed.
+        purpose: see :meth:`Board.time`; a number is added to it for each request.
 
     Returns:
         One measurement for each file, in the order given. ``stop_reason`` is ``runs``, or ``time`` when ``max_s`` ended it.
@@ -79,7 +75,7 @@ def measure_report(
         raise ValueError(f"models that are timed together must have different names, got {names}")
     fingerprint = board.fingerprint(runtime, threads)
     raises = fingerprint.stamp == "measured" and board.device.transport != "local"
-    timed = _Timed(board, models, fingerprint, plan, sentinel_plan)
+    timed = _Timed(board, models, fingerprint, plan, sentinel_plan, purpose)
     for number in range(sessions):
         wanted = math.ceil(min_runs * (number + 1) / sessions)
         timed.session(number, wanted, max_s / sessions)
@@ -106,6 +102,7 @@ class _Timed:
     fingerprint: Fingerprint
     plan: TimingPlan
     sentinel_plan: TimingPlan | None
+    purpose: str
     blocks: dict[str, list[Block]] = field(default_factory=dict)
     facts: dict[str, list[Loaded]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
@@ -178,7 +175,8 @@ class _Timed:
         rounds = plan.rounds
         while names and rounds:
             request = replace(plan, rounds=rounds, seed=plan.seed + self.rounds)
-            timing = self.board.time(names, request)
+            purpose = f"{self.purpose}-{len(self.timings)}" if self.purpose else ""
+            timing = self.board.time(names, request, purpose=purpose)
             self.timings.append(timing)
             for name in names:
                 new = timing.blocks[name]

@@ -14,8 +14,9 @@ from importlib import resources
 from types import TracebackType
 from typing import Literal
 
-from edgeprune.devices.board import Board, TimingPlan
+from edgeprune.devices.board import Board
 from edgeprune.devices.measure import forget
+from edgeprune.devices.plans import TimingPlan
 from edgeprune.errors import IntegrityError
 from edgeprune.records import sha256_bytes
 

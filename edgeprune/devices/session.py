@@ -29,7 +29,7 @@ import numpy as np
 from edgeprune.devices import replies
 from edgeprune.devices.agent_file import agent_bytes, agent_digest, agent_name
 from edgeprune.devices.frames import Frames, Refusal, clean
-from edgeprune.devices.transports import Transport, open_transport
+from edgeprune.devices.transports import Pipe, Transport, open_transport
 from edgeprune.errors import (
     Busy,
     DeviceError,
@@ -85,6 +85,7 @@ class Session:
         restore: called after a reconnect, before anything else: puts back what the board had loaded.
         say: told in one line when something was survived.
         backoff_s: how long to wait before each try to come back, give or take a quarter.
+        tap: makes of each connection's pipe the one that is used: something that listens, say.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class Session:
         restore: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda _: None,
         backoff_s: Sequence[float] = BACKOFF_S,
+        tap: Callable[[Pipe], Pipe] = lambda pipe: pipe,
     ) -> None:
         self.name, self.device = name, device
+        self._tap = tap
         self.notes: list[str] = []
         self.hello: replies.Hello | None = None
         self.bytes_sent = 0
@@ -138,7 +141,8 @@ class Session:
         with contextlib.ExitStack() as opened:
             transport = open_transport(self.device)
             opened.callback(transport.close)
-            frames = Frames(transport.start(_agent_command(transport, self.device)), self.name)
+            pipe = self._tap(transport.start(_agent_command(transport, self.device)))
+            frames = Frames(pipe, self.name)
             opened.callback(frames.close)
             frames.handshake(LINK_S)
             opened.pop_all()

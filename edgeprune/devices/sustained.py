@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 
-from edgeprune.devices.board import Board, TimingPlan
+from edgeprune.devices.board import Board
 from edgeprune.devices.measure import ModelFile, forget
+from edgeprune.devices.plans import TimingPlan
 from edgeprune.progress import Progress
 from edgeprune.results import SustainedPoint, SustainedRun
 

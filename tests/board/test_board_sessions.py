@@ -17,7 +17,8 @@ from emulated_board import processes
 from example_files import ExampleFiles
 from sshd import wait_until_gone
 
-from edgeprune.devices.board import Board, Timing, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
+from edgeprune.devices.plans import Timing, TimingPlan
 from edgeprune.errors import Busy
 from edgeprune.specs import Device
 
@@ -25,7 +26,8 @@ pytestmark = [pytest.mark.board, pytest.mark.timeout(900)]
 LONG = TimingPlan(rounds=20, block_ms=1, min_runs=2, max_runs=2, warmup_ms=1)
 CLIENT = """
 import sys
-from edgeprune.devices.board import TimingPlan, open_board
+from edgeprune.devices.board import open_board
+from edgeprune.devices.plans import TimingPlan
 from edgeprune.specs import Device
 
 board = open_board("pi", Device.model_validate_json(sys.argv[1]), job="a long measurement")

@@ -16,8 +16,9 @@ from example_files import ExampleFiles
 from edgeprune import cli
 from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.devices.agent_file import PACKAGE, agent_bytes, agent_name
-from edgeprune.devices.board import Board, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import ModelFile, measure
+from edgeprune.devices.plans import TimingPlan
 from edgeprune.devices.transports import open_transport
 from edgeprune.errors import DeviceError
 from edgeprune.specs import Device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ import pytest
 from sshd import serve, wait_until_gone
 
 from edgeprune.devices import transports
+from edgeprune.devices.agent.wire import MAGIC, frame
+from edgeprune.devices.board import open_board
 from edgeprune.devices.transports import Transport, open_transport
 from edgeprune.errors import DeadlineExceeded, DeviceError
 from edgeprune.specs import Device
@@ -25,7 +29,11 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Devi
         yield {"local": Device(transport="local", targets=()), "ssh": server.device()}
 
 
-@pytest.fixture(params=transports.names())
+# Those that run commands keep every promise; a replay keeps those that are left without any.
+RUNNING = tuple(name for name in transports.names() if name != "replay")
+
+
+@pytest.fixture(params=RUNNING)
 def transport(request, devices) -> Iterator[Transport]:
     opened = open_transport(devices[request.param])
     yield opened
@@ -165,3 +173,58 @@ def test_closing_a_pipe_ends_a_command_that_reads_its_input(transport, tmp_path)
 def test_closing_twice_is_harmless(transport):
     transport.close()
     transport.close()
+
+
+def test_every_transport_is_tested_here(devices):
+    assert {*devices, "replay"} == set(transports.names())
+
+
+@pytest.fixture
+def replay(tmp_path) -> Iterator[Transport]:
+    path = tmp_path / "board.epr"
+    local = Device(transport="local", targets=(), stand_in=True)
+    with open_board("here", local, record=path) as board:
+        board.runtime_version("onnxruntime")
+    opened = open_transport(Device(transport="replay", targets=(), recording=str(path)))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda t: t.run(["true"]),
+        lambda t: t.put(b"content", "/tmp/file"),
+        lambda t: t.get("/etc/hostname"),
+    ],
+)
+def test_a_replay_runs_no_command_and_has_no_file(replay, use):
+    with pytest.raises(DeviceError, match="runs no commands and has no files"):
+        use(replay)
+
+
+def test_a_pipe_of_a_replay_gives_bytes_that_were_asked_for_and_ends_at_its_deadline(replay):
+    pipe = replay.start(["anything"])
+    taken = b"".join(pipe.read(1, soon()) for _ in MAGIC)
+    assert taken == MAGIC
+    pipe.write(frame({"op": "runtime", "name": "onnxruntime", "id": 7}), soon())
+    (size,) = struct.unpack(">I", pipe.read(4, soon()))
+    reply = json.loads(pipe.read(size, soon()))
+    assert (reply["id"], reply["ok"]) == (7, True)
+    assert pipe.read(8, soon()) == bytes(8)
+    assert pipe.stderr_tail() == ""
+    start = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        pipe.read(1, start + 0.2)
+    assert time.monotonic() - start < 8
+
+
+def test_a_pipe_of_a_replay_that_was_closed_reads_as_no_bytes_and_cannot_be_written(replay):
+    pipe = replay.start(["anything"])
+    pipe.close()
+    pipe.close()
+    assert pipe.read(1, soon()) == b""
+    with pytest.raises(DeviceError):
+        pipe.write(b"x", soon())
+    replay.close()
+    replay.close()

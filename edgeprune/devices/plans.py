@@ -1,0 +1,72 @@
+"""How long to look at models on a board, and what comes back: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edgeprune.results import Block, Telemetry, TensorSpec
+
+
+@dataclass(frozen=True)
+class TimingPlan:
+    """How long to look. Every model is visited once in each round, for one block.
+
+    ``block_ms`` is the aim for one block; it gets at least ``min_runs`` and at most ``max_runs`` samples, where a sample is one call, or
+    the mean of as many calls as take 0.2 ms. ``seed`` fixes the order of the models. ``tolerant`` takes disturbed blocks as they come: a
+    sustained run wants to see the board get hot.
+    """
+
+    rounds: int
+    block_ms: float
+    min_runs: int
+    max_runs: int
+    warmup_ms: float
+    seed: int = 0
+    tolerant: bool = False
+
+
+KERNEL = TimingPlan(rounds=8, block_ms=1, min_runs=3, max_runs=20, warmup_ms=2)
+SEARCH = TimingPlan(rounds=12, block_ms=20, min_runs=3, max_runs=100, warmup_ms=100)
+DECIDE = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=200)
+REPORT = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=1000)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is loaded and has run once. ``first_ns`` holds allocation and the first inference."""
+
+    key: str
+    load_ns: int
+    first_ns: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Blocks of every model, by key, and the state of the board around them.
+
+    ``peak_memory_bytes`` is of the process that ran each model, where the board tells it; ``notes`` is what the board did or found
+    meanwhile.
+    """
+
+    blocks: dict[str, tuple[Block, ...]]
+    before: Telemetry
+    after: Telemetry
+    peak_memory_bytes: dict[str, int | None] = field(default_factory=dict)
+    inside_ns: dict[str, int] = field(
+        default_factory=dict
+    )  # spent in the runtime, warm-up included
+    stop_reason: str = "rounds"
+    notes: tuple[str, ...] = ()
+    unreliable: str | None = None
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """One node as the runtime's own profiler saw it; resolution is 1 microsecond."""
+
+    name: str
+    op: str
+    provider: str
+    ns: int  # median over the runs
