@@ -15,7 +15,7 @@ from edgeprune.compress import importance as importances
 from edgeprune.context import Context, Job
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.feasibility import plan_stages
-from edgeprune.options import Options, chosen_gates, chosen_target
+from edgeprune.options import Options, chosen_device, chosen_gates, chosen_target
 from edgeprune.planning import PlanResult
 from edgeprune.profiling import profile as profile_context
 from edgeprune.progress import Progress, Silent
@@ -38,13 +38,16 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     workload = loaded.workload
     target = chosen_target(options, workload)
     profile = catalog.profile(target.profile)
-    device_name, device = catalog.device_for(target.name, options.device or workload.device)
+    device_name, device, notes = chosen_device(options, workload, target)
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing
-    notes: tuple[str, ...] = ()
+    companions = catalog.companions_for(target.name, device_name, device)
     stand_in = STAND_IN_RUNTIMES.get(target.runtime.name)
     if device.transport == "local" and device.stand_in and stand_in is not None:
-        notes = (f"{stand_in} stands in for {target.runtime.name}, which is for boards only",)
+        notes = (
+            *notes,
+            f"{stand_in} stands in for {target.runtime.name}, which is for boards only",
+        )
         runtime = target.runtime.model_copy(update={"name": stand_in})
         target = target.model_copy(update={"runtime": runtime})
     if options.importance not in importances.BY_NAME:
@@ -62,6 +65,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         seed=workload.seed if options.seed is None else options.seed,
         command=options.command,
         notes=notes,
+        companions=companions,
     )
 
 

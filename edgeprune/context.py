@@ -28,7 +28,7 @@ PIXEL_SEED = 20261123
 
 @dataclass(frozen=True)
 class Job:
-    """A fully resolved request."""
+    """A fully resolved request. ``companions`` may help ``device`` to time kernels; what is judged is measured on ``device`` alone."""
 
     loaded: LoadedWorkload
     target: Target
@@ -41,6 +41,7 @@ class Job:
     seed: int
     command: str
     notes: tuple[str, ...] = ()
+    companions: tuple[tuple[str, Device], ...] = ()
 
 
 @dataclass

@@ -65,6 +65,8 @@ def opened(job: Job, progress: Progress) -> Iterator[Context]:
     check_format(job.target)
     form = formats.load(job.target.format)
     torch.manual_seed(job.seed)
+    for note in job.notes:
+        progress.say(f"note: {note}")
     with contextlib.ExitStack() as stack:
         board: Board = stack.enter_context(
             open_board(

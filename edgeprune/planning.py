@@ -17,7 +17,8 @@ from edgeprune import search
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.compress.importance import kept_channels
 from edgeprune.devices.board import SEARCH, Board
-from edgeprune.devices.measure import ModelFile, compare, measure, time_kernels
+from edgeprune.devices.measure import ModelFile, compare, measure
+from edgeprune.devices.pool import Pool
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
 from edgeprune.latency.grid import admissible, candidate_widths, thin
@@ -52,11 +53,12 @@ CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budg
 
 @dataclass(frozen=True)
 class Stand:
-    """Where and how the candidate files run."""
+    """Where and how the candidate files run. Single kernels may be timed on other boards of the class too: those of ``pool``."""
 
     board: Board
     runtime: Runtime
     precision: Precision
+    pool: Pool | None = None
 
     def measure(self, files: Mapping[str, bytes]) -> dict[str, Measurement]:
         """Interleaved measurements of whole files, by name."""
@@ -68,13 +70,10 @@ class Stand:
 
     def kernels(self, files: Mapping[str, bytes], progress: Progress) -> dict[str, float]:
         """Nanoseconds of single kernels, by name."""
-        return time_kernels(
-            self.board,
-            dict(files),
-            runtime=self.runtime.name,
-            threads=self.runtime.threads,
-            progress=progress,
+        pool = self.pool or Pool(
+            self.board, runtime=self.runtime.name, threads=self.runtime.threads
         )
+        return pool.time_kernels(files, progress=progress)
 
 
 class Staircase(Record):
@@ -85,12 +84,18 @@ class Staircase(Record):
 
 
 class MeasuredTable(Record):
-    """The result of :func:`measure_table`: kernel times, and the widths of each group that pay."""
+    """The result of :func:`measure_table`: kernel times, and the widths of each group that pay.
+
+    ``boards`` counts the kernels that each board has timed; ``scales`` is what the times of the boards besides the run's own were
+    multiplied by.
+    """
 
     table: LatencyTable
     grids: dict[str, tuple[int, ...]]
     staircases: dict[str, Staircase]
     kernels_measured: int
+    boards: dict[str, int] = {}
+    scales: dict[str, float] = {}
 
 
 class MeasuredNets(Record):
