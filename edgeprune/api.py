@@ -16,7 +16,13 @@ from edgeprune.context import Context, Job, stand_in_runtime
 from edgeprune.devices.recording import as_recorded
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.feasibility import plan_stages
-from edgeprune.options import Options, chosen_gates, chosen_sustained, chosen_target
+from edgeprune.options import (
+    Options,
+    chosen_device,
+    chosen_gates,
+    chosen_sustained,
+    chosen_target,
+)
 from edgeprune.planning import PlanResult
 from edgeprune.profiling import profile as profile_context
 from edgeprune.progress import Progress, Silent
@@ -36,14 +42,15 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     workload = loaded.workload
     target = chosen_target(options, workload)
     profile = catalog.profile(target.profile)
-    device_name, device = catalog.device_for(target.name, options.device or workload.device)
+    device_name, device, notes = chosen_device(options, workload, target)
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing
     device = as_recorded(device)
-    notes: tuple[str, ...] = ()
+    companions = catalog.companions_for(target.name, device_name, device)
     runtime = stand_in_runtime(target.runtime, device)
     if runtime != target.runtime:
-        notes = (f"{runtime.name} stands in for {target.runtime.name}, which is for boards only",)
+        instead = f"{runtime.name} stands in for {target.runtime.name}, which is for boards only"
+        notes = (*notes, instead)
         target = target.model_copy(update={"runtime": runtime})
     if options.importance not in importances.BY_NAME:
         raise UnknownName("importance", options.importance, importances.BY_NAME)
@@ -62,6 +69,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         notes=notes,
         sustained=chosen_sustained(options),
         record=options.record,
+        companions=companions,
     )
 
 

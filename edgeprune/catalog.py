@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -86,12 +87,15 @@ def device(name: str) -> Device:
     return known[name]
 
 
-def device_for(target_name: str, wanted: str | None = None) -> tuple[str, Device]:
+def device_for(
+    target_name: str, wanted: str | None = None, *, quarantined: Collection[str] = ()
+) -> tuple[str, Device]:
     """The device to time a target on, with its name.
 
     Args:
         target_name: what has to be timed.
         wanted: a device name. Without one: the first device that lists the target and is the real thing, else ``this-machine``.
+        quarantined: names of devices that are not chosen unless they are wanted.
 
     Raises:
         UnknownName: no device has the wanted name.
@@ -108,9 +112,30 @@ def device_for(target_name: str, wanted: str | None = None) -> tuple[str, Device
         return wanted, chosen
     known = devices()
     for name, candidate in known.items():
-        if target_name in candidate.targets and not _is_local_stand_in(candidate):
+        is_fit = target_name in candidate.targets and name not in quarantined
+        if is_fit and not _is_local_stand_in(candidate):
             return name, candidate
     return THIS_MACHINE, known[THIS_MACHINE]
+
+
+def companions_for(
+    target_name: str, chosen_name: str, chosen: Device
+) -> tuple[tuple[str, Device], ...]:
+    """Devices that may help the chosen one to time a target, by name: the others that list it.
+
+    A stand-in helps no real board, nor the other way round, and a recording helps nobody.
+
+    Raises:
+        SpecError: as :func:`devices`.
+    """
+    return tuple(
+        (name, other)
+        for name, other in devices().items()
+        if name != chosen_name
+        and target_name in other.targets
+        and other.stand_in == chosen.stand_in
+        and other.transport != "replay"
+    )
 
 
 def example_dir(name: str) -> Path:

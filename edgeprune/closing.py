@@ -203,6 +203,7 @@ class Closing:
         yield from self.context.prepared[1]
         yield from self.planned.dense.result.notes
         yield from self.files.result.notes
+        yield from boards_note(self.planned.table.result)
         doubt = chance_note(self.context)
         if doubt:
             yield doubt
@@ -288,6 +289,21 @@ def chance_note(context: Context) -> str:
     return (
         f"the dense model is right on {entry.value:.1%} of the development split; guessing would give {guess:.1%}:"
         " check preprocess (mean, std, color), the order of the labels and the weights"
+    )
+
+
+def boards_note(table: MeasuredTable) -> tuple[str, ...]:
+    """A line about the boards that timed the kernels, when there were several."""
+    if len(table.boards) < 2:
+        return ()
+    parts = [
+        f"{count} on {name}"
+        + (f" (times {table.scales[name]:.4f})" if name in table.scales else "")
+        for name, count in table.boards.items()
+    ]
+    return (
+        f"kernels were timed on {len(parts)} boards: {', '.join(parts)};"
+        " everything else was measured on the first alone",
     )
 
 

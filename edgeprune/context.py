@@ -33,7 +33,7 @@ STAND_IN_RUNTIMES: dict[str, Literal["litert"]] = {"tflite-runtime": "litert"}
 
 @dataclass(frozen=True)
 class Job:
-    """A fully resolved request."""
+    """A fully resolved request. ``companions`` may help ``device`` to time kernels; what is judged is measured on ``device`` alone."""
 
     loaded: LoadedWorkload
     target: Target
@@ -48,6 +48,7 @@ class Job:
     notes: tuple[str, ...] = ()
     sustained: float | None = None  # seconds
     record: Path | None = None
+    companions: tuple[tuple[str, Device], ...] = ()
 
     def device_key(self) -> list[Any]:
         """What tells the device from others, as plain data; a replay is told by the content of its recording."""

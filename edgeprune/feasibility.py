@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from edgeprune import planning, stages
 from edgeprune.closing import Planned, chance_note, versions
 from edgeprune.context import Context
+from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
 from edgeprune.planning import MeasuredNets, MeasuredTable, PlanResult, Stand
@@ -141,15 +143,32 @@ def _table(
         "measuring",
         {"latency": latency.digest, "variant": variant.digest},
         MeasuredTable,
-        lambda _: planning.measure_table(
-            stand,
-            file,
-            groups,
-            fingerprint_key=latency.result.fingerprint.key(),
-            format_name=context.job.target.format,
-            progress=context.progress,
-        ),
+        lambda _: _measured_table(context, run, latency.result, stand, file),
     )
+
+
+def _measured_table(
+    context: Context, run: RunFolder, latency: DenseLatency, stand: Stand, file: Resizable
+) -> MeasuredTable:
+    """The kernel table, timed by every board of the class that is free; they are held for this stage alone."""
+    job, runtime = context.job, context.job.target.runtime
+    with open_pool(
+        context.board,
+        job.companions,
+        runtime=runtime.name,
+        threads=runtime.threads,
+        job=f"kernels of {job.target.name} for the run {run.path.name}",
+        say=lambda text: context.progress.say(f"      {text}"),
+    ) as pool:
+        table = planning.measure_table(
+            dataclasses.replace(stand, pool=pool),
+            file,
+            context.groups[0],
+            fingerprint_key=latency.fingerprint.key(),
+            format_name=job.target.format,
+            progress=context.progress,
+        )
+    return table.model_copy(update={"boards": dict(pool.boards), "scales": dict(pool.scales)})
 
 
 def _plan(

@@ -6,8 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune import catalog, formats
+from edgeprune.devices import quarantine
 from edgeprune.errors import FormatError, SpecError
-from edgeprune.specs import Budget, Target, Workload, parse_budget, parse_drop, parse_duration
+from edgeprune.specs import (
+    Budget,
+    Device,
+    Target,
+    Workload,
+    parse_budget,
+    parse_drop,
+    parse_duration,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,28 @@ def chosen_sustained(options: Options) -> float | None:
         raise SpecError(str(error), hint="give --sustained 10min, for example") from error
 
 
+def chosen_device(
+    options: Options, workload: Workload, target: Target
+) -> tuple[str, Device, tuple[str, ...]]:
+    """The device of a request with its name, and what the user must know about the choice, one line each.
+
+    Raises:
+        SpecError: the wanted device does not list the target.
+        UnknownName: no device has the wanted name.
+        IntegrityError: the list of devices in quarantine cannot be read.
+    """
+    wanted = options.device or workload.device
+    out = quarantine.entries()
+    name, device = catalog.device_for(target.name, wanted, quarantined=out)
+    notes: tuple[str, ...] = ()
+    skipped = name if wanted else catalog.device_for(target.name)[0]
+    if name in out:
+        notes = (f"{name} is in quarantine, its figures may be wrong: {out[name].reason}",)
+    elif skipped != name:
+        notes = (f"{skipped} is in quarantine, {name} takes its place: {out[skipped].reason}",)
+    return name, device, notes
+
+
 def check_format(target: Target) -> None:
     """Nothing, when this version can write the target's format.
 
@@ -90,7 +121,7 @@ def check_names(options: Options, workload: Workload) -> None:
         FormatError: as :func:`check_format`.
     """
     target = chosen_target(options, workload)
-    catalog.device_for(target.name, options.device or workload.device)
+    chosen_device(options, workload, target)
     check_format(target)
     chosen_gates(options, workload, target)
     chosen_sustained(options)

@@ -80,6 +80,8 @@ def opened(
     check_format(job.target)
     form = formats.load(job.target.format)
     torch.manual_seed(job.seed)
+    for note in job.notes:
+        progress.say(f"note: {note}")
     with contextlib.ExitStack() as stack:
         store = None
         if run is not None and job.record is None:

@@ -17,8 +17,9 @@ from edgeprune import search
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.compress.importance import kept_channels
 from edgeprune.devices.board import Board
-from edgeprune.devices.measure import ModelFile, compare, measure, time_kernels
+from edgeprune.devices.measure import ModelFile, compare, measure
 from edgeprune.devices.plans import SEARCH
+from edgeprune.devices.pool import Pool
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
 from edgeprune.latency.grid import admissible, candidate_widths, thin
@@ -53,11 +54,12 @@ CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budg
 
 @dataclass(frozen=True)
 class Stand:
-    """Where and how the candidate files run."""
+    """Where and how the candidate files run. Single kernels may be timed on other boards of the class too: those of ``pool``."""
 
     board: Board
     runtime: Runtime
     precision: Precision
+    pool: Pool | None = None
 
     def measure(self, files: Mapping[str, bytes], purpose: str) -> dict[str, Measurement]:
         """Interleaved measurements of whole files, by name. ``purpose`` is used once in a run; see :meth:`Board.time`."""
@@ -76,14 +78,10 @@ class Stand:
         self, files: Mapping[str, bytes], progress: Progress, purpose: str
     ) -> dict[str, float]:
         """Nanoseconds of single kernels, by name. ``purpose`` is used once in a run; see :meth:`Board.time`."""
-        return time_kernels(
-            self.board,
-            dict(files),
-            runtime=self.runtime.name,
-            threads=self.runtime.threads,
-            progress=progress,
-            purpose=purpose,
+        pool = self.pool or Pool(
+            self.board, runtime=self.runtime.name, threads=self.runtime.threads
         )
+        return pool.time_kernels(files, progress=progress, purpose=purpose)
 
 
 class Staircase(Record):
@@ -94,12 +92,18 @@ class Staircase(Record):
 
 
 class MeasuredTable(Record):
-    """The result of :func:`measure_table`: kernel times, and the widths of each group that pay."""
+    """The result of :func:`measure_table`: kernel times, and the widths of each group that pay.
+
+    ``boards`` counts the kernels that each board has timed; ``scales`` is what the times of the boards besides the run's own were
+    multiplied by.
+    """
 
     table: LatencyTable
     grids: dict[str, tuple[int, ...]]
     staircases: dict[str, Staircase]
     kernels_measured: int
+    boards: dict[str, int] = {}
+    scales: dict[str, float] = {}
 
 
 class MeasuredNets(Record):

@@ -198,33 +198,68 @@ def time_kernels(
     times: dict[str, float] = {}
     problem = ""
     with progress.bar("timing kernels", len(files)) as bar:
-        for number, chunk in enumerate(_chunks(files)):
+        for number, chunk in enumerate(chunks(files)):
             part = f"{purpose}-{number}" if purpose else ""
-            loaded = board.load_many(chunk, runtime=runtime, threads=threads)
-            keys = [key for key, model in loaded.items() if isinstance(model, Loaded)]
-            try:
-                timing = board.time(keys, plan, purpose=part) if keys else None
-            finally:
-                forget(board, keys)
-            for key, model in loaded.items():
-                if isinstance(model, str):
-                    problem = f"{key} does not load on device {board.name!r}: {model}"
-                    progress.say(problem)
-                elif timing is not None:
-                    blocks = timing.blocks[key]
-                    times[key] = min(float(statistics.median(b.samples_ns)) for b in blocks)
+            timed = time_chunk(
+                board, chunk, runtime=runtime, threads=threads, plan=plan, purpose=part
+            )
+            times.update(timed.ns)
+            for problem in timed.problems.values():
+                progress.say(problem)
             bar.advance(len(chunk))
     if files and not times:
         raise DeviceError(f"no kernel could be timed: {problem}")
     return times
 
 
-def _chunks(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
-    """Files in groups that a small board holds at once."""
+@dataclass(frozen=True)
+class TimedChunk:
+    """Nanoseconds of each small file that could be timed, and one line for each that could not."""
+
+    ns: dict[str, float]
+    problems: dict[str, str]
+
+
+def time_chunk(
+    board: Board,
+    files: Mapping[str, bytes],
+    *,
+    runtime: str,
+    threads: int,
+    plan: TimingPlan,
+    purpose: str = "",
+) -> TimedChunk:
+    """Time of small files that are loaded at once, as :func:`time_kernels`. Blocks that the board rejected do not count.
+
+    Raises:
+        DeviceError: the board failed.
+    """
+    times: dict[str, float] = {}
+    problems: dict[str, str] = {}
+    loaded = board.load_many(files, runtime=runtime, threads=threads)
+    keys = [key for key, model in loaded.items() if isinstance(model, Loaded)]
+    try:
+        timing = board.time(keys, plan, purpose=purpose) if keys else None
+    finally:
+        forget(board, keys)
+    for key, model in loaded.items():
+        if isinstance(model, str):
+            problems[key] = f"{key} does not load on device {board.name!r}: {model}"
+        elif timing is not None:
+            counted = [b for b in timing.blocks[key] if b.rejected is None]
+            if counted:
+                times[key] = min(float(statistics.median(b.samples_ns)) for b in counted)
+            else:
+                problems[key] = f"all blocks of {key} were disturbed on device {board.name!r}"
+    return TimedChunk(times, problems)
+
+
+def chunks(files: Mapping[str, bytes], most: int = CHUNK_FILES) -> Iterator[dict[str, bytes]]:
+    """Files in groups that a small board holds at once: at most ``most`` files and 64 MiB, or a single larger file."""
     chunk: dict[str, bytes] = {}
     size = 0
     for name, content in files.items():
-        if chunk and (len(chunk) == CHUNK_FILES or size + len(content) > CHUNK_BYTES):
+        if chunk and (len(chunk) == most or size + len(content) > CHUNK_BYTES):
             yield chunk
             chunk, size = {}, 0
         chunk[name] = content
