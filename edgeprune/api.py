@@ -46,7 +46,9 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing
     device = as_recorded(device)
-    companions = catalog.companions_for(target.name, device_name, device)
+    # A recording holds what one board answered, so that board works alone.
+    is_alone = options.record is not None or device.transport == "replay"
+    companions = () if is_alone else catalog.companions_for(target.name, device_name, device)
     runtime = stand_in_runtime(target.runtime, device)
     if runtime != target.runtime:
         instead = f"{runtime.name} stands in for {target.runtime.name}, which is for boards only"

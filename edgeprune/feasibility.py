@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from edgeprune import planning, stages
@@ -171,6 +172,12 @@ def _measured_table(
     return table.model_copy(update={"boards": dict(pool.boards), "scales": dict(pool.scales)})
 
 
+def _score(context: Context, table: MeasuredTable, folder: Path) -> ScoresResult:
+    """Work on this machine, while others may use the board."""
+    with context.board.rested():
+        return stages.score(context, table.grids, folder)
+
+
 def _plan(
     context: Context,
     run: RunFolder,
@@ -186,7 +193,7 @@ def _plan(
         "other",
         {"kernels": table.digest, "importance": job.importance, "data": job.loaded.dataset.digest},
         ScoresResult,
-        lambda f: stages.score(context, table.result.grids, f),
+        lambda f: _score(context, table.result, f),
     )
     say(f"[5/8] search: {job.budget.text}, checked on the device")
     plan = run.stage(
