@@ -133,12 +133,17 @@ def setup(name: str, runtimes: Sequence[str], wheels: Path | None, quiet: bool) 
     from edgeprune.devices.checkup import size_text
 
     for line in found.runtimes:
-        text = f"{line.runtime:14} {line.version or '-':10} {line.status:10} {line.reason or ''}"
+        text = f"{line.runtime:14} {line.version or '-':10} {line.status:13} {line.reason or ''}"
         click.echo(plain(text).rstrip())
     seconds = sum(found.seconds.values())
     click.echo(
         f"sent {size_text(found.bytes_sent)} in {seconds:.1f} s; next: edgeprune devices check {name}"
     )
+    refused = [line for line in found.runtimes if line.status == "refused"]
+    if refused:
+        raise DeviceError(
+            f"device {name!r} cannot run {', '.join(r.runtime for r in refused)}: {refused[0].reason}"
+        )
 
 
 @devices.command()

@@ -701,8 +701,10 @@ def provisioned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def setup(board: Any, runtimes: Any, *, progress: Any, wheels: Any) -> Any:
         calls.append((board.name, list(runtimes), wheels))
+        refused = {"version": None, "status": "refused", "reason": "no wheel " + ANSI}
+        installed = {"version": "2.3.0", "status": "installed", "reason": ANSI}
         lines = [
-            types.SimpleNamespace(runtime=r, version="2.3.0", status="installed", detail=ANSI)
+            types.SimpleNamespace(runtime=r, **(refused if r == "tflite-runtime" else installed))
             for r in runtimes
         ]
         return types.SimpleNamespace(
@@ -727,6 +729,16 @@ def test_a_board_is_set_up_with_what_its_targets_need(desk, run, provisioned, tm
         ("pi-desk", ["litert"], None),
         ("pi-desk", ["onnxruntime"], tmp_path),
     ]
+
+
+def test_a_runtime_that_the_board_cannot_have_is_exit_code_4(desk, run, provisioned):
+    desk.write(transport="local")
+    flags = ("--runtime", "litert", "--runtime", "tflite-runtime")
+    code, out, err = run("setup", "pi-desk", *flags)
+    assert code == 4
+    assert [line.split()[0] for line in out.splitlines()[:2]] == ["litert", "tflite-runtime"]
+    assert "cannot run tflite-runtime: no wheel" in err
+    assert "\x1b" not in out + err
 
 
 def test_a_board_without_targets_needs_a_runtime_to_be_named(desk, run, provisioned):
