@@ -10,7 +10,7 @@ import tinynet
 from conftest import write_devices
 from small_project import small_project
 
-from edgeprune import api, cli, pipeline, records
+from edgeprune import api, pipeline, records
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.context import Job
 from edgeprune.datasets import model_input
@@ -35,12 +35,12 @@ def small(arm64_board: Device, tmp_path_factory: pytest.TempPathFactory) -> Path
     return home
 
 
-def test_a_profile_on_an_emulated_board_shows_both_precisions_stamped_emulated(
-    small, monkeypatch, capsys
-):
-    monkeypatch.chdir(small)
-    cli.main(["profile", "--target", "rpi4", "--device", "litert", "--json"])
-    found = ProfileReport.model_validate_json(capsys.readouterr().out)
+def test_a_profile_on_an_emulated_board_shows_both_precisions_stamped_emulated(small):
+    done = tinynet.edgeprune(
+        small, "profile", "--target", "rpi4", "--device", "litert", "--json", timeout_s=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = ProfileReport.model_validate_json(done.stdout)
     assert found.device == "litert"
     assert found.fingerprint.machine == "aarch64"
     assert {p: m.stamp for p, m in found.measurements.items()} == {
