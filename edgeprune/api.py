@@ -23,12 +23,12 @@ from edgeprune.options import (
     chosen_sustained,
     chosen_target,
 )
-from edgeprune.planning import PlanResult
 from edgeprune.profiling import profile as profile_context
 from edgeprune.progress import Progress, Silent
 from edgeprune.results import ProfileReport, Report
 from edgeprune.runfolder import RunFolder
 from edgeprune.specs import Preprocess, Workload
+from edgeprune.stage_records import PlanResult
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
 
 

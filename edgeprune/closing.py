@@ -23,7 +23,6 @@ from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, Runti
 from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
-from edgeprune.planning import MeasuredTable, PlanResult
 from edgeprune.results import Artifact, PruningPlan, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
@@ -31,6 +30,8 @@ from edgeprune.stage_records import (
     DenseLatency,
     FinalLatency,
     FinalQuality,
+    MeasuredTable,
+    PlanResult,
     PrunedFiles,
     PrunedResult,
     RecoveredResult,

@@ -12,9 +12,17 @@ from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
-from edgeprune.planning import MeasuredNets, MeasuredTable, PlanResult, Stand
+from edgeprune.planning import Stand
 from edgeprune.runfolder import RunFolder, Stage
-from edgeprune.stage_records import DenseFiles, DenseLatency, ScoresResult, VariantFile
+from edgeprune.stage_records import (
+    DenseFiles,
+    DenseLatency,
+    MeasuredNets,
+    MeasuredTable,
+    PlanResult,
+    ScoresResult,
+    VariantFile,
+)
 
 
 def plan_stages(context: Context, run: RunFolder) -> Planned:

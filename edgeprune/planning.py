@@ -26,7 +26,7 @@ from edgeprune.latency.grid import admissible, candidate_widths, thin
 from edgeprune.latency.predictor import Factor, LatencyModel, correct, evaluate, sample_nets
 from edgeprune.latency.table import LatencyTable, probe_points, tabulate
 from edgeprune.progress import Progress
-from edgeprune.records import Record, sha256_bytes
+from edgeprune.records import sha256_bytes
 from edgeprune.results import (
     FrozenGroup,
     GroupPlan,
@@ -37,6 +37,7 @@ from edgeprune.results import (
 )
 from edgeprune.search import Problem, Solution
 from edgeprune.specs import Budget, FormatName, Precision, Runtime
+from edgeprune.stage_records import MeasuredNets, MeasuredTable, PlanResult, Staircase
 
 FINEST_STEP = 4  # no kernel library rounds channels to less than 4 (MLAS and NEON fp32 vectors)
 WIDTH_TOLERANCE = (
@@ -82,45 +83,6 @@ class Stand:
             self.board, runtime=self.runtime.name, threads=self.runtime.threads
         )
         return pool.time_kernels(files, progress=progress, purpose=purpose)
-
-
-class Staircase(Record):
-    """Time of everything a group touches, at each width of it, all other groups full."""
-
-    widths: tuple[int, ...]
-    ns: tuple[float, ...]
-
-
-class MeasuredTable(Record):
-    """The result of :func:`measure_table`: kernel times, and the widths of each group that pay.
-
-    ``boards`` counts the kernels that each board has timed; ``scales`` is what the times of the boards besides the run's own were
-    multiplied by.
-    """
-
-    table: LatencyTable
-    grids: dict[str, tuple[int, ...]]
-    staircases: dict[str, Staircase]
-    kernels_measured: int
-    boards: dict[str, int] = {}
-    scales: dict[str, float] = {}
-
-
-class MeasuredNets(Record):
-    """Whole nets at random widths, timed beside the dense one."""
-
-    dense_ms: float
-    widths: tuple[dict[str, int], ...]
-    ms: tuple[float, ...]
-
-
-class PlanResult(Record):
-    """The chosen plan, how it was checked, and what else was possible."""
-
-    plan: PruningPlan
-    checks: tuple[PlanCheck, ...]
-    quality: LatencyModelQuality
-    pareto: tuple[tuple[float, float], ...]
 
 
 def measure_table(

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from edgeprune.latency.table import LatencyTable
 from edgeprune.records import Record
-from edgeprune.results import Artifact, Comparison, Fingerprint, LedgerEntry, Measurement
+from edgeprune.results import (
+    Artifact,
+    Comparison,
+    Fingerprint,
+    LatencyModelQuality,
+    LedgerEntry,
+    Measurement,
+    PlanCheck,
+    PruningPlan,
+)
 from edgeprune.specs import Precision
 
 
@@ -85,3 +95,42 @@ class TestQuality(Record):
 
     values: dict[str, float]
     n: int
+
+
+class Staircase(Record):
+    """Time of everything a group touches, at each width of it, all other groups full."""
+
+    widths: tuple[int, ...]
+    ns: tuple[float, ...]
+
+
+class MeasuredTable(Record):
+    """The result of :func:`edgeprune.planning.measure_table`: kernel times, and the widths of each group that pay.
+
+    ``boards`` counts the kernels that each board has timed; ``scales`` is what the times of the boards besides the run's own were
+    multiplied by.
+    """
+
+    table: LatencyTable
+    grids: dict[str, tuple[int, ...]]
+    staircases: dict[str, Staircase]
+    kernels_measured: int
+    boards: dict[str, int] = {}
+    scales: dict[str, float] = {}
+
+
+class MeasuredNets(Record):
+    """Whole nets at random widths, timed beside the dense one."""
+
+    dense_ms: float
+    widths: tuple[dict[str, int], ...]
+    ms: tuple[float, ...]
+
+
+class PlanResult(Record):
+    """The chosen plan, how it was checked, and what else was possible."""
+
+    plan: PruningPlan
+    checks: tuple[PlanCheck, ...]
+    quality: LatencyModelQuality
+    pareto: tuple[tuple[float, float], ...]

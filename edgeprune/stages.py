@@ -38,6 +38,9 @@ from edgeprune.stage_records import (
     DenseLatency,
     FinalLatency,
     FinalQuality,
+    MeasuredNets,
+    MeasuredTable,
+    PlanResult,
     PrunedFiles,
     PrunedResult,
     RecoveredResult,
@@ -185,10 +188,10 @@ def plan_structure(
     context: Context,
     stand: planning.Stand,
     file: Resizable,
-    measured: planning.MeasuredTable,
-    nets: planning.MeasuredNets,
+    measured: MeasuredTable,
+    nets: MeasuredNets,
     scores: ScoresResult,
-) -> planning.PlanResult:
+) -> PlanResult:
     """Solve for the budget and check the solution on the device until it fits."""
     groups, frozen = context.groups
     model = planning.kernel_model(file, measured, context.full)

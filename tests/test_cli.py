@@ -13,10 +13,10 @@ import yaml
 from edgeprune import __version__, api
 from edgeprune.errors import SpecError
 from edgeprune.options import Options
-from edgeprune.planning import PlanResult
 from edgeprune.records import read_yaml
 from edgeprune.results import Report
 from edgeprune.specs import Profile, Target, Workload
+from edgeprune.stage_records import PlanResult
 from edgeprune.workload import from_objects
 
 COMMANDS = ("compare", "deploy", "devices", "doctor", "init", "profile", "profiles", "report", "targets", "verify")  # fmt: skip

@@ -16,10 +16,10 @@ from edgeprune import planning
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel
-from edgeprune.planning import MeasuredNets, MeasuredTable, PlanResult
 from edgeprune.progress import Progress, Silent
 from edgeprune.results import Block, FrozenGroup, Measurement, Telemetry
 from edgeprune.specs import Precision, parse_budget
+from edgeprune.stage_records import MeasuredNets, MeasuredTable, PlanResult
 
 FULL = {"a": 64, "b": 96, "c": 128}
 TILE = 8
