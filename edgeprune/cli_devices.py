@@ -44,13 +44,16 @@ for _command in (add, rekey, remove):
 def list_devices(as_json: bool) -> None:
     """All devices of devices.yaml, and this machine."""
     from edgeprune import catalog
+    from edgeprune.devices import quarantine
 
+    out = quarantine.entries()
     rows = {
         name: {
             "transport": d.transport,
             "address": f"{d.user}@{d.host}:{d.port}" if d.transport == "ssh" else d.transport,
             "stamp": "stand-in" if d.stand_in else "measured",
             "pinned": "yes" if d.host_key else "no",
+            "trusted": plain(f"quarantine: {out[name].reason}") if name in out else "yes",
             "targets": " ".join(d.targets),
         }
         for name, d in catalog.devices().items()
@@ -62,8 +65,12 @@ def list_devices(as_json: bool) -> None:
 @_name
 @_json
 def check(name: str, as_json: bool) -> None:
-    """Look a board over: what it is, what it can run, and what would disturb a measurement."""
+    """Look a board over: what it is, what it can run, and what would disturb a measurement.
+
+    A board that passes leaves the quarantine that a disturbed measurement put it in.
+    """
     from edgeprune import catalog, records
+    from edgeprune.devices import quarantine
     from edgeprune.devices.checkup import check_up
 
     device = catalog.device(name)
@@ -83,6 +90,9 @@ def check(name: str, as_json: bool) -> None:
             f"device {name!r} cannot be measured as it is: {', '.join(f.name for f in failed)}",
             hint=failed[0].next_step,
         )
+    why = quarantine.reason(name)
+    if why is not None and quarantine.lift(name):
+        click.echo(plain(f"{name} is out of quarantine, where it was because: {why}"), err=as_json)
 
 
 def _runtimes_of(device: Device) -> list[str]:

@@ -24,7 +24,7 @@ from sshd import Sshd, free_port, keygen, script, serve
 
 from edgeprune import catalog, cli
 from edgeprune.cli_devices import RUNTIMES
-from edgeprune.devices import checkup, replies
+from edgeprune.devices import checkup, quarantine, replies
 from edgeprune.devices.proposals import parse_address, targets_for
 from edgeprune.errors import SpecError
 from edgeprune.specs import Device
@@ -516,6 +516,21 @@ def test_devices_are_listed_with_their_stamp_and_pin(desk, run):
     code, out, _ = run("list")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["pi-desk", "this-machine"]
+
+
+def test_a_board_in_quarantine_is_listed_so_and_leaves_it_by_a_good_check_up(desk, run):
+    desk.write(transport="local")
+    quarantine.put("pi-desk", "its times scatter")
+    try:
+        assert "its times scatter" in json.loads(run("list", "--json")[1])["pi-desk"]["trusted"]
+        desk.answer(runtime__litert=None)
+        assert run("check", "pi-desk")[0] == 4
+        assert quarantine.reason("pi-desk") == "its times scatter"
+        desk.answer()
+        assert "out of quarantine" in run("check", "pi-desk")[1]
+        assert quarantine.reason("pi-desk") is None
+    finally:
+        quarantine.lift("pi-desk")
 
 
 def test_a_sound_board_passes_its_check_up(desk, run):
