@@ -376,13 +376,13 @@ def onnx_files(count: int) -> dict[str, bytes]:
 def meet(barrier: threading.Barrier, *boards: Board) -> None:
     """Let every board wait for the others at its first chunk after the reference, so that each has work."""
 
-    def patient(board: Board) -> Callable[[Sequence[str], TimingPlan], Timing]:
+    def patient(board: Board) -> Callable[..., Timing]:
         calls, timing = itertools.count(), board.time
 
-        def time(keys: Sequence[str], plan: TimingPlan) -> Timing:
+        def time(keys: Sequence[str], plan: TimingPlan, *, purpose: str = "") -> Timing:
             if next(calls) == 1:
                 barrier.wait(60)
-            return timing(keys, plan)
+            return timing(keys, plan, purpose=purpose)
 
         return time
 
@@ -419,7 +419,6 @@ def test_a_real_agent_that_is_killed_at_work_loses_nothing(desk):
     def kill(note: str) -> None:
         if note == "doomed" and not killed:
             killed.append(int(pid_file.read_text().split()[0]))
-            print(open(f"/proc/{killed[0]}/cmdline").read().split("\0"))
             os.kill(killed[0], signal.SIGKILL)
 
     desk.ear = Ear(kill)
@@ -445,9 +444,9 @@ def test_a_stand_times_kernels_with_its_pool_and_alone(desk):
     runtime = Runtime(name="onnxruntime", threads=1)
     with desk.pool(other=desk.device("other")) as pool:
         primary = pool._primary
-        assert Stand(primary, runtime, "fp32", pool).kernels(FILES, desk.ear) == EXACT
+        assert Stand(primary, runtime, "fp32", pool).kernels(FILES, desk.ear, "a") == EXACT
         assert pool.boards["other"] > 0
-        alone = Stand(primary, runtime, "fp32").kernels(FILES, desk.ear)
+        alone = Stand(primary, runtime, "fp32").kernels(FILES, desk.ear, "b")
     assert alone == EXACT
 
 
