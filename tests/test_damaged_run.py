@@ -44,7 +44,7 @@ def test_no_flipped_bit_and_no_cut_of_a_stage_gives_another_result(tmp_path):
     draw = np.random.default_rng(0)
     for file in (record, weights):
         good = file.read_bytes()
-        for number in range(300):
+        for number in range(80):
             place = int(draw.integers(0, len(good)))
             bent = bytearray(good)
             bent[place] ^= 1 << int(draw.integers(0, 8))

@@ -150,7 +150,8 @@ class Board:
         They are only marked on this machine, which runs edgeprune itself and whatever its owner does, and on stand-ins and emulated
         boards, whose figures nobody takes for a board's.
         """
-        is_local = self.device.transport == "local"
+        transport = self.device.transport if self.origin is None else self.origin.transport
+        is_local = transport == "local"
         return not (is_local or self.device.stand_in or self._facts().emulated)
 
     def wait_until_ready(self, expected_bytes: int = 0) -> tuple[str, ...]:
@@ -344,7 +345,7 @@ class Board:
         elapsed_ns = math.inf if self.origin is not None else (time.monotonic() - start) * 1e9
         timed = self._checked(reply, keys, plan, elapsed_ns)
         # What a board may have to measure again must not come back from the store for ever.
-        is_fine = self.device.stand_in or timed.rejected_ratio() <= MAX_REJECTED_RATIO
+        is_fine = not self.is_strict or timed.rejected_ratio() <= MAX_REJECTED_RATIO
         if self._store is not None and key and is_fine:
             self._store.put(key, reply)
         return timed
