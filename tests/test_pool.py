@@ -419,7 +419,6 @@ def test_a_real_agent_that_is_killed_at_work_loses_nothing(desk):
     def kill(note: str) -> None:
         if note == "doomed" and not killed:
             killed.append(int(pid_file.read_text().split()[0]))
-            print(open(f"/proc/{killed[0]}/cmdline").read().split("\0"))
             os.kill(killed[0], signal.SIGKILL)
 
     desk.ear = Ear(kill)
