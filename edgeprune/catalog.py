@@ -123,7 +123,7 @@ def companions_for(
 ) -> tuple[tuple[str, Device], ...]:
     """Devices that may help the chosen one to time a target, by name: the others that list it.
 
-    A stand-in helps no real board, nor the other way round, and a recording helps nobody.
+    A stand-in helps no real board, nor the other way round; a recording helps nobody, and this machine not itself under another name.
 
     Raises:
         SpecError: as :func:`devices`.
@@ -135,6 +135,7 @@ def companions_for(
         and target_name in other.targets
         and other.stand_in == chosen.stand_in
         and other.transport != "replay"
+        and not other.transport == chosen.transport == "local"
     )
 
 

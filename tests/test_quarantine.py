@@ -15,12 +15,18 @@ from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.options import Options, check_names, chosen_device
 from edgeprune.specs import Workload
 
-TWO_PIS = """schema_version: 1
+SSH = (
+    "transport: ssh, host: pi.local, user: pi, auth: {method: key, key_file: ~/.ssh/id},"
+    f" host_key: {{sha256: 'SHA256:{'A' * 43}'}}"
+)
+TWO_PIS = f"""schema_version: 1
 devices:
-  first: {transport: local, targets: [rpi4]}
-  second: {transport: local, targets: [rpi4, rpi5]}
-  desk: {transport: local, targets: [rpi4], stand_in: true}
-  old: {transport: replay, targets: [rpi4], recording: old.jsonl}
+  first: {{{SSH}, targets: [rpi4]}}
+  second: {{{SSH}, targets: [rpi4, rpi5]}}
+  here: {{transport: local, targets: [rpi4]}}
+  desk: {{transport: local, targets: [rpi4], stand_in: true}}
+  double: {{{SSH}, targets: [rpi4], stand_in: true}}
+  old: {{transport: replay, targets: [rpi4], recording: old.jsonl}}
 """
 
 
@@ -127,7 +133,8 @@ def test_the_other_boards_of_a_target_may_help_but_no_stand_in_and_no_recording(
         device = catalog.device(chosen)
         return [name for name, _ in catalog.companions_for(target, chosen, device)]
 
-    assert names("rpi4", "first") == ["second"]
-    assert names("rpi4", "second") == ["first"]
+    assert names("rpi4", "first") == ["second", "here"]
+    assert names("rpi4", "here") == ["first", "second"]
     assert names("rpi5", "second") == []
-    assert names("rpi4", "desk") == ["this-machine"]
+    assert names("rpi4", "desk") == ["double"]
+    assert names("rpi4", "double") == ["desk", "this-machine"]
