@@ -44,6 +44,7 @@ def desk(arm64_board: Device, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert arm64_board.auth is not None
     argv = ["devices", "add", "pi", f"{arm64_board.user}@127.0.0.1:{arm64_board.port}"]
     argv += ["--key", str(arm64_board.auth.key_file), "--python", BARE_PYTHON]
+    argv += ["--workdir", "~/desk"]  # other tests want a board without environments
     argv += ["--fingerprint", arm64_board.host_key.sha256, "--target", "rpi4"]
     cli.main([*argv, "--file", str(folder / "devices.yaml")])
     return folder
