@@ -23,7 +23,7 @@ from sshd import free_port, matmul_file, script, serve, wait_until_gone
 
 from edgeprune.closing import boards_note
 from edgeprune.devices import quarantine
-from edgeprune.devices.board import Board, Timing, TimingPlan, open_board
+from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.companions import (
     LIMITS,
     MIN_SHARED,
@@ -35,6 +35,7 @@ from edgeprune.devices.companions import (
     scale_of,
     series,
 )
+from edgeprune.devices.plans import Timing, TimingPlan
 from edgeprune.devices.pool import Pool, open_pool
 from edgeprune.errors import DeviceError, LinkLost, Unreliable
 from edgeprune.latency.table import LatencyTable
