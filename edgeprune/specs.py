@@ -139,6 +139,21 @@ class Tuning(Record):
     governor: Literal["performance", "powersave", "schedutil", "ondemand"] = "performance"
 
 
+class ReportTier(Record):
+    """How long the figures of a report are looked at: fresh processes, blocks of each file in each, and runs of each file in all.
+
+    Fewer are for trying things out; what the interval of a comparison covers is printed with it.
+    """
+
+    sessions: Annotated[int, Field(ge=1, le=50)] = 3
+    rounds: Annotated[int, Field(ge=4, le=1000)] = 8
+    block_ms: Annotated[float, Field(gt=0, le=2000)] = 200.0
+    warmup_ms: Annotated[float, Field(ge=0, le=60_000)] = 1000.0
+    min_runs: Annotated[int, Field(ge=1, le=100_000)] = 1024
+    max_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    sentinel: bool = True
+
+
 class Device(Record):
     """The box on this desk: how to reach it, and which targets it can time. Never holds a secret.
 
@@ -167,6 +182,7 @@ class Device(Record):
     thermal: Thermal = Thermal()
     max_foreign_cpu_ratio: Annotated[float, Field(gt=0, le=1)] = 0.05  # of all cores, by others
     tuning: Tuning = Tuning()
+    report: ReportTier = ReportTier()
     recording: str | None = None
     stand_in: bool = False
 

@@ -26,7 +26,7 @@ from edgeprune.context import Context
 from edgeprune.datasets import model_input
 from edgeprune.devices.measure import compare, measure
 from edgeprune.devices.plans import SEARCH
-from edgeprune.devices.report_tier import measure_report
+from edgeprune.devices.report_tier import measure_report, report_options
 from edgeprune.devices.sustained import sustained
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats import Resizable
@@ -322,6 +322,7 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
             runtime=runtime.name,
             threads=runtime.threads,
             purpose="final",
+            **report_options(context.board.device.report),
         )
     }
     pairs = [

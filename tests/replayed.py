@@ -15,12 +15,13 @@ from pathlib import Path
 
 import tinynet
 import yaml
+from sshd import QUICK_REPORT
 
 COMMAND = ("deploy", "--target", "desk", "--latency", "80%", "--run", "run")
 RECORDING = "desk.epr"
 # A disturbed stand-in is used all the same, so that these tests do not depend on what else runs on this machine.
 DEVICES = {
-    "desk": {"transport": "local", "targets": ["desk"], "stand_in": True},
+    "desk": {"transport": "local", "targets": ["desk"], "stand_in": True, "report": QUICK_REPORT},
     "replayed": {"transport": "replay", "targets": ["desk"], "recording": RECORDING},
 }
 ZYGOTE = """

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
+from sshd import QUICK_REPORT
 from torch import nn
 
 REPO = Path(__file__).parents[1]
@@ -117,6 +118,16 @@ def settings(**changes: object) -> dict[str, object]:
     return {key: value for key, value in merged.items() if value is not None}
 
 
+DEVICES = {
+    "this-machine": {
+        "transport": "local",
+        "stand_in": True,
+        "targets": ["this-machine", "rpi4", "rpi5", "rpi3-32bit"],
+        "report": QUICK_REPORT,
+    }
+}
+
+
 def project(folder: Path, **changes: object) -> Path:
     """A folder with model, weights, data and ``edgeprune.yaml``; ``changes`` as for :func:`settings`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +136,7 @@ def project(folder: Path, **changes: object) -> Path:
     parts = {f"{s}_{k}": v for s, xy in arrays().items() for k, v in zip("xy", xy, strict=True)}
     np.savez(folder / "data.npz", **parts)
     write_settings(folder, **changes)
+    (folder / "devices.yaml").write_text(yaml.safe_dump({"schema_version": 1, "devices": DEVICES}))
     return folder
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from typing import Any
 
 from edgeprune.devices import sentinel as sentinels
 from edgeprune.devices.board import MAX_SAMPLES_PER_REQUEST, Board
@@ -16,6 +17,7 @@ from edgeprune.devices.plans import REPORT, Loaded, Timing, TimingPlan
 from edgeprune.devices.sentinel import SENTINELS, Sentinel, judge_drift
 from edgeprune.errors import Unreliable
 from edgeprune.results import Block, Fingerprint, Measurement
+from edgeprune.specs import ReportTier
 
 SESSIONS = 3
 MIN_RUNS = 1024  # of each model; what MLPerf Mobile asks of a submission
@@ -87,6 +89,19 @@ def measure_report(
         if measurement.unreliable and raises:
             raise _unreliable(measurement.unreliable)
     return found
+
+
+def report_options(tier: ReportTier) -> dict[str, Any]:
+    """What :func:`measure_report` is told for a device that is looked at for as long as its entry says."""
+    return {
+        "sessions": tier.sessions,
+        "plan": replace(
+            REPORT, rounds=tier.rounds, block_ms=tier.block_ms, warmup_ms=tier.warmup_ms
+        ),
+        "min_runs": tier.min_runs,
+        "max_s": tier.max_s,
+        **({} if tier.sentinel else {"sentinel_plan": None}),
+    }
 
 
 def _unreliable(why: str) -> Unreliable:
