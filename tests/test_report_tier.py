@@ -14,13 +14,13 @@ from sshd import matmul_file
 
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import ModelFile, compare, measure
-from edgeprune.devices.plans import Loaded, Timing, TimingPlan
-from edgeprune.devices.report_tier import measure_report
+from edgeprune.devices.plans import REPORT, Loaded, Timing, TimingPlan
+from edgeprune.devices.report_tier import measure_report, report_options
 from edgeprune.devices.sentinel import KEY
 from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.records import sha256_bytes
 from edgeprune.results import Block, Fingerprint, Measurement, Telemetry
-from edgeprune.specs import Device
+from edgeprune.specs import Device, ReportTier
 
 ORT: dict[str, Any] = {"runtime": "onnxruntime", "threads": 1}
 QUICK = TimingPlan(rounds=2, block_ms=0.5, min_runs=2, max_runs=5, warmup_ms=0.5)
@@ -266,3 +266,15 @@ def test_mean_and_deviation_are_of_all_samples():
     found = with_blocks([samples])
     assert found.mean_ms == statistics.fmean(samples) / 1e6
     assert found.mad_ms == 1.0
+
+
+def test_an_entry_of_a_device_says_how_long_its_reports_take():
+    usual = report_options(ReportTier())
+    assert (usual["sessions"], usual["plan"], usual["min_runs"]) == (3, REPORT, 1024)
+    assert "sentinel_plan" not in usual
+    board = FakeBoard()
+    tier = ReportTier(sessions=2, rounds=4, block_ms=10, min_runs=5, sentinel=False)
+    (found,) = measured(board, **report_options(tier))
+    assert board.loads == ["fast"] * 2
+    assert board.asked == [(("fast",), 4)] * 2
+    assert found.sentinel_drift_ratio is None
