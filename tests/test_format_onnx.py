@@ -194,10 +194,14 @@ def test_the_toolchain_prints_nothing_and_leaves_no_file(tmp_path):
 
 
 def test_the_int8_file_agrees_with_float_to_a_few_percent(files):
-    x = samples(8)
+    # Unfused, in floats: the fused kernels of x86 without VNNI add in 16 bits, which saturate; that is the host's doing, not the file's.
+    x, level = samples(8), onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     both = [
         np.concatenate(
-            [run(files["full", p].read_bytes(), {"input": x[i : i + 1]})[0] for i in range(8)]
+            [
+                run(files["full", p].read_bytes(), {"input": x[i : i + 1]}, level)[0]
+                for i in range(8)
+            ]
         )
         for p in ("fp32", "int8")
     ]
