@@ -62,8 +62,8 @@ def take_lease(board: Board, seconds: float) -> None:
             board.request("lease", {})
             return
         except Refusal as error:
-            assert error.kind == "busy"
-            assert time.monotonic() < deadline, f"still held after {seconds} s: {error}"
+            if error.kind != "busy" or time.monotonic() > deadline:
+                raise
             time.sleep(0.1)
 
 
