@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import re
 import secrets
 import shlex
 import site
@@ -43,13 +44,19 @@ from edgeprune.records import sha256_bytes
 from edgeprune.specs import Device
 
 LINK_S = 60.0  # for anything that mostly waits for the link
-BEAT_S = 5.0
+BEAT_S = 5.0  # or a third of what the lease allows, where that is less
+PATIENCE_S = 30.0  # what a model may take over ten times the expected time before the board ends its process
 CHUNK_BYTES = 4 << 20
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0)
 LEASE_POLL_S = 1.0
 RETURN_S = 600.0  # who had the board and let it go for a while waits for it at least that long
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 DEFAULT_WORKDIR: str = Device.model_fields["workdir"].default
+# Who asks, who owns the workdir, its mode, and the digest of the agent there, if all that exists. A fixed text: paths are its arguments.
+_LOOK = """set -- "$1" "$2" "$(sha256sum "$2" 2>/dev/null)"
+if [ -e "$1" ]; then f="$(stat -L -c '%u %a' "$1")"; else f="none none"; fi
+printf '\\nedgeprune-workdir %s %s %s\\n' "$(id -u)" "$f" "${3%% *}"
+"""
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,7 @@ class Session:
                 "soft_limit_c": thermal.soft_limit_c,
                 "start_below_c": thermal.start_below_c,
                 "foreign_cpu_ratio": device.max_foreign_cpu_ratio,
+                "patience_s": PATIENCE_S,
             },
             "client": {"user": _user(), "host": platform.node(), "job": self._lease.job},
         }
@@ -191,7 +199,7 @@ class Session:
 
     def _beat(self) -> None:
         """Keep the lease while this program lives; a broken link is noticed by the next request."""
-        while not self._closed.wait(BEAT_S):
+        while not self._closed.wait(min(BEAT_S, self.device.lease_ttl_s / 3)):
             link = self._link
             if link is not None:
                 with contextlib.suppress(EdgepruneError, OSError):
@@ -386,12 +394,38 @@ def _agent_command(transport: Transport, device: Device) -> list[str]:
     if device.transport == "replay":
         return ["replay"]
     home = _ask(transport, ["sh", "-c", 'cd && printf "\\n%s\\n" "$PWD"'])
-    path = f"{_expanded(_workdir(device), home)}/{agent_name()}"
-    there = transport.run(["sha256sum", path], timeout_s=LINK_S)
-    if there.code != 0 or agent_digest().encode() not in there.stdout:
+    workdir = _expanded(_workdir(device), home)
+    path = f"{workdir}/{agent_name()}"
+    if _digest_there(transport, workdir, path) != agent_digest():
         transport.put(agent_bytes(), path)
     environment = [f"PATH={PATH}", f"HOME={home}", "LANG=C.UTF-8", "ORT_DISABLE_TELEMETRY=1"]
     return ["env", "-i", *environment, *_python(device, home), path]
+
+
+def _digest_there(transport: Transport, workdir: str, path: str) -> str:
+    """Digest of the agent on the board, empty when it is not there.
+
+    Raises:
+        Refusal: ``workdir`` when others could change what lies there between this look and the start of the agent.
+    """
+    done = transport.run(["sh", "-c", _LOOK, "sh", workdir, path], timeout_s=LINK_S)
+    text = done.stdout.decode(errors="replace")
+    found = re.search(r"^edgeprune-workdir (\d+) (\d+|none) ([0-7]+|none) ?(\w*)$", text, re.M)
+    if done.code != 0 or found is None:
+        said = clean(done.stderr.decode(errors="replace"))
+        raise DeviceError(f"the board did not say who owns {clean(workdir)}: {said or 'no reason'}")
+    user, owner, mode, digest = found.groups()
+    if owner == "none":
+        return ""
+    is_open = bool(int(mode, 8) & 0o022)
+    if owner != user or is_open:
+        why = "can be written by other users" if owner == user else f"belongs to user {owner}"
+        raise Refusal(
+            "workdir",
+            f"the workdir {clean(workdir)} on the board {why} (mode {mode}), so nothing in it can be trusted",
+            hint="set another workdir for the device, or there: chmod go-w on your own folder",
+        )
+    return digest
 
 
 def _python(device: Device, home: str) -> list[str]:

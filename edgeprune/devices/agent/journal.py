@@ -30,10 +30,11 @@ class Journal:
         self._read()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError, ValueError), open(self._path, "rb") as stream:
-            for line in stream:
-                entry = json.loads(line.decode("utf-8"))
-                self._results[entry["op_id"]] = entry["result"]
+        with contextlib.suppress(OSError), open(self._path, "rb") as stream:
+            for line in stream:  # a damaged line costs the result in it and no other
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line.decode("utf-8"))
+                    self._results[entry["op_id"]] = entry["result"]
 
     def find(self, op_id: str) -> Optional[Dict[str, Any]]:
         """The result of an operation of this session, if it was finished."""

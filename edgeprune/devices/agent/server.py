@@ -30,7 +30,7 @@ DEFAULT_TTL_S = 30.0
 SHARED_LOCK = "/run/lock/edgeprune.lock"
 LIMITS = {
     "soft_limit_c": 80.0, "start_below_c": 60.0, "wait_s": 0.0,
-    "foreign_cpu_ratio": 0.05, "load_per_core": 0.3, "clock_ratio": 0.97,
+    "foreign_cpu_ratio": 0.05, "load_per_core": 0.3, "clock_ratio": 0.97, "patience_s": 30.0,
 }  # fmt: skip
 
 
@@ -260,6 +260,7 @@ class Agent:
             self._affinity,
             self._attend,
             os.path.join(self.client.workdir, "worker.log"),
+            self.client.limits["patience_s"],
         )
         self._workers.update(dict.fromkeys(keys, worker))
         header = {

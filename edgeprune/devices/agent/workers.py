@@ -18,16 +18,11 @@ from .wire import MAX_BLOB_BYTES, MAX_HEADER_BYTES, Message, Refused, frame
 
 LOOK_S = 0.5  # how often the link is looked after while a worker works
 MAX_TAIL_BYTES = 4096
-SLOW_FACTOR, SLOW_S = 10.0, 30.0  # a worker may take ten times what is expected, and half a minute
+SLOW_FACTOR = 10.0  # a worker may take ten times what is expected, and the client's patience
 
 
 class Cancelled(Exception):
     """The client gave up on the operation."""
-
-
-def limit_s(expected_s: float) -> float:
-    """How long to wait for work that should take ``expected_s``."""
-    return SLOW_FACTOR * expected_s + SLOW_S
 
 
 class WorkerProcess:
@@ -39,12 +34,19 @@ class WorkerProcess:
         cpus: processors it may use; all when empty.
         attend: called about twice a second while it works; may raise :class:`Cancelled`.
         log: a file for what the runtime prints.
+        patience_s: how much longer than ten times the expected time an answer may take.
     """
 
     def __init__(
-        self, python: str, program: str, cpus: List[int], attend: Callable[[], None], log: str
+        self,
+        python: str,
+        program: str,
+        cpus: List[int],
+        attend: Callable[[], None],
+        log: str,
+        patience_s: float,
     ) -> None:
-        self._attend, self._log = attend, log
+        self._attend, self._log, self._patience_s = attend, log, patience_s
         self._buffer = bytearray()
         self._oom_kills = _oom_kills()
         argv = [python, "-B", program, "worker", str(os.getpid()), ",".join(map(str, cpus))]
@@ -84,7 +86,7 @@ class WorkerProcess:
                 memory; ``crash`` when it died otherwise.
             Cancelled: the client gave up; the worker was killed.
         """
-        deadline = time.monotonic() + limit_s(expected_s)
+        deadline = time.monotonic() + SLOW_FACTOR * expected_s + self._patience_s
         try:
             self._send(frame(header, blob), deadline)
             (size,) = struct.unpack(">I", self._take(4, deadline))
