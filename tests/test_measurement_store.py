@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakeagent import fake_device
-from sshd import WEIGHT, matmul_file
+from sshd import WEIGHT, matmul_file, serve
 
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.plans import TimingPlan
@@ -104,11 +104,13 @@ def test_a_disturbed_timing_of_a_board_is_not_kept(store, tmp_path):
         "ready": {"reasons": [], "telemetry": {}},
     }[request["op"]]), b"")"""
     plan = TimingPlan(rounds=1, block_ms=1, min_runs=1, max_runs=4, warmup_ms=1)
-    device = fake_device(tmp_path, reply)
-    with open_board("fake", device, store=store) as board:
-        board.load("m", b"content", **ORT)
-        with pytest.raises(Unreliable):
-            board.time(["m"], plan, purpose="nets")
+    fake = fake_device(tmp_path, reply).python
+    with serve(tmp_path) as server:
+        device = server.device(python=fake, stand_in=False)  # this machine itself is never refused
+        with open_board("fake", device, store=store) as board:
+            board.load("m", b"content", **ORT)
+            with pytest.raises(Unreliable):
+                board.time(["m"], plan, purpose="nets")
     with sqlite3.connect(store.path) as database:
         assert database.execute("SELECT count(*) FROM replies").fetchone() == (0,)
 

@@ -25,7 +25,7 @@ from edgeprune.devices.transports import Pipe
 from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.records import Record, atomic_path, sha256_bytes, to_json
 from edgeprune.results import Sha256
-from edgeprune.specs import Device, Name, Stamp
+from edgeprune.specs import Device, Name, ReportTier, Stamp
 
 MAX_FILE_BYTES = 4 << 30
 MAX_INDEX_BYTES = 256 << 20
@@ -61,6 +61,7 @@ class Origin(Record):
     agent_sha256: Sha256
     at: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$")]
     hello: replies.Hello
+    report: ReportTier = ReportTier()
 
     def is_same_board(self, other: Origin) -> bool:
         """Whether both are of one board in one state, spoken to by one agent."""
@@ -213,6 +214,7 @@ class Recorder:
             agent_sha256=agent_digest(),
             at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             hello=hello.model_copy(update={"user": "", "boot_id": ""}),
+            report=self._device.report,
         )
         if self._previous is not None and not origin.is_same_board(self._previous):
             raise SpecError(
@@ -363,11 +365,12 @@ def origin_of(device: Device) -> Origin | None:
 
 
 def as_recorded(device: Device) -> Device:
-    """The device, saying of itself what the recorded board was: a stand-in or the real thing. Raises as :func:`origin_of`."""
+    """The device, saying of itself what the recorded one did: stand-in or real, and how long reports look. Raises as :func:`origin_of`."""
     origin = origin_of(device)
     if origin is None:
         return device
-    return device.model_copy(update={"stand_in": origin.stamp == "stand-in"})
+    is_stand_in = origin.stamp == "stand-in"
+    return device.model_copy(update={"stand_in": is_stand_in, "report": origin.report})
 
 
 def uncovered(recording: Recording, request: Request) -> str:
