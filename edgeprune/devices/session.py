@@ -45,7 +45,9 @@ from edgeprune.specs import Device
 
 LINK_S = 60.0  # for anything that mostly waits for the link
 BEAT_S = 5.0  # or a third of what the lease allows, where that is less
-PATIENCE_S = 30.0  # what a model may take over ten times the expected time before the board ends its process
+PATIENCE_S = (
+    30.0  # what a model may take over ten times the expected time before the board ends its process
+)
 CHUNK_BYTES = 4 << 20
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0)
 LEASE_POLL_S = 1.0
