@@ -31,6 +31,15 @@ def test_a_torn_last_line_is_not_there_and_the_lines_before_are(tmp_path):
     assert later.find("2") is None
 
 
+@pytest.mark.parametrize("damage", [b"\xff\x00", b"[]", b"{}", b"7", b'{"op_id": []}'])
+def test_a_damaged_line_costs_no_other_result(tmp_path, damage):
+    journal = Journal(str(tmp_path), ONE)
+    journal.add("1", {"x": 1})
+    (path,) = (tmp_path / "journal").iterdir()
+    path.write_bytes(damage + b"\n" + path.read_bytes())
+    assert Journal(str(tmp_path), ONE).find("1") == {"x": 1}
+
+
 def test_a_disk_that_takes_nothing_costs_only_the_journal(tmp_path):
     (tmp_path / "journal").write_text("in the way")
     journal = Journal(str(tmp_path), ONE)

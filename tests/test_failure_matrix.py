@@ -1,7 +1,8 @@
 """What can go wrong between a host and its boards, as one table: every fault has a test, or says why it has none here.
 
 A row is added or completed by writing the name of a test function, as ``module::function`` without ``.py``; several may stand in one
-row. A row that no test can cover here starts with ``needs hardware:`` or ``other part:``, and says why or which.
+row; one in ``board/`` is named with its folder. A row that no test can cover yet starts with ``needs hardware:`` or ``another issue:``, and
+says why.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-REASONS = ("needs hardware: ", "other part: ")
+REASONS = ("needs hardware: ", "another issue: ")
 
 # (number, fault, how it is produced here, required behaviour, tests or a reason)
 ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
@@ -21,14 +22,20 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         "power loss in a measurement",
         "agent killed, another boot id on return",
         "block void, connect again, repeat the candidate once",
-        ("other part: needs the session that connects again, and its journal",),
+        (
+            "test_faults_session::test_a_measurement_that_a_power_cut_ended_is_made_again_once_and_noted",
+            "test_sessions::test_a_restart_of_the_board_is_noticed",
+        ),
     ),
     (
         2,
         "reset of the connection",
         "proxy sends RST",
         "lost link at once, a new connection works",
-        ("test_faults_link::test_a_reset_during_a_command_is_a_lost_link_at_once",),
+        (
+            "test_faults_link::test_a_reset_during_a_command_is_a_lost_link_at_once",
+            "test_faults_session::test_a_reset_within_a_measurement_costs_one_reconnect_and_no_byte_twice",
+        ),
     ),
     (
         3,
@@ -39,6 +46,8 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
             "test_faults_link::test_a_hole_under_a_silent_command_is_noticed_by_tcp",
             "test_faults_link::test_a_far_end_that_hangs_meets_the_deadline",
             "test_faults_link::test_a_transfer_that_stands_still_is_given_up",
+            "test_faults_session::test_a_black_hole_within_a_measurement_is_noticed_and_survived",
+            "test_faults_session::test_behind_a_black_hole_the_board_is_free_for_others_when_the_lease_ends",
         ),
     ),
     (
@@ -59,6 +68,7 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         (
             "test_faults_link::test_a_flipped_bit_is_never_a_success",
             "test_faults_link::test_a_flipped_bit_in_a_file_never_arrives",
+            "test_faults_session::test_a_flipped_bit_within_a_measurement_costs_a_reconnect_and_nothing_else",
         ),
     ),
     (
@@ -66,7 +76,7 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         "worker hangs",
         "worker stopped by a signal",
         "worker killed, candidate timed out, twice is infeasible",
-        ("other part: needs the agent's worker processes",),
+        ("test_faults_session::test_a_model_that_hangs_is_ended_in_time_and_the_others_live_on",),
     ),
     (
         7,
@@ -76,6 +86,7 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         (
             "test_devices_board::test_an_agent_that_never_answers_is_given_up",
             "test_faults_link::test_a_far_end_that_hangs_meets_the_deadline",
+            "test_faults_session::test_an_agent_that_hangs_is_replaced_by_one_of_the_same_session",
         ),
     ),
     (
@@ -93,7 +104,11 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         "disk full at a result",
         "tmpfs on either side",
         "result comes in its frame; the host stops cleanly",
-        ("other part: needs the journal on the board",),
+        (
+            "test_faults_session::test_a_disk_that_fills_up_on_the_board_costs_no_result",
+            "test_agent_journal::test_a_disk_that_takes_nothing_costs_only_the_journal",
+            "test_bundle_write::test_a_failed_write_leaves_the_old_bundle_and_no_litter",
+        ),
     ),
     (
         10,
@@ -107,70 +122,89 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         "wrong architecture, libc or word size",
         "made-up facts of a board",
         "refused with the list of what works",
-        ("other part: needs the setup of runtimes",),
+        ("test_provision::test_a_board_that_nothing_runs_on_is_refused_before_anything_is_sent",),
     ),
     (
         12,
         "illegal instruction at an import",
         "emulated older CPU",
         "next pinned version",
-        ("other part: needs the setup of runtimes",),
+        (
+            "test_provision::test_a_version_that_dies_at_import_gives_way_to_the_next_and_is_remembered",
+            "board/test_board_setup::test_a_runtime_that_dies_of_an_illegal_instruction_gives_way_to_the_next",
+        ),
     ),
     (
         13,
         "out of memory",
         "limited worker",
         "candidate infeasible, agent lives on",
-        ("other part: needs the agent's worker processes",),
+        (
+            "test_faults_session::test_a_model_that_gets_no_memory_costs_neither_the_agent_nor_the_others",
+            "test_sessions::test_a_model_that_kills_its_process_costs_neither_the_agent_nor_the_others",
+        ),
     ),
     (
         14,
         "thermal throttling",
         "stub of the firmware tool",
         "block void, cool down, at most 3 repeats",
-        ("other part: needs the state of the board around each block",),
+        (
+            "test_agent_validity::test_throttling_voids_until_it_ends",
+            "test_agent_validity::test_throttling_that_began_and_ended_between_two_looks_voids_once",
+            "test_agent_telemetry::test_each_bit_of_get_throttled_has_its_name_now_and_since",
+        ),
     ),
     (
         15,
         "under-voltage",
         "stub of the firmware tool",
         "warning, unreliable",
-        ("other part: needs the state of the board around each block",),
+        (
+            "test_agent_validity::test_under_voltage_voids_whoever_tells_it",
+            "test_agent_telemetry::test_the_alarm_of_the_kernel_is_under_voltage_even_without_vcgencmd",
+        ),
     ),
     (
         16,
         "governor or power mode changed meanwhile",
         "made-up /sys",
         "void since the last good reference",
-        ("other part: needs the state of the board around each block",),
+        (
+            "test_agent_validity::test_a_changed_governor_voids_all_that_follows",
+            "test_agent_validity::test_a_changed_power_mode_voids",
+        ),
     ),
     (
         17,
         "other load on the board",
         "a busy process on the same core",
         "wait, then void",
-        ("other part: needs the state of the board around each block",),
+        (
+            "test_agent_validity::test_a_real_busy_process_is_foreign_to_who_does_not_own_it",
+            "test_agent_validity::test_the_gate_waits_until_the_other_load_is_gone",
+        ),
     ),
     (
         18,
         "clock of host or board jumps",
         "made-up clock",
         "times stand, jump is flagged",
-        ("other part: needs the state of the board around each block",),
+        ("test_agent_validity::test_a_jump_of_the_wall_clock_is_noted_and_voids_nothing",),
     ),
     (
         19,
         "board without a clock of its own",
         "made-up clock",
         "flagged, nothing depends on it",
-        ("other part: needs the state of the board around each block",),
+        ("test_agent_validity::test_a_board_in_1970_is_noted_and_voids_nothing",),
     ),
     (
         20,
         "host sleeps",
         "host stopped by a signal",
         "connect again",
-        ("other part: needs the session that connects again",),
+        ("test_faults_session::test_a_host_that_slept_lost_the_board_and_goes_on_when_it_wakes",),
     ),
     (
         21,
@@ -197,21 +231,28 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         "delegate falls back",
         "provider that is not there",
         "marked, not ranked with the others",
-        ("other part: needs the delegates of the runtimes",),
+        (
+            "another issue: only XNNPACK can be chosen so far, and it is compiled into the runtimes; there is nothing to fall back from",
+        ),
     ),
     (
         24,
         "wrong numbers on the board",
         "damaged weight",
         "fails, never ships",
-        ("other part: golden outputs belong to the bundle",),
+        (
+            "test_bundle_verify::test_wrong_golden_outputs_fail_on_the_host_with_the_figures",
+            "test_bundle_verify::test_golden_samples_run_on_every_device_that_is_named",
+        ),
     ),
     (
         25,
         "outputs differ from call to call",
         "stub worker",
         "fails, or is reported with a tolerance",
-        ("other part: golden outputs belong to the bundle",),
+        (
+            "test_faults_session::test_a_model_whose_outputs_differ_from_call_to_call_is_refused_as_such",
+        ),
     ),
     (
         26,
@@ -257,42 +298,60 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         "two users, one board",
         "two clients",
         "exit 75 with the owner's name",
-        ("other part: needs the lock on the board",),
+        (
+            "test_agent_lease::test_two_clients_of_one_board_take_turns",
+            "test_agent_lease::test_a_second_client_is_told_who_holds_the_board",
+        ),
     ),
     (
         31,
         "owner of a board crashed",
         "agent killed",
         "the next client goes on",
-        ("other part: needs the lock on the board",),
+        (
+            "test_agent_lease::test_a_client_that_is_killed_frees_the_board_at_once",
+            "test_sessions::test_models_are_back_under_their_keys_after_the_agent_was_killed",
+        ),
     ),
     (
         32,
         "host killed in a search",
         "killed at random moments",
         "resumed with the same result",
-        ("other part: test_resume belongs to the pipeline",),
+        (
+            "test_resume::test_a_kill_during_the_training_changes_nothing_in_the_result",
+            "test_resume::test_a_kill_in_any_stage_is_made_good_by_the_same_command",
+        ),
     ),
     (
         33,
         "damaged checkpoint",
         "cut and changed files",
-        "earlier generation",
-        ("other part: test_runfolder belongs to the pipeline",),
+        "the stage is made again, with a note",
+        (
+            "test_runfolder::test_a_damaged_result_is_made_again_and_noted",
+            "test_resume::test_a_damaged_stage_is_made_again_with_a_note",
+        ),
     ),
     (
         34,
         "damaged journal",
-        "changed bytes",
-        "rebuilt, or stops",
-        ("other part: needs the journal of the host",),
+        "cut and changed lines",
+        "what is damaged was not measured; every other result stands",
+        (
+            "test_agent_journal::test_a_torn_last_line_is_not_there_and_the_lines_before_are",
+            "test_agent_journal::test_a_damaged_line_costs_no_other_result",
+        ),
     ),
     (
         35,
         "bundle cut or changed",
         "cut, added and swapped files",
         "exit 7 with names",
-        ("other part: test_bundle_verify belongs to the bundle",),
+        (
+            "test_bundle_verify::test_a_cut_or_flipped_byte_fails_the_hashes_and_names_the_file",
+            "test_bundle_verify::test_an_extra_a_missing_and_a_swapped_file_are_named",
+        ),
     ),
     (
         36,
@@ -334,14 +393,17 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         "power mode wants a reboot",
         "stub tool",
         "never answered with yes",
-        ("other part: needs the tuning of a board",),
+        ("test_agent_telemetry::test_nvpmodel_never_gets_an_answer_to_its_question",),
     ),
     (
         41,
         "Ctrl-C twice, or SIGTERM",
         "signals",
-        "exit 130, lease free, tuning restored",
-        ("other part: needs the lock on the board and its tuning",),
+        "exit 130, or ended by the signal; lease free, tuning restored",
+        (
+            "test_faults_session::test_a_command_that_is_interrupted_frees_the_board",
+            "test_agent_tuning::test_apply_changes_every_policy_and_restore_puts_all_back",
+        ),
     ),
     (
         42,
@@ -362,7 +424,11 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         "reference model drifts",
         "made-up ramp of latencies",
         "blocks quarantined",
-        ("other part: belongs to the measurement",),
+        (
+            "test_sentinel::test_a_drift_counts_in_both_directions",
+            "test_report_tier::test_a_session_in_which_the_sentinel_moved_is_measured_again",
+            "test_report_tier::test_a_sentinel_that_moves_far_twice_makes_it_unreliable",
+        ),
     ),
 )
 
@@ -370,12 +436,12 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
 def functions_by_module() -> dict[str, set[str]]:
     """Names of the test functions by module."""
     return {
-        path.stem: {
+        path.relative_to(HERE).with_suffix("").as_posix(): {
             node.name
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
         }
-        for path in HERE.glob("test_*.py")
+        for path in [*HERE.glob("test_*.py"), *HERE.glob("board/test_*.py")]
     }
 
 

@@ -201,7 +201,7 @@ def test_a_disk_that_fills_up_on_the_board_costs_no_result(server, tmp_path):
         with open_board("loop", device) as board:
             board.load("net", matmul_file(), **ORT)
             with pytest.raises(OSError, match="No space"):
-                (disk / "fill").write_bytes(b"x" * (64 << 20))
+                (disk / "fill").write_bytes(b"x" * (8 << 20))
             check_complete(board, board.time(["net"], LONG))
             assert sum(path.stat().st_size for path in disk.glob("journal/*")) == 0
 

@@ -110,6 +110,8 @@ class LocalTransport:
         """As :meth:`Transport.put <edgeprune.devices.transports.Transport.put>`."""
         path = Path(remote_path)
         try:
+            # For its owner alone whatever the umask: what lies there is executed.
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_bytes(path, content)
             path.chmod(0o600)
         except NoSpace as error:
