@@ -88,6 +88,7 @@ def test_a_reset_within_a_measurement_costs_one_reconnect_and_no_byte_twice(serv
         assert board.session.bytes_sent == sent
 
 
+@pytest.mark.slow
 def test_a_black_hole_within_a_measurement_is_noticed_and_survived(server, proxy, monkeypatch):
     monkeypatch.setattr(frames, "SILENCE_S", QUIET_S)
     device = server.device(port=proxy.port)
@@ -155,6 +156,7 @@ def test_a_model_that_hangs_is_ended_in_time_and_the_others_live_on(server, monk
         assert agent_pid(board) == agent
 
 
+@pytest.mark.slow
 def test_an_agent_that_hangs_is_replaced_by_one_of_the_same_session(server, monkeypatch):
     monkeypatch.setattr(frames, "SILENCE_S", QUIET_S)
     with open_board("loop", server.device(), backoff_s=BACKOFF_S) as board:

@@ -61,6 +61,7 @@ def test_a_chain_has_as_many_equal_layers_as_it_says():
         assert len(graph.initializer) == 1
 
 
+@pytest.mark.slow
 def test_trials_are_kept_and_go_on(tmp_path):
     pytest.importorskip("onnxruntime")
     out = tmp_path / "measurement.json"

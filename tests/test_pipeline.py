@@ -209,7 +209,7 @@ def test_a_budget_out_of_reach_is_refused_before_any_training(project):
 
 
 def test_the_python_api_takes_live_objects_and_returns_the_report(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tinynet.project(tmp_path / "project"))
     x, y = tinynet.arrays()["train"]
     model = tinynet.trained()
     before = {k: v.clone() for k, v in model.state_dict().items()}

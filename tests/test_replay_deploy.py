@@ -16,6 +16,7 @@ from edgeprune.bundle.manifest import Manifest
 from edgeprune.devices.store import MeasurementStore
 from edgeprune.results import Report
 
+pytestmark = pytest.mark.slow  # whole deployments; test_recording has the quick ones
 REPLAY = (*replayed.COMMAND, "--device", "replayed")
 
 
