@@ -94,7 +94,7 @@ def device_for(
 
     Args:
         target_name: what has to be timed.
-        wanted: a device name. Without one: the first device that lists the target and is the real thing, else ``this-machine``.
+        wanted: a device name. Without one: the first board that lists the target, else ``this-machine``. A recording has to be wanted.
         quarantined: names of devices that are not chosen unless they are wanted.
 
     Raises:
@@ -113,7 +113,8 @@ def device_for(
     known = devices()
     for name, candidate in known.items():
         is_fit = target_name in candidate.targets and name not in quarantined
-        if is_fit and not _is_local_stand_in(candidate):
+        is_asked_for_only = candidate.transport == "replay" or _is_local_stand_in(candidate)
+        if is_fit and not is_asked_for_only:
             return name, candidate
     return THIS_MACHINE, known[THIS_MACHINE]
 

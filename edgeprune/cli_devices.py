@@ -51,7 +51,7 @@ def list_devices(as_json: bool) -> None:
         name: {
             "transport": d.transport,
             "address": f"{d.user}@{d.host}:{d.port}" if d.transport == "ssh" else d.transport,
-            "stamp": "stand-in" if d.stand_in else "measured",
+            "stamp": _stamp(d),
             "pinned": "yes" if d.host_key else "no",
             "trusted": plain(f"quarantine: {out[name].reason}") if name in out else "yes",
             "targets": " ".join(d.targets),
@@ -93,6 +93,13 @@ def check(name: str, as_json: bool) -> None:
     why = quarantine.reason(name)
     if why is not None and quarantine.lift(name):
         click.echo(plain(f"{name} is out of quarantine, where it was because: {why}"), err=as_json)
+
+
+def _stamp(device: Device) -> str:
+    """What the times of a device are called; those of a recording are called what the recording says, which is not opened here."""
+    if device.transport == "replay":
+        return "as recorded"
+    return "stand-in" if device.stand_in else "measured"
 
 
 def _runtimes_of(device: Device) -> list[str]:

@@ -185,6 +185,16 @@ def test_edgeprune_on_the_board_itself_times_the_real_thing(project):
     assert catalog.device_for("rpi5")[0] == "this-machine"
 
 
+def test_a_recording_is_used_only_when_it_is_wanted(project):
+    Path("devices.yaml").write_text(
+        "schema_version: 1\n"
+        "devices:\n"
+        "  june: {transport: replay, recording: june.epr, targets: [rpi4]}\n"
+    )
+    assert catalog.device_for("rpi4")[0] == "this-machine"
+    assert catalog.device_for("rpi4", "june")[0] == "june"
+
+
 def test_a_wanted_device_must_list_the_target_unless_it_stands_in(project):
     write_devices(project, PI.format(name="pi-desk", targets="rpi4"))
     assert catalog.device_for("rpi4", "pi-desk")[0] == "pi-desk"
