@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -143,10 +142,11 @@ def setup(name: str, runtimes: Sequence[str], wheels: Path | None, quiet: bool) 
             f"no target of the device {name!r} says which runtime to set up",
             hint=f"add --runtime: {', '.join(RUNTIMES)}",
         )
-    provision: Any = importlib.import_module("edgeprune.devices.provision")
+    from edgeprune.devices.provision import setup as set_up
+
     progress = Silent() if quiet else Terminal()
     with _open(name, exclusive=True) as board:
-        found = provision.setup(board, wanted, progress=progress, wheels=wheels)
+        found = set_up(board, wanted, progress=progress, wheels=wheels)
     from edgeprune.devices.checkup import size_text
 
     for line in found.runtimes:

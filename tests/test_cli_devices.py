@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fakeagent
 import pytest
 import yaml
 from sshd import Sshd, free_port, keygen, script, serve
@@ -32,23 +33,10 @@ from edgeprune.specs import Device
 NO_KEY = "SHA256:" + "A" * 43
 ANSI = "\x1b[31mred\x1b[0m\x07\u202e"
 HELLO = {
-    "machine": "aarch64",
-    "cpu_model": "Raspberry Pi 4 Model B Rev 1.4",
-    "cpu_flags": ["asimd", "crc32", "fp"],
-    "cores": 4,
-    "memory_bytes": 4 * 1024**3,
-    "page_size_bytes": 4096,
+    **fakeagent.HELLO,
     "kernel": "6.6.31",
-    "python": "3.11.2",
-    "governor": "ondemand",
-    "hostname_digest": "0123456789ab",
-    "emulated": False,
-    "bits": 64,
-    "glibc": "2.36",
     "boot_id": "01234567-89ab-cdef-0123-456789abcdef",
-    "wall_clock_ns": 0,
-    "user": "pi",
-    "affinity": None,
+    "wall_clock_ns": 0,  # the agent puts in what time it is
 }
 OWNER = {
     "user": "anna",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.devices import replies
+from edgeprune.devices.agent.runtimes import RUNTIMES
 from edgeprune.devices.frames import Refusal
 from edgeprune.devices.plans import Loaded, NodeTime, Timing, TimingPlan
 from edgeprune.devices.recording import Recorder, as_recorded, origin_of
@@ -30,11 +31,6 @@ _WARMUP_RUNS = 3
 MAX_REJECTED_RATIO = 0.3  # of the blocks; above it the rest is not believed either
 TRIES = 3
 SETTLE_FROM_MS = 50.0  # warm-ups shorter than this are for kernels, which are warm at once
-_PIP = {
-    "litert": "ai-edge-litert",
-    "tflite-runtime": "tflite-runtime",
-    "onnxruntime": "onnxruntime",
-}
 
 
 class Board:
@@ -178,7 +174,7 @@ class Board:
             try:
                 reply, _ = self.request("runtime", {"name": runtime}, work_s=120)
             except Refusal as error:
-                package = _PIP.get(runtime, runtime)
+                package = RUNTIMES[runtime][1] if runtime in RUNTIMES else runtime
                 raise DeviceError(
                     error.message,
                     hint=f"run: edgeprune devices setup {self.name}; or there: pip install {package}",

@@ -15,15 +15,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from edgeprune.devices.agent.runtimes import RUNTIMES
 from edgeprune.errors import DeviceError
 from edgeprune.records import Record, read_yaml
 
 PINS_PATH = Path(__file__).with_name("runtime_pins.yaml")
-RUNTIME_PACKAGES = {  # runtime of a target: distribution that holds it
-    "litert": "ai-edge-litert",
-    "tflite-runtime": "tflite-runtime",
-    "onnxruntime": "onnxruntime",
-}
+RUNTIME_PACKAGES = {name: package for name, (_, package) in RUNTIMES.items()}
 # PEP 425 and PEP 427: name-version(-build)?-python-abi-platform.whl; a platform may be several, joined by dots.
 _WHEEL = re.compile(
     r"^(?P<name>[A-Za-z0-9_.]+)-(?P<version>[0-9][A-Za-z0-9_.!+]*)-(?P<python>[a-z0-9.]+)"

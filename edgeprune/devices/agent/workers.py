@@ -11,9 +11,9 @@ import struct
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List
 
-from .machine import fields_of, read_text
+from .machine import read_text
 from .wire import MAX_BLOB_BYTES, MAX_HEADER_BYTES, Message, Refused, frame
 
 LOOK_S = 0.5  # how often the link is looked after while a worker works
@@ -181,12 +181,6 @@ def _oom_kills() -> int:
         if line.startswith("oom_kill "):
             return int(line.split()[1])
     return 0
-
-
-def memory_available_bytes() -> Optional[int]:
-    """What the kernel says can still be used without swapping."""
-    free = fields_of("/proc/meminfo").get("memavailable", "").split(" ")[0]
-    return int(free) * 1024 if free.isdigit() else None
 
 
 def own_python() -> str:
