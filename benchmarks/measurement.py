@@ -34,7 +34,7 @@ from edgeprune.specs import Device
 LAYERS = (100, 102, 105)
 WIDTH, ROWS = 192, 4  # a layer of about 5 microseconds on one x86 core
 RUNTIME = "onnxruntime"
-BLOCK_MS = 24.0  # about 60 runs; 200 ms, the default of decide(), would make the whole take hours
+BLOCK_MS = 5.0  # about 10 runs; 20 ms, the default of decide(), would make the whole take hours
 SAVE_EVERY = 10
 PARTS = ("a-a", "shift", "rules")
 
@@ -187,7 +187,9 @@ def counts(results: MeasurementResults) -> dict[str, int]:
 def main(trials: int, only: tuple[str, ...], block_ms: float, out: Path) -> None:
     """Compare rules of measurement on models whose true difference is known."""
     progress = Terminal()
-    plan = TimingPlan(rounds=8, block_ms=block_ms, min_runs=5, max_runs=500, warmup_ms=20)
+    plan = TimingPlan(
+        rounds=8, block_ms=block_ms, min_runs=5, max_runs=500, warmup_ms=20, reload=True
+    )
     device = Device(transport="local", targets=(), stand_in=True)
     try:
         with open_board("this-machine", device) as board:

@@ -1,28 +1,67 @@
-"""What sorted samples say about a distribution, without any assumption on its shape: ranks that bound a median or a percentile."""
+"""What sorted samples say about a distribution, without any assumption on its shape: ranks that bound a centre or a percentile."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+
+import numpy as np
 
 CONFIDENCE = 0.99
 
 
-@lru_cache(maxsize=1024)
-def median_rank(n: int, confidence: float = CONFIDENCE) -> int:
-    """The highest rank ``k`` so that the k-th smallest and k-th largest of ``n`` values hold the median that surely, or 1."""
-    rank = 1
-    while 2 * (rank + 1) <= n and median_coverage(n, rank + 1) >= confidence:
-        rank += 1
-    return rank
+@dataclass(frozen=True)
+class Centre:
+    """The Hodges-Lehmann estimate of a centre, and an interval that holds the true one with probability ``coverage``."""
+
+    estimate: float
+    low: float
+    high: float
+    coverage: float
 
 
-def median_coverage(n: int, rank: int) -> float:
-    """Probability that the median lies between the values of rank ``rank`` from below and from above.
+def centre(values: Sequence[float], confidence: float = CONFIDENCE) -> Centre:
+    """Where values that scatter evenly about something have their centre: the median of all means of two of them.
 
-    Fewer than ``rank`` of ``n`` values lie on one side of the median with the binomial probability of ``n`` fair coins.
+    Its interval is that of Wilcoxon's signed-rank test. Neither assumes a shape, only symmetry, which log-ratios of blocks in
+    alternating order have. It is nearly as sharp as the mean where noise is normal, and holds where it has long tails. Compared with the
+    sign test's interval for the median, it takes a third fewer values for the same width.
+
+    Source: Hollander, Wolfe, Chicken, Nonparametric Statistical Methods (3rd edition), sections 3.1-3.3.
+
+    Args:
+        values: independent values, at least one.
+        confidence: in (0, 1). With under 8 values no interval has 99 %; then it is the full range, and ``coverage`` says what that covers.
+
+    Raises:
+        ValueError: there is no value.
     """
-    return 1.0 - 2.0 * sum(math.comb(n, below) for below in range(rank)) / 2.0**n
+    if not len(values):
+        raise ValueError("a centre must have at least one value")
+    x = np.asarray(values, np.float64)
+    rows, columns = np.triu_indices(len(x))
+    means = np.sort(x[rows] / 2 + x[columns] / 2)
+    rank, coverage = signed_rank(len(x), confidence)
+    return Centre(float(np.median(means)), float(means[rank - 1]), float(means[-rank]), coverage)
+
+
+@lru_cache(maxsize=1024)
+def signed_rank(n: int, confidence: float = CONFIDENCE) -> tuple[int, float]:
+    """The highest rank ``k`` so that the k-th smallest and k-th largest mean of two of ``n`` values hold the centre that surely, or 1.
+
+    Returns:
+        ``k``, and the probability that they do: ``1 - 2 P(T < k)`` with Wilcoxon's statistic ``T``, the sum of those of the numbers 1 to
+        ``n`` for which a fair coin shows heads.
+    """
+    chances = np.ones(1)
+    for number in range(1, n + 1):
+        heads = np.pad(chances, (number, 0))
+        chances = (np.pad(chances, (0, number)) + heads) / 2
+    coverage = 1.0 - 2.0 * np.cumsum(chances)  # of ranks 1, 2, ...
+    rank = max(1, int(np.searchsorted(-coverage, -confidence, side="right")))
+    return rank, float(max(0.0, coverage[rank - 1]))
 
 
 @lru_cache(maxsize=1024)

@@ -98,7 +98,8 @@ class Block(Record):
     """Consecutive runs of one model within one round; every sample is the mean of ``calls_per_sample`` calls.
 
     ``rejected`` says why a block does not count; its samples are kept all the same. ``session`` counts the fresh processes that the model
-    was timed in; rounds go on counting over sessions.
+    was timed in; rounds go on counting over sessions. ``load`` counts the loads within a request: after each the model lies elsewhere in
+    memory, which moves its speed for as long as it stays there.
     """
 
     round: int
@@ -106,6 +107,7 @@ class Block(Record):
     samples_ns: tuple[int, ...]
     rejected: str | None = None
     session: int = 0
+    load: int = 0
 
 
 class Measurement(Record):
@@ -270,7 +272,8 @@ class SustainedRun(Record):
 class Comparison(Record):
     """A candidate against a reference measured in the same rounds.
 
-    ``ratio`` is the median over rounds of candidate / reference; ``low`` and ``high`` bound it by order statistics.
+    ``ratio`` is the centre of candidate / reference over ``rounds`` independent comparisons, a load of both files each; ``low`` and
+    ``high`` bound it at ``confidence``.
     """
 
     candidate: str

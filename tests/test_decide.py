@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -21,7 +22,7 @@ from edgeprune.devices.decide import LOOKS, Interval, decide, interval, judge, j
 from edgeprune.devices.measure import ModelFile
 from edgeprune.devices.plans import Timing, TimingPlan
 from edgeprune.errors import DeviceError, Unreliable
-from edgeprune.orderstats import median_coverage, median_rank, percentile_overs
+from edgeprune.orderstats import centre, percentile_overs, signed_rank
 from edgeprune.records import sha256_bytes
 from edgeprune.results import Block, Telemetry
 from edgeprune.specs import Device
@@ -33,12 +34,44 @@ A, B = (ModelFile(n, n.encode(), "fp32", sha256_bytes(n.encode())) for n in ("a"
 # The rule itself
 
 
-def test_the_ranks_are_those_of_the_protocol():
-    # 99 % intervals at 8, 12, 18, 24 and 30 pairs: 1-8, 2-11, 4-15, 6-19 and 8-23.
-    ranks = [(median_rank(n), n + 1 - median_rank(n)) for n in LOOKS]
-    assert ranks == [(1, 8), (2, 11), (4, 15), (6, 19), (8, 23)]
-    assert all(median_coverage(n, median_rank(n)) >= 0.99 for n in LOOKS)
-    assert all(median_coverage(n, median_rank(n) + 1) < 0.99 for n in LOOKS)
+def test_the_interval_is_that_of_the_signed_rank_test():
+    # Five subsets of 1 to 10 have a sum under 4: {}, {1}, {2}, {3} and {1, 2}.
+    assert signed_rank(10, 0.99) == (4, 1 - 2 * 5 / 1024)
+    assert signed_rank(8, 0.99) == (1, 1 - 2 / 256)
+    assert signed_rank(7, 0.99) == (
+        1,
+        1 - 2 / 128,
+    )  # all there is, and it says that it is too little
+    for n in LOOKS:
+        rank, coverage = signed_rank(n, 0.99)
+        assert coverage >= 0.99
+        assert coverage == pytest.approx(1 - 2 * subsets_below(n, rank) / 2**n)
+        assert 1 - 2 * subsets_below(n, rank + 1) / 2**n < 0.99
+
+
+@functools.cache
+def subsets_below(n: int, limit: int) -> int:
+    """How many subsets of 1 to ``n`` have a sum under ``limit``, counted one by one."""
+    if limit <= 0 or n == 0:
+        return int(limit > 0)
+    return subsets_below(n - 1, limit) + subsets_below(n - 1, limit - n)
+
+
+def test_the_centre_is_the_median_of_the_means_of_pairs():
+    found = centre([1.0, 2.0, 9.0])  # means: 1, 1.5, 2, 5, 5.5, 9
+    assert (found.estimate, found.low, found.high, found.coverage) == (3.5, 1.0, 9.0, 0.75)
+
+
+def test_the_interval_covers_the_centre_as_often_as_it_says():
+    rng = np.random.default_rng(5)
+    for noise in (
+        rng.standard_normal,
+        lambda n: rng.standard_t(2, n),
+        lambda n: rng.laplace(size=n),
+    ):
+        found = [centre(noise(18), 0.9) for _ in range(1500)]
+        held = sum(f.low <= 0 <= f.high for f in found) / len(found)
+        assert held >= found[0].coverage - 0.025
 
 
 @pytest.mark.parametrize(
@@ -97,7 +130,7 @@ QUIET, NOISY = (
 
 
 def shared_machine(
-    rng: random.Random, difference: float, noise: tuple[float, float], pairs: int = 30
+    rng: random.Random, difference: float, noise: tuple[float, float], pairs: int = LOOKS[-1]
 ) -> list[float]:
     """Log-ratios of ABBA blocks on a shared computer.
 
@@ -120,7 +153,7 @@ def shared_machine(
 @pytest.mark.parametrize("noise", [QUIET, NOISY])
 def test_equal_files_are_rarely_called_different_when_the_speed_jumps(noise):
     rng = random.Random(20261122)
-    verdicts = [looked(shared_machine(rng, 0.0, noise))[0] for _ in range(1000)]
+    verdicts = [looked(shared_machine(rng, 0.0, noise))[0] for _ in range(300)]
     different = sum(v in ("faster", "slower") for v in verdicts) / len(verdicts)
     assert different <= 0.04
     # What is not proved equal stays undecided: never a win.
@@ -130,17 +163,17 @@ def test_equal_files_are_rarely_called_different_when_the_speed_jumps(noise):
 def test_equal_files_are_rarely_called_different_when_blocks_are_pure_noise():
     rng = random.Random(1)
     for sigma in (0.005, 0.02, 0.08):
-        verdicts = [looked([rng.gauss(0, sigma) for _ in range(30)])[0] for _ in range(800)]
+        verdicts = [looked([rng.gauss(0, sigma) for _ in range(LOOKS[-1])])[0] for _ in range(250)]
         assert sum(v in ("faster", "slower") for v in verdicts) / len(verdicts) <= 0.05
 
 
 @pytest.mark.parametrize(
     ("noise", "difference", "share", "most_pairs"),
-    [(QUIET, 0.02, 0.99, 8), (NOISY, 0.02, 0.80, 18), (NOISY, 0.05, 0.99, 8)],
+    [(QUIET, 0.02, 0.99, 12), (NOISY, 0.02, 0.80, 24), (NOISY, 0.05, 0.99, 12)],
 )
 def test_true_differences_are_found(noise, difference, share, most_pairs):
     rng = random.Random(7)
-    answers = [looked(shared_machine(rng, math.log1p(difference), noise)) for _ in range(800)]
+    answers = [looked(shared_machine(rng, math.log1p(difference), noise)) for _ in range(250)]
     found = [pairs for verdict, pairs in answers if verdict == "slower"]
     assert len(found) / len(answers) >= share
     assert statistics.median(found) <= most_pairs
@@ -210,9 +243,20 @@ class FakeBoard:
                 ns = round(1e6 * (self.ratio(at) if key.startswith("candidate") else 1))
                 reason = self.rejected(at) if key.startswith("candidate") else None
                 blocks[key].append(
-                    Block(round=number, calls_per_sample=1, samples_ns=(ns,), rejected=reason)
+                    Block(
+                        round=number,
+                        calls_per_sample=1,
+                        samples_ns=(ns,),
+                        rejected=reason,
+                        load=number,
+                    )
                 )
         return Timing({k: tuple(b) for k, b in blocks.items()}, Telemetry(), Telemetry())
+
+
+def scattered(at: int, width: float) -> float:
+    """Noise of one pair, even over -width to width."""
+    return random.Random(at).uniform(-width, width)
 
 
 def decided(board: FakeBoard, **options: Any) -> decisions.Decision:
@@ -222,34 +266,34 @@ def decided(board: FakeBoard, **options: Any) -> decisions.Decision:
 def test_a_clear_difference_is_decided_at_the_first_look():
     board = FakeBoard(lambda at: 0.95 + 0.001 * (at % 3))
     found = decided(board)
-    assert (found.verdict, found.pairs, found.stop_reason) == ("faster", 8, "decided")
+    assert (found.verdict, found.pairs, found.stop_reason) == ("faster", 12, "decided")
     assert found.low <= found.ratio <= found.high < 1
     assert (found.candidate, found.reference, found.budget) == ("a", "b", None)
-    assert board.asked == [8]
+    assert board.asked == [12]
     assert not board.loaded
-    assert [b.round for b in found.candidate_blocks] == list(range(8))
+    assert [b.round for b in found.candidate_blocks] == list(range(12))
 
 
-def test_what_stays_open_is_looked_at_thirty_times_and_is_undecided():
-    board = FakeBoard(lambda at: 1.0 + 0.05 * (-1) ** at)
+def test_what_stays_open_is_looked_at_to_the_last_pair_and_is_undecided():
+    board = FakeBoard(lambda at: 1.0 + scattered(at, 0.12))
     found = decided(board)
-    assert (found.verdict, found.pairs, found.stop_reason) == ("undecided", 30, "pairs")
-    assert board.asked == [8, 4, 6, 6, 6]
-    assert [b.round for b in found.reference_blocks] == list(range(30))
+    assert (found.verdict, found.pairs, found.stop_reason) == ("undecided", 96, "pairs")
+    assert board.asked == [12, 12, 24, 48]
+    assert [b.round for b in found.reference_blocks] == list(range(96))
 
 
 def test_no_look_starts_after_two_minutes():
-    found = decided(FakeBoard(lambda at: 1.0 + 0.05 * (-1) ** at, seconds=61))
-    assert (found.verdict, found.pairs, found.stop_reason) == ("undecided", 12, "time")
+    found = decided(FakeBoard(lambda at: 1.0 + scattered(at, 0.12), seconds=61))
+    assert (found.verdict, found.pairs, found.stop_reason) == ("undecided", 24, "time")
 
 
 def test_a_budget_ends_the_looks_and_not_the_comparison():
-    noisy = FakeBoard(lambda at: 0.59 + (0.02 * (-1) ** at if at < 8 else 0.0))
+    noisy = FakeBoard(lambda at: 0.59 + (0.02 * (-1) ** at if at < 12 else 0.0))
     found = decided(noisy, budget_ratio=0.6)
     assert (found.verdict, found.budget) == ("faster", "within")
-    assert found.pairs > 8
+    assert found.pairs > 12
     assert decided(FakeBoard(lambda _: 0.61), budget_ratio=0.6).budget == "over"
-    assert decided(FakeBoard(lambda at: 0.6 + 0.01 * (-1) ** at), budget_ratio=0.6).budget == (
+    assert decided(FakeBoard(lambda at: 0.6 + scattered(at, 0.03)), budget_ratio=0.6).budget == (
         "undecided"
     )
 
@@ -260,7 +304,7 @@ def test_rejected_blocks_do_not_count_and_are_kept():
         rejected=lambda at: "throttled" if at in (1, 4) else None,
     )
     found = decided(board)
-    assert (found.verdict, found.pairs, found.timed_pairs) == ("faster", 8, 10)
+    assert (found.verdict, found.pairs, found.timed_pairs) == ("faster", 12, 14)
     assert found.high < 1
     assert sum(b.rejected is not None for b in found.candidate_blocks) == 2
     assert found.unreliable is None

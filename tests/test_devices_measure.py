@@ -17,10 +17,12 @@ from edgeprune.devices.measure import (
     ModelFile,
     compare,
     measure,
+    paired_log_ratios,
     time_kernels,
 )
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.errors import DeviceError
+from edgeprune.orderstats import centre
 from edgeprune.progress import Silent
 from edgeprune.records import sha256_bytes
 from edgeprune.results import Block, Measurement, Telemetry
@@ -109,16 +111,31 @@ def test_a_drift_that_meets_both_models_cancels():
     assert (found.ratio, found.low, found.high) == (0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize(("rounds", "rank"), [(3, 1), (8, 1), (12, 2), (18, 4), (24, 6), (30, 8)])
-def test_the_interval_uses_the_ranks_of_a_99_percent_interval_of_the_median(rounds, rank):
-    # Ranks from tables of the sign test; below 8 rounds the full range is all there is.
-    ratios = [1000 + i for i in range(rounds)]
-    found = compare(measurement("a", ratios), measurement("b", [1000] * rounds))
-    assert found.low == ratios[rank - 1] / 1000
-    assert found.high == ratios[-rank] / 1000
-    outside = 2 * sum(math.comb(rounds, k) for k in range(rank)) / 2**rounds
-    assert found.confidence == pytest.approx(1 - outside)
+@pytest.mark.parametrize("rounds", [3, 8, 12, 18])
+def test_the_interval_is_the_signed_rank_interval_of_the_rounds(rounds):
+    medians = [1000 + i for i in range(rounds)]
+    found = compare(measurement("a", medians), measurement("b", [1000] * rounds))
+    expected = centre([math.log(m / 1000) for m in medians])
+    assert found.ratio == pytest.approx(math.exp(expected.estimate))
+    assert (found.low, found.high) == (math.exp(expected.low), math.exp(expected.high))
+    assert found.confidence == expected.coverage
     assert (found.confidence >= 0.99) == (rounds >= 8)
+
+
+def test_rounds_of_one_load_are_one_value():
+    def blocks(medians, loads):
+        return [
+            Block(round=i, calls_per_sample=1, samples_ns=(ns,), load=load)
+            for i, (ns, load) in enumerate(zip(medians, loads, strict=True))
+        ]
+
+    loads = [0, 0, 1, 1, 1]
+    candidate, reference = blocks([200, 100, 300, 300, 300], loads), blocks([100] * 5, loads)
+    expected = [math.log(2) / 2, math.log(3)]
+    assert paired_log_ratios(candidate, reference) == pytest.approx(expected)
+    once = [0] * 5
+    ratios = paired_log_ratios(blocks([200, 100, 300, 300, 300], once), blocks([100] * 5, once))
+    assert ratios == pytest.approx([math.log(x) for x in (2, 1, 3, 3, 3)])
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=40))

@@ -291,6 +291,7 @@ class Board:
             "warmup_runs": _WARMUP_RUNS,
             "warmup_ns": int(plan.warmup_ms * 1e6),
             "settle": plan.warmup_ms >= SETTLE_FROM_MS,
+            "reload": plan.reload,
             "seed": plan.seed,
             "purpose": purpose,
         }

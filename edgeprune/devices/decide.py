@@ -1,29 +1,29 @@
 """Is a file faster than another, or fast enough? Looks again only while the answer is open.
 
-Pairs of blocks are timed in ABBA order; after 8, 12, 18, 24 and 30 of them the median of their ratios is judged by an order-statistic
-interval of 99 %. Five looks at 1 % each err in at most 5 % of comparisons of equal files (Bonferroni), and the extra condition that a
-difference must be over 1 % makes that fewer. What the looks cannot settle is ``undecided``, which a search treats as a tie, never as a
-win.
+Pairs of blocks are timed in ABBA order, each after a fresh load of both files; after 12, 24, 48 and 96 of them the centre of their
+ratios is judged by a signed-rank interval of 99 %. Four looks at 1 % each err in at most 4 % of comparisons of equal files (Bonferroni),
+and the extra condition that a difference must be over 1 % makes that fewer. What the looks cannot settle is ``undecided``, which a search
+treats as a tie, never as a win.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgeprune.devices.board import MAX_REJECTED_RATIO, Board
-from edgeprune.devices.measure import ModelFile, forget
+from edgeprune.devices.measure import ModelFile, forget, paired_log_ratios
 from edgeprune.devices.plans import DECIDE, TimingPlan
 from edgeprune.errors import Unreliable
-from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
+from edgeprune.orderstats import CONFIDENCE, centre
 from edgeprune.records import Record
 from edgeprune.results import Block
 
-LOOKS = (8, 12, 18, 24, 30)  # accepted pairs; 8 is the fewest that have a 99 % interval
+LOOKS = (12, 24, 48, 96)  # accepted pairs, after each of which both files get fresh processes
 MIN_DIFFERENCE = 0.01  # a smaller one is of no use to a search
 TIE_WIDTH = 0.02
 MAX_S = 120.0
@@ -35,7 +35,7 @@ BudgetVerdict = Literal["within", "over", "undecided"]
 
 @dataclass(frozen=True)
 class Interval:
-    """The median ratio of some pairs, and the order-statistic interval that holds the true one with ``coverage``."""
+    """The centre of the ratios of some pairs, and the interval that holds the true one with ``coverage``."""
 
     ratio: float
     low: float
@@ -68,30 +68,25 @@ class Decision(Record):
 
 
 def interval(log_ratios: Sequence[float]) -> Interval:
-    """The median of the block log-ratios as a ratio, with its interval of at least 99 %, or the full range under 8 pairs.
+    """The centre of log-ratios as a ratio, with its interval of at least 99 %, or the full range under 8 pairs.
 
     Raises:
         ValueError: there is no pair.
     """
     if not log_ratios:
         raise ValueError("an interval must have at least one pair")
-    ordered = sorted(log_ratios)
-    rank = median_rank(len(ordered), CONFIDENCE)
-    return Interval(
-        ratio=math.exp(statistics.median(ordered)),
-        low=math.exp(ordered[rank - 1]),
-        high=math.exp(ordered[-rank]),
-        coverage=median_coverage(len(ordered), rank),
-    )
+    found = centre(log_ratios)
+    low, ratio, high = (math.exp(x) for x in (found.low, found.estimate, found.high))
+    return Interval(ratio, low, high, found.coverage)
 
 
 def judge(found: Interval) -> Verdict:
-    """What an interval says: another speed when it excludes 1 and the median is over 1 % away, a tie when it is at most 2 % wide."""
+    """What an interval says: another speed when it excludes 1 and the centre is over 1 % away, a tie when it is at most 2 % wide."""
     if found.coverage < CONFIDENCE:
         return "undecided"
-    centre = math.log(found.ratio)
-    if abs(centre) > MIN_DIFFERENCE and (found.high < 1 or found.low > 1):
-        return "faster" if centre < 0 else "slower"
+    difference = math.log(found.ratio)
+    if abs(difference) > MIN_DIFFERENCE and (found.high < 1 or found.low > 1):
+        return "faster" if difference < 0 else "slower"
     return "tie" if math.log(found.high / found.low) <= TIE_WIDTH else "undecided"
 
 
@@ -102,16 +97,6 @@ def judge_budget(found: Interval, budget_ratio: float) -> BudgetVerdict:
     if found.high <= budget_ratio:
         return "within"
     return "over" if found.low > budget_ratio else "undecided"
-
-
-def log_ratios(candidate: Sequence[Block], reference: Sequence[Block]) -> list[float]:
-    """Log of candidate / reference block medians for every round in which both blocks were accepted."""
-    theirs = {b.round: b for b in reference if b.rejected is None}
-    return [
-        math.log(statistics.median(b.samples_ns) / statistics.median(theirs[b.round].samples_ns))
-        for b in candidate
-        if b.rejected is None and b.round in theirs
-    ]
 
 
 def rejected_share(blocks: Sequence[Block]) -> float:
@@ -142,7 +127,7 @@ def decide(
         budget_ratio: the allowed share of the reference's latency; then this is what ends the looks, and ``verdict`` says what the last
             look shows.
         plan: block length; its ``rounds`` are not used.
-        looks: rising numbers of accepted pairs after which to judge. More looks than five err more often.
+        looks: rising numbers of accepted pairs after which to judge. More looks than four err more often.
         clock: seconds on this machine; no new look starts after 120 of them.
 
     Returns:
@@ -156,9 +141,9 @@ def decide(
     names = [f"candidate {candidate.name}", f"reference {reference.name}"]
     raises = board.fingerprint(runtime, threads).stamp == "measured"
     try:
-        for name, model in zip(names, (candidate, reference), strict=True):
-            board.load(name, model.content, runtime=runtime, threads=threads)
-        pairs = _Pairs(board, names, plan)
+        load = functools.partial(_load, board, names, (candidate, reference), runtime, threads)
+        load()
+        pairs = _Pairs(board, names, plan, load)
         reason = _look(pairs, looks, budget_ratio, lambda: clock() - start)
     except BaseException:
         forget(board, names)
@@ -189,6 +174,14 @@ def decide(
     )
 
 
+def _load(
+    board: Board, names: Sequence[str], models: Sequence[ModelFile], runtime: str, threads: int
+) -> None:
+    """Both files in fresh processes."""
+    for name, model in zip(names, models, strict=True):
+        board.load(name, model.content, runtime=runtime, threads=threads)
+
+
 @dataclass
 class _Pairs:
     """The blocks so far. The board runs each second round's order backwards, so an even number of rounds is ABBA."""
@@ -196,14 +189,16 @@ class _Pairs:
     board: Board
     names: Sequence[str]
     plan: TimingPlan
+    load: Callable[[], None]  # in fresh processes
     rounds: int = 0
+    loads: int = 0
     blocks: dict[str, list[Block]] = field(default_factory=dict)
     doubt: str | None = None  # what the board says of a timing as a whole
 
     @property
     def ratios(self) -> list[float]:
         """Log-ratios of the pairs that count."""
-        return log_ratios(*(self.blocks.get(name, []) for name in self.names))
+        return paired_log_ratios(*(self.blocks.get(name, []) for name in self.names))
 
     @property
     def unreliable(self) -> str | None:
@@ -222,7 +217,7 @@ class _Pairs:
         disturbed = (
             [b.model_copy(update={"rejected": None}) for b in self.blocks[n]] for n in self.names
         )
-        return replace(interval(log_ratios(*disturbed)), coverage=0.0)
+        return replace(interval(paired_log_ratios(*disturbed)), coverage=0.0)
 
     def more(self, wanted: int) -> None:
         """Time at least this many pairs more."""
@@ -233,11 +228,14 @@ class _Pairs:
         self.doubt = self.doubt or timing.unreliable
         for name in self.names:
             self.blocks.setdefault(name, []).extend(
-                block.model_copy(update={"round": self.rounds + block.round})
+                block.model_copy(
+                    update={"round": self.rounds + block.round, "load": self.loads + block.load}
+                )
                 for block in timing.blocks[name]
             )
         # A board adds rounds for those that were disturbed.
         self.rounds += len(timing.blocks[self.names[0]])
+        self.loads += timing.blocks[self.names[0]][-1].load + 1
 
 
 def _look(
@@ -245,7 +243,9 @@ def _look(
 ) -> Literal["decided", "pairs", "time"]:
     """Time pairs until a look settles the question; says what ended it."""
     most = math.ceil(looks[-1] * _SPARE)
-    for wanted in looks:
+    for number, wanted in enumerate(looks):
+        if number:
+            pairs.load()
         while len(pairs.ratios) < wanted:
             is_hopeless = pairs.doubt is None and pairs.unreliable is not None
             if pairs.rounds >= most or (pairs.rounds >= looks[0] and is_hopeless):

@@ -7,6 +7,7 @@ differ by 1-2 %. So models that will be compared are timed together, and only ra
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from datetime import datetime, timezone
 from edgeprune.devices.board import MAX_REJECTED_RATIO, Board
 from edgeprune.devices.plans import KERNEL, Loaded, Timing, TimingPlan
 from edgeprune.errors import DeviceError, Unreliable
-from edgeprune.orderstats import CONFIDENCE, median_coverage, median_rank
+from edgeprune.orderstats import CONFIDENCE, centre
 from edgeprune.progress import Progress
 from edgeprune.results import Block, Comparison, Fingerprint, Measurement
 from edgeprune.specs import Precision
@@ -142,8 +143,8 @@ def compare(
     """A candidate against a reference of the same :func:`measure` call.
 
     Returns:
-        The median over rounds of the ratio of block medians, with an order-statistic interval of at least ``confidence``. Where there are
-        too few rounds for that (under 8 for 99 %) it is the full range, and the result's ``confidence`` says what it covers.
+        The ratio of block medians: its centre over loads (:func:`paired_log_ratios`), with an interval of at least ``confidence``. Where
+        there are too few for that (under 8 for 99 %) it is the full range, and the result's ``confidence`` says what it covers.
 
     Raises:
         ValueError: the two were not timed together, so their rounds have nothing in common.
@@ -152,20 +153,36 @@ def compare(
         raise ValueError(
             f"{candidate.name!r} and {reference.name!r} must be timed together to be compared"
         )
-    ours, theirs = candidate.block_medians_ns(), reference.block_medians_ns()
-    ratios = sorted(ours[number] / theirs[number] for number in ours.keys() & theirs.keys())
+    ratios = paired_log_ratios(candidate.blocks, reference.blocks)
     if not ratios:
         raise ValueError(f"{candidate.name!r} and {reference.name!r} share no accepted round")
-    rank = median_rank(len(ratios), confidence)
+    found = centre(ratios, confidence)
     return Comparison(
         candidate=candidate.name,
         reference=reference.name,
-        ratio=statistics.median(ratios),
-        low=ratios[rank - 1],
-        high=ratios[-rank],
-        confidence=median_coverage(len(ratios), rank),
+        ratio=math.exp(found.estimate),
+        low=math.exp(found.low),
+        high=math.exp(found.high),
+        confidence=found.coverage,
         rounds=len(ratios),
     )
+
+
+def paired_log_ratios(candidate: Sequence[Block], reference: Sequence[Block]) -> list[float]:
+    """Log of candidate / reference, a value for each load of the two: the mean over the rounds in which both blocks were accepted.
+
+    Rounds of one load are no independent values: the placement in memory that it drew biases them all. Where the models were loaded
+    only once, there is nothing better than a value for each round.
+    """
+    theirs = {b.round: b for b in reference if b.rejected is None}
+    by_load: dict[tuple[int, int], list[float]] = {}
+    for b in candidate:
+        if b.rejected is None and b.round in theirs:
+            ratio = statistics.median(b.samples_ns) / statistics.median(theirs[b.round].samples_ns)
+            by_load.setdefault((b.session, b.load), []).append(math.log(ratio))
+    if len({(b.session, b.load) for b in candidate}) == 1:
+        return [ratio for ratios in by_load.values() for ratio in ratios]
+    return [statistics.fmean(ratios) for ratios in by_load.values()]
 
 
 def time_kernels(

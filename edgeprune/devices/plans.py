@@ -13,7 +13,8 @@ class TimingPlan:
 
     ``block_ms`` is the aim for one block; it gets at least ``min_runs`` and at most ``max_runs`` samples, where a sample is one call, or
     the mean of as many calls as take 0.2 ms. ``seed`` fixes the order of the models. ``tolerant`` takes disturbed blocks as they come: a
-    sustained run wants to see the board get hot.
+    sustained run wants to see the board get hot. ``reload`` loads every model anew before each round, as long as that takes no more than
+    half of the time: where a model lies in memory moves its speed by 1-2 % (measured on x86), and no number of blocks shows it.
     """
 
     rounds: int
@@ -23,12 +24,13 @@ class TimingPlan:
     warmup_ms: float
     seed: int = 0
     tolerant: bool = False
+    reload: bool = False
 
 
 KERNEL = TimingPlan(rounds=8, block_ms=1, min_runs=3, max_runs=20, warmup_ms=2)
-SEARCH = TimingPlan(rounds=12, block_ms=20, min_runs=3, max_runs=100, warmup_ms=100)
-DECIDE = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=200)
-REPORT = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=1000)
+SEARCH = TimingPlan(rounds=12, block_ms=20, min_runs=3, max_runs=100, warmup_ms=100, reload=True)
+DECIDE = TimingPlan(rounds=8, block_ms=20, min_runs=5, max_runs=500, warmup_ms=200, reload=True)
+REPORT = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=1000, reload=True)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ class TimedBlock(Record):
     calls_per_sample: Annotated[int, Field(ge=1, le=100_000)]
     samples_ns: Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=100_000)]
     rejected: Text | None = None
+    load: Annotated[int, Field(ge=0, lt=100_000)] = 0
 
     def block(self) -> Block:
         """The same as a result record."""

@@ -122,6 +122,7 @@ class _Timed:
     facts: dict[str, list[Loaded]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     rounds: int = 0
+    loads: int = 0
     drifts: list[float] = field(default_factory=list)
     moved: str = ""  # why the sentinel makes this unreliable
     notes: list[str] = field(default_factory=list)
@@ -197,11 +198,18 @@ class _Timed:
                 new = timing.blocks[name]
                 spent_s[name] += sum(sum(b.samples_ns) * b.calls_per_sample for b in new) / 1e9
                 self.blocks.setdefault(name, []).extend(
-                    b.model_copy(update={"round": self.rounds + b.round, "session": number})
+                    b.model_copy(
+                        update={
+                            "round": self.rounds + b.round,
+                            "session": number,
+                            "load": self.loads + b.load,
+                        }
+                    )
                     for b in new
                 )
             # A board adds rounds for those that were disturbed.
             self.rounds += len(timing.blocks[names[0]])
+            self.loads += timing.blocks[names[0]][-1].load + 1
             plan = replace(plan, warmup_ms=min(plan.warmup_ms, _RESUMED_WARMUP_MS))
             more = {n: self._more(n, wanted, max_s - spent_s[n]) for n in names}
             names = [n for n in names if more[n]]

@@ -257,7 +257,7 @@ class Agent:
         worker = WorkerProcess(
             self._python(str(request["runtime"])),
             self._program,
-            self._affinity,
+            self._processors(int(request["threads"])),
             self._attend,
             os.path.join(self.client.workdir, "worker.log"),
             self.client.limits["patience_s"],
@@ -274,6 +274,10 @@ class Agent:
             raise
         models: Dict[str, Any] = reply["models"]
         return models
+
+    def _processors(self, threads: int) -> List[int]:
+        """The processors of every model with so many threads: two on different ones would differ by what these differ."""
+        return (self._affinity or sorted(os.sched_getaffinity(0)))[-threads:]
 
     def _worker(self, key: str) -> WorkerProcess:
         if key not in self._workers:
@@ -323,6 +327,8 @@ class Agent:
         except Refused as error:
             if error.kind in ("crash", "memory", "timeout"):
                 self._forget([key for key, w in models.items() if not w.is_running()])
+            elif error.kind == "load":  # a model that did not load again is lost
+                self._forget(list(models))
             raise
         spent = {key: worker.ask({"op": "spent", "key": key})[0] for key, worker in models.items()}
         result = {
