@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.devices.agent import telemetry
+from edgeprune.devices.agent.machine import read_text
 from edgeprune.results import Telemetry
 
-MODULES = ("wire.py", "telemetry.py", "validity.py", "tuning.py")
+MODULES = ("wire.py", "machine.py", "telemetry.py", "validity.py", "tuning.py")
 AGENT = Path(telemetry.__file__).parent
 
 
@@ -197,7 +198,7 @@ def test_a_command_that_hangs_is_ended_with_all_it_started(board, monkeypatch):
 
 
 def is_alive(pid: int) -> bool:
-    text = telemetry.read_text(f"/proc/{pid}/stat") or ""
+    text = read_text(f"/proc/{pid}/stat") or ""
     return bool(text) and text.rpartition(")")[2].split()[0] != "Z"
 
 
@@ -216,7 +217,7 @@ def test_files_that_cannot_be_read_or_never_end_are_passed_over(board):
     fake.path("/proc/meminfo").mkdir()
     snapshot = telemetry.snapshot(fake.root)
     assert (snapshot["load_1min"], snapshot["available_memory_bytes"]) == (None, None)
-    assert telemetry.read_text("/dev/zero") == ""  # stops at its limit
+    assert read_text("/dev/zero") == ""  # stops at its limit
 
 
 @pytest.mark.parametrize("name", ["rpi4-cool", "jetson-orin", "generic-arm"])

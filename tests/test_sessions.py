@@ -7,12 +7,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fakeagent import fake_device
 from sshd import WEIGHT, Sshd, matmul_file, serve
 
+from edgeprune.devices import session as sessions
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.frames import Refusal
 from edgeprune.devices.plans import TimingPlan
@@ -70,6 +72,28 @@ def test_a_part_that_is_not_of_this_file_is_written_anew(server):
         fields = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "offset": 0}
         board.request("cache_write", fields, b"x" * 200_000)
         assert board.push(content) == len(content)
+
+
+def test_a_part_that_the_board_lost_on_the_way_is_sent_again(server, monkeypatch):
+    content = os.urandom(250_000)
+    sha256 = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(sessions, "CHUNK_BYTES", 100_000)
+    with open_board("loop", server.device()) as board:
+        ask, pieces = board.session.request, 0
+
+        def losing(op: str, *args: Any, **options: Any) -> Any:
+            nonlocal pieces
+            answer = ask(op, *args, **options)
+            pieces += op == "cache_write"
+            if pieces == 1 and op == "cache_write":  # another client trimmed the cache
+                for part in (server.folder / "work").rglob(f"{sha256}.part"):
+                    part.unlink()
+            return answer
+
+        monkeypatch.setattr(board.session, "request", losing)
+        board.push(content)
+        assert board.push(content) == 0
+        assert pieces > 3
 
 
 # Asked for a measurement, the first agent writes it down and dies before it answers, as over a link that breaks.

@@ -298,10 +298,11 @@ class Session:
         A file that is there is not sent; one that was sent in part goes on where it stopped, when the board's part is right.
 
         Raises:
-            Refusal: ``space`` when the board's disk cannot hold it.
+            Refusal: ``space`` when the board's disk cannot hold it; ``content`` when it arrived damaged twice.
             DeviceError: as :meth:`request`.
         """
         sha256, size, sent = sha256_bytes(content), len(content), 0
+        again = False  # the board's part turned out to be lost or damaged, once
         while True:
             reply, _ = self.request("cache_state", {"sha256": sha256})
             state = replies.checked(replies.CacheState, reply, self.name)
@@ -315,7 +316,13 @@ class Session:
             while True:
                 piece = content[offset : offset + CHUNK_BYTES]
                 fields = {"sha256": sha256, "size": size, "offset": offset}
-                reply, _ = self.request("cache_write", fields, piece, work_s=LINK_S)
+                try:
+                    reply, _ = self.request("cache_write", fields, piece, work_s=LINK_S)
+                except Refusal as error:
+                    if error.kind != "content" or again:
+                        raise
+                    again = True
+                    break
                 sent += len(piece)
                 offset += len(piece)
                 if replies.checked(replies.CacheWritten, reply, self.name).done:

@@ -11,14 +11,29 @@ import struct
 import time
 from typing import Any, Dict, List, Optional
 
+MAX_FILE_BYTES = 1 << 20
+
 
 def read_text(path: str) -> Optional[str]:
-    """A small file of /proc or /sys, or ``None`` where this board has no such file."""
+    """A small file of /proc or /sys without surrounding blanks, or ``None`` where it cannot be read. Never waits for a writer."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return stream.read(1 << 20).strip("\0\n ")
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+    try:
+        parts: List[bytes] = []
+        size = 0
+        while size < MAX_FILE_BYTES:
+            part = os.read(file, 1 << 16)
+            if not part:
+                break
+            parts.append(part)
+            size += len(part)
+        return b"".join(parts).decode("utf-8", "replace").strip("\0\r\n\t ")
     except OSError:
         return None
+    finally:
+        os.close(file)
 
 
 def fields_of(path: str) -> Dict[str, str]:

@@ -20,10 +20,11 @@ import signal
 import subprocess
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+from .machine import MAX_FILE_BYTES, read_text
+
 COMMAND_TIMEOUT_S = (
     1.0  # both answer within milliseconds; one that hangs is killed with all it started
 )
-MAX_FILE_BYTES = 1 << 18
 MAX_CPUS = 4096
 CPU = "sys/devices/system/cpu"
 # Bits 0 to 3 of `vcgencmd get_throttled`; 16 to 19 say the same of the time since boot (or since the kernel last cleared them).
@@ -60,28 +61,6 @@ def below(root: str, *parts: str) -> str:
 def found_paths(root: str, pattern: str) -> List[str]:
     """Paths of the board that fit a pattern."""
     return glob.glob(os.path.join(glob.escape(root), pattern))
-
-
-def read_text(path: str) -> Optional[str]:
-    """A small file of /proc or /sys without surrounding blanks, or ``None`` where it cannot be read. Never waits for a writer."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        return None
-    try:
-        parts: List[bytes] = []
-        size = 0
-        while size < MAX_FILE_BYTES:
-            part = os.read(file, 1 << 16)
-            if not part:
-                break
-            parts.append(part)
-            size += len(part)
-        return b"".join(parts).decode("utf-8", "replace").strip("\0\r\n\t ")
-    except OSError:
-        return None
-    finally:
-        os.close(file)
 
 
 def integer(text: Optional[str], low: int, high: int) -> Optional[int]:

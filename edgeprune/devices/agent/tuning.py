@@ -20,6 +20,7 @@ import subprocess
 from typing import Any, Dict, List, Optional
 
 from . import telemetry, wire
+from .machine import read_text
 
 POLICIES = "sys/devices/system/cpu/cpufreq"
 POLICY = re.compile(r"policy[0-9]{1,4}")
@@ -52,7 +53,7 @@ def apply(root: str, workdir: str, governor: str) -> Dict[str, Any]:
     for name, old in before.items():
         if old is None:
             raise wire.Refused("tuning", "cannot read the governor of %s" % name)
-        offered = telemetry.read_text(_path(root, name, "scaling_available_governors")) or governor
+        offered = read_text(_path(root, name, "scaling_available_governors")) or governor
         if governor not in offered.split():
             words = (name, governor, offered[:200])
             raise wire.Refused("tuning", "%s does not offer the governor %s, only: %s" % words)
@@ -126,7 +127,7 @@ def _path(root: str, policy: str, name: str) -> str:
 
 
 def _governor(root: str, policy: str) -> Optional[str]:
-    text = telemetry.read_text(_path(root, policy, "scaling_governor")) or ""
+    text = read_text(_path(root, policy, "scaling_governor")) or ""
     return text if telemetry.GOVERNOR.fullmatch(text) else None
 
 

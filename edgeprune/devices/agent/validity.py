@@ -13,6 +13,7 @@ import time
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from . import telemetry
+from .machine import read_text
 
 LIMITS: Dict[str, float] = {
     "soft_limit_c": 80.0,
@@ -79,12 +80,12 @@ def counters(root: str, own_pids: Iterable[int], clock: Callable[[], float]) -> 
     own = {}
     for pid in own_pids:
         # The name of a program may hold blanks and brackets; what follows its last bracket has 44 or more fields: proc(5).
-        text = telemetry.read_text(telemetry.below(root, "proc/%d/stat" % pid)) or ""
+        text = read_text(telemetry.below(root, "proc/%d/stat" % pid)) or ""
         fields = text.rpartition(")")[2].split()
         if len(fields) > 19 and all(fields[i].isdigit() for i in (9, 11, 12, 19)):
             own[pid, fields[19]] = Own(int(fields[11]) + int(fields[12]), int(fields[9]))
     swapped = None
-    for line in (telemetry.read_text(telemetry.below(root, "proc/vmstat")) or "").splitlines():
+    for line in (read_text(telemetry.below(root, "proc/vmstat")) or "").splitlines():
         if line.startswith("pswpin "):
             swapped = telemetry.integer(line[len("pswpin ") :], 0, 1 << 59)
     return Counters(clock(), _busy_ticks(root), own, swapped)
@@ -92,7 +93,7 @@ def counters(root: str, own_pids: Iterable[int], clock: Callable[[], float]) -> 
 
 def _busy_ticks(root: str) -> Optional[int]:
     """Ticks that all cores spent on anything but idling; time that a hypervisor took away is among them, for nobody here could use it."""
-    first = (telemetry.read_text(telemetry.below(root, "proc/stat")) or "").partition("\n")[0]
+    first = (read_text(telemetry.below(root, "proc/stat")) or "").partition("\n")[0]
     fields = first.split()
     if len(fields) < 9 or fields[0] != "cpu" or not all(field.isdigit() for field in fields[1:9]):
         return None

@@ -147,7 +147,12 @@ class WorkerProcess:
         return Refused("crash", "the model's process ended with code %s%s" % (code, said))
 
     def _last_words(self) -> str:
-        lines = (read_text(self._log) or "")[-MAX_TAIL_BYTES:].splitlines()
+        try:
+            with open(self._log, "rb") as stream:
+                stream.seek(max(0, os.path.getsize(self._log) - MAX_TAIL_BYTES))
+                lines = stream.read().decode("utf-8", "replace").splitlines()
+        except OSError:
+            return ""
         return ": " + lines[-1][:300] if lines else ""
 
     def is_running(self) -> bool:
