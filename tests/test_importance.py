@@ -13,32 +13,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO, head, make
 
+from edgeprune.compress.criteria import bn_scale, fpgm, l1, l2, random
 from edgeprune.compress.groups import ChannelGroup, find_groups, zero_channels
 from edgeprune.compress.importance import (
+    BY_NAME,
     cost_curves,
     fisher,
     kept_channels,
-    l2,
-    random,
     removal_order,
+    taylor,
 )
+from edgeprune.compress.reconstruct import obs, variance
 from edgeprune.errors import ModelError
 
 SEED = 3
 
 
-def by_hand(model: nn.Module, group: ChannelGroup, x: Tensor) -> np.ndarray:
-    """Half the squared gradient of a gate on every channel, sample by sample, in front of every consumer."""
+def gated(model: nn.Module, group: ChannelGroup, gates: Tensor) -> nn.Module:
+    """A copy whose consumers read every channel of a group times its gate."""
     model = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        chances = model(x).softmax(1)
-    classes = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(SEED))[:, 0]
     layers = dict(model.named_modules())
-    gates = torch.ones(group.channels, requires_grad=True)
     for consumer in group.consumers():
         layer = layers[consumer.layer]
 
-        def gated(
+        def multiplied(
             _: nn.Module, args: tuple[Tensor, ...], layer=layer, consumer=consumer
         ) -> tuple[Tensor]:  # type: ignore[no-untyped-def]
             last = isinstance(layer, nn.Linear)
@@ -50,7 +48,18 @@ def by_hand(model: nn.Module, group: ChannelGroup, x: Tensor) -> np.ndarray:
             shape[-1 if last else 1] = width
             return (args[0] * full.view(shape),)
 
-        layer.register_forward_pre_hook(gated)
+        layer.register_forward_pre_hook(multiplied)
+    return model
+
+
+def by_hand(model: nn.Module, group: ChannelGroup, x: Tensor) -> np.ndarray:
+    """Half the squared gradient of a gate on every channel, sample by sample, in front of every consumer."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        chances = model(x).softmax(1)
+    classes = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(SEED))[:, 0]
+    gates = torch.ones(group.channels, requires_grad=True)
+    model = gated(model, group, gates)
     total = torch.zeros(group.channels, dtype=torch.float64)
     for sample, label in zip(x, classes, strict=True):
         loss = F.cross_entropy(model(sample[None]), label[None])
@@ -204,3 +213,162 @@ def test_scores_of_zero_give_a_finite_curve() -> None:
     grids = {g.name: (8, g.channels) for g in groups}
     curves = cost_curves(model, groups, nothing, grids, torch.cat([x, x]))
     assert all(np.isfinite(c).all() and c[-1] == 0 and c[0] > 0 for c in curves.values())
+
+
+def reads_of(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer reads, ``float64 [N, inputs, positions]``."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return torch.cat(seen).double().flatten(2) if seen[0].dim() > 2 else seen[0].double()[..., None]
+
+
+@pytest.mark.parametrize("name", ["residual", "squeeze-excite", "flattened", "mlp", "grouped"])
+def test_taylor_is_the_mean_size_of_the_gates_gradients(name: str) -> None:
+    model, _ = make(ZOO[name])
+    x = torch.randn(3, *ZOO[name].shape)
+    groups, _ = find_groups(model, x[:1])
+    found = taylor(model, groups, x, SEED, batch_size=2)
+    with torch.no_grad():
+        classes = model(x).argmax(1)
+    for group in groups:
+        gates = torch.ones(group.channels, requires_grad=True)
+        watched, total = gated(model, group, gates), torch.zeros(group.channels)
+        for sample, label in zip(x, classes, strict=True):
+            loss = F.cross_entropy(watched(sample[None]), label[None])
+            total += torch.autograd.grad(loss, gates)[0].abs()
+        expected = (total / len(x)).numpy()
+        np.testing.assert_allclose(
+            found[group.name], expected, rtol=2e-3, atol=1e-4 * expected.max()
+        )
+
+
+def test_variance_is_that_of_what_is_read_times_the_weights_that_read_it() -> None:
+    model, _ = make(ZOO["plain"])
+    x = torch.randn(5, *ZOO["plain"].shape)
+    groups, _ = find_groups(model, x[:1])
+    found = variance(model, groups, x, 0)
+    layers = dict(model.named_modules())
+    for group in groups:
+        (consumer,) = group.consumers()
+        layer = layers[consumer.layer]
+        seen = reads_of(model, layer, x)
+        spread = seen.transpose(0, 1).flatten(1).var(1, correction=0)
+        weight = layer.weight.detach().double()
+        energy = weight.square().transpose(0, 1).flatten(1).sum(1)
+        expected = [float((spread * energy)[list(own)].sum()) for own in consumer.indices]
+        np.testing.assert_allclose(found[group.name], expected, rtol=1e-6)
+
+
+class Chain(nn.Module):
+    """Two linear layers; what the second reads is what the first writes."""
+
+    def __init__(self, channels: int = 12) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, channels), nn.Linear(channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def missed(inputs: np.ndarray, weight: np.ndarray, kept: list[int], ridge: float) -> float:
+    """Share of the output's energy that the best weights on the kept inputs miss; the pull is toward the old weights, as in the product."""
+    x = inputs - inputs.mean(0)
+    y = x @ weight
+    gone = [i for i in range(x.shape[1]) if i not in kept]
+    # Every input stays in the problem with its pull; those that are gone have the weight 0.
+    gram = x.T @ x / len(x) + ridge * np.eye(x.shape[1])
+    best = weight.copy()
+    best[gone] = 0
+    best[kept] = weight[kept] + np.linalg.solve(
+        gram[np.ix_(kept, kept)], gram[np.ix_(kept, gone)] @ weight[gone]
+    )
+    change = best - weight
+    return float(np.sum(change * (gram @ change)) / np.mean(np.sum(y * y, 1)))
+
+
+def test_obs_finds_the_greedy_order_of_exact_least_squares() -> None:
+    torch.manual_seed(4)
+    model = Chain().eval()
+    x = torch.randn(3000, 6)
+    groups, _ = find_groups(model, x[:1])
+    (group,) = groups
+    found = obs(model, groups, x, 0)[group.name]
+    order = np.argsort(found, kind="stable").tolist()
+    with torch.no_grad():
+        inputs = torch.relu(model.first(x)).double().numpy()
+    weight = model.second.weight.detach().double().numpy().T
+    centred = inputs - inputs.mean(0)
+    ridge = 1e-3 * float(np.mean(centred**2))
+    kept, total = list(range(12)), 0.0
+    for step, chosen in enumerate(order[:8]):
+        costs = {c: missed(inputs, weight, [k for k in kept if k != c], ridge) for c in kept}
+        assert chosen == min(costs, key=lambda c: costs[c])
+        kept.remove(chosen)
+        total += found[chosen]
+        assert total >= costs[chosen] * (1 - 1e-6)
+        if step == 0:
+            assert total == pytest.approx(costs[chosen], rel=1e-5)
+
+
+def test_obs_lets_a_channel_go_that_others_can_stand_for() -> None:
+    torch.manual_seed(1)
+    model = Chain().eval()
+    with torch.no_grad():
+        model.first.weight[3] = 2 * model.first.weight[8]
+        model.first.bias[3] = 2 * model.first.bias[8]
+        model.second.weight[:, 3] *= 10  # large, and not needed
+    x = torch.randn(2000, 6)
+    groups, _ = find_groups(model, x[:1])
+    assert int(np.argmin(obs(model, groups, x, 0)[groups[0].name])) in (3, 8)
+    assert int(np.argmax(l2(model, groups, x, 0)[groups[0].name])) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain", "residual", "inverted", "multiplier", "grouped", "dense", "inception", "squeeze-excite", "flattened", "gated",
+        "shared-head", "shared", "layer-norm", "one-dimensional", "mlp", "transposed",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("importance", sorted(BY_NAME))
+def test_every_importance_scores_every_channel_of_every_net(importance: str, name: str) -> None:
+    model, _ = make(ZOO[name])
+    x = torch.randn(4, *ZOO[name].shape)
+    groups, _ = find_groups(model, x[:1])
+    before = copy.deepcopy(model.state_dict())
+    found = BY_NAME[importance](model, groups, x, SEED)
+    again = BY_NAME[importance](model, groups, x, SEED)
+    for group in groups:
+        scores = found[group.name]
+        assert scores.shape == (group.channels,)
+        assert np.isfinite(scores).all()
+        assert (scores >= 0).all()
+        assert len(set(scores.tolist())) > 1
+        assert (scores == again[group.name]).all()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_weights_alone_give_the_scores_that_their_papers_say() -> None:
+    model, x = make(ZOO["residual"])
+    groups, _ = find_groups(model, x[:1])
+    inner = next(g for g in groups if g.root == "b1.0")
+    reading = model.b2.weight.detach().double()
+    expected = reading.abs().sum((0, 2, 3)).numpy()
+    np.testing.assert_allclose(l1(model, groups, x, 0)[inner.name], expected, rtol=1e-6)
+    scale = model.b1[1].weight.detach().abs().numpy()
+    np.testing.assert_allclose(bn_scale(model, groups, x, 0)[inner.name], scale, rtol=1e-6)
+    with torch.no_grad():
+        model.b1[0].weight[5] = model.b1[0].weight.mean(0)  # what all others have in common
+    assert int(np.argmin(fpgm(model, groups, x, 0)[inner.name])) == 5
+
+
+@pytest.mark.parametrize("importance", ["fisher", "taylor", "obs", "variance"])
+def test_scoring_without_a_sample_is_an_error(importance: str) -> None:
+    model, x = make(ZOO["plain"])
+    groups, _ = find_groups(model, x[:1])
+    with pytest.raises(ModelError, match="at least 1 sample"):
+        BY_NAME[importance](model, groups, x[:0], SEED)

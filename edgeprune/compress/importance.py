@@ -1,7 +1,8 @@
 """How much each channel matters: plain functions from a model and data to one score per channel of every group.
 
-An importance is any callable with the signature of :data:`Importance`; pass your own. Scores of :func:`fisher` are in nats of predicted
-loss; :func:`cost_curves` turns scores into the cost of keeping each width and calibrates it against real evaluations.
+An importance is any callable with the signature of :data:`Importance`; pass your own. Here are those that need gradients; those that need
+the weights alone are in :mod:`~edgeprune.compress.criteria`, those that need activations in :mod:`~edgeprune.compress.reconstruct`.
+Whatever the scores, :func:`cost_curves` turns them into the cost in nats of keeping each width, calibrated against real evaluations.
 """
 
 from __future__ import annotations
@@ -17,41 +18,27 @@ from torch import nn
 from torch.nn import functional
 
 from edgeprune.compress.compensate import recalibrate_batchnorm
+from edgeprune.compress.criteria import (
+    Importance,
+    Places,
+    Scores,
+    bn_scale,
+    by_channel,
+    fpgm,
+    l1,
+    l2,
+    places,
+    random,
+)
 from edgeprune.compress.evaluate import BATCH, device_of, kl_nats, logits
-from edgeprune.compress.surgery import ChannelGroup, weights_by_input, zero_channels
+from edgeprune.compress.reconstruct import obs, variance
+from edgeprune.compress.surgery import ChannelGroup, zero_channels
 from edgeprune.errors import ModelError
 from edgeprune.progress import Progress, Silent
-
-Scores = dict[str, np.ndarray]
-Importance = Callable[[nn.Module, Sequence[ChannelGroup], torch.Tensor, int], Scores]
-
-Places = tuple[
-    torch.Tensor, torch.Tensor, int
-]  # input indices, channel of each, number of channels
 
 # A curve stays strictly decreasing, so that a free channel is still the last to come back.
 FLOOR_NATS = 1e-9
 UNUSABLE_NATS = 1e3  # the cost of a width at which the model says NaN: finite, and never worth it
-
-
-def random(model: nn.Module, groups: Sequence[ChannelGroup], x: torch.Tensor, seed: int) -> Scores:
-    """A control: uniform random scores."""
-    generator = np.random.default_rng(seed)
-    return {group.name: generator.random(group.channels) for group in groups}
-
-
-def l2(model: nn.Module, groups: Sequence[ChannelGroup], x: torch.Tensor, seed: int) -> Scores:
-    """Squared norm of the weights that read each channel, over all consumers."""
-    layers = dict(model.named_modules())
-    scores: Scores = {}
-    for group in groups:
-        total = torch.zeros(group.channels, dtype=torch.float64)
-        for consumer in group.consumers():
-            weights = weights_by_input(layers[consumer.layer]).detach()
-            energy = weights.double().square().sum((1, 3)).flatten().cpu()
-            total += _by_channel(energy[None], _places(consumer.indices))[0]
-        scores[group.name] = total.numpy()
-    return scores
 
 
 def fisher(
@@ -79,11 +66,50 @@ def fisher(
     Raises:
         ModelError: there is no sample, or the model overwrites in place what a layer has read.
     """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(chances: torch.Tensor) -> torch.Tensor:
+        return torch.multinomial(chances, 1, generator=generator)[:, 0]
+
+    return _mean_over_samples(
+        model, groups, x, batch_size, drawn, lambda gates: gates.square().sum(0) / 2
+    )
+
+
+def taylor(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    x: torch.Tensor,
+    seed: int,
+    *,
+    batch_size: int = BATCH,
+) -> Scores:
+    """Size of the first-order change of the loss when a channel's gate (see :func:`fisher`) closes, its mean over samples.
+
+    The loss is against the class that the model itself answers, so no labels are needed.
+    Source: Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient inference", arXiv:1611.06440, eq. 7-9.
+
+    Raises:
+        ModelError: as :func:`fisher`.
+    """
+    return _mean_over_samples(
+        model, groups, x, batch_size, lambda c: c.argmax(1), lambda gates: gates.abs().sum(0)
+    )
+
+
+def _mean_over_samples(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    x: torch.Tensor,
+    batch_size: int,
+    label: Callable[[torch.Tensor], torch.Tensor],
+    total: Callable[[torch.Tensor], torch.Tensor],
+) -> Scores:
+    """Gate gradients of the loss against ``label`` of the predicted chances, brought together over the samples of a batch by ``total``."""
     if len(x) == 0:
         raise ModelError("scoring channels needs at least 1 sample, but got 0")
     watched = _private_copy(model)
     place = device_of(watched)
-    generator = torch.Generator().manual_seed(seed)
     totals = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in groups}
     gates: dict[str, torch.Tensor] = {}
     _watch(watched, groups, gates)
@@ -91,14 +117,13 @@ def fisher(
         gates.clear()
         with torch.enable_grad():
             output = watched(batch.to(place))
-            chances = output.detach().softmax(1).cpu()
-            drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].to(place)
-            loss = functional.cross_entropy(output, drawn, reduction="sum")
+            classes = label(output.detach().softmax(1).cpu()).to(place)
+            loss = functional.cross_entropy(output, classes, reduction="sum")
         if loss.requires_grad:
             _backward(loss)
         for name, gate in gates.items():
-            totals[name] += gate.square().sum(0) / 2
-    return {name: (total / len(x)).numpy() for name, total in totals.items()}
+            totals[name] += total(gate)
+    return {name: (found / len(x)).numpy() for name, found in totals.items()}
 
 
 def _backward(loss: torch.Tensor) -> None:
@@ -128,7 +153,7 @@ def _watch(
     readers: dict[str, list[tuple[str, Places]]] = {}
     for group in groups:
         for consumer in group.consumers():
-            readers.setdefault(consumer.layer, []).append((group.name, _places(consumer.indices)))
+            readers.setdefault(consumer.layer, []).append((group.name, places(consumer.indices)))
     for name, reading in readers.items():
         hook = functools.partial(_read, name, reading, gates)
         layers[name].register_forward_pre_hook(hook)
@@ -154,25 +179,12 @@ def _read(
                 hint="write x = relu(x) in place of relu_(x) in the model's forward",
             )
         product = _summed(layer, seen.detach() * gradient).double().cpu()
-        for group, places in reading:
-            found = _by_channel(product, places)
+        for group, where in reading:
+            found = by_channel(product, where)
             gates[group] = gates[group] + found if group in gates else found
 
     seen.register_hook(collect)  # type: ignore[no-untyped-call]
     return (seen, *args[1:])
-
-
-def _places(indices: Sequence[Sequence[int]]) -> Places:
-    """Where a consumer reads the channels of a group: input indices, and the channel of each; a channel may have any number."""
-    pairs = [(index, channel) for channel, own in enumerate(indices) for index in own]
-    flat = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
-    return flat[:, 0], flat[:, 1], len(indices)
-
-
-def _by_channel(values: torch.Tensor, places: Places) -> torch.Tensor:
-    """Sum ``[N, inputs]`` to ``[N, channels]``."""
-    index, channel, n = places
-    return values.new_zeros(len(values), n).index_add_(1, channel, values[:, index])
 
 
 def _summed(layer: nn.Module, product: torch.Tensor) -> torch.Tensor:
@@ -182,7 +194,17 @@ def _summed(layer: nn.Module, product: torch.Tensor) -> torch.Tensor:
     return product.flatten(2).sum(2)
 
 
-BY_NAME: dict[str, Importance] = {"fisher": fisher, "l2": l2, "random": random}
+BY_NAME: dict[str, Importance] = {
+    "fisher": fisher,
+    "taylor": taylor,
+    "obs": obs,
+    "variance": variance,
+    "l2": l2,
+    "l1": l1,
+    "bn-scale": bn_scale,
+    "fpgm": fpgm,
+    "random": random,
+}
 
 
 def removal_order(scores: Scores) -> dict[str, np.ndarray]:
