@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.version import VERSION
 
 __version__ = VERSION
-__all__ = ["deploy", "load", "verify"]
+__all__ = ["deploy", "load", "load_pruned", "verify"]
 
 if TYPE_CHECKING:
     from edgeprune.api import deploy
     from edgeprune.bundle.load import load
     from edgeprune.bundle.verify import verify
+    from edgeprune.compress.pruned_file import load_pruned
 
 _HOMES = {
     "deploy": "edgeprune.api",
     "load": "edgeprune.bundle.load",
+    "load_pruned": "edgeprune.compress.pruned_file",
     "verify": "edgeprune.bundle.verify",
 }
 

@@ -21,6 +21,7 @@ from torch import nn
 from edgeprune import records, report, stages, verdict
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed
 from edgeprune.bundle.write import Payload, write_bundle
+from edgeprune.compress.pruned_file import save_pruned
 from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
 from edgeprune.results import Artifact, PruningPlan, Report, SustainedRun
@@ -40,6 +41,7 @@ from edgeprune.stage_records import (
 from edgeprune.version import VERSION
 
 GOLDEN_SAMPLES = 16
+PRUNED_FILE = "pruned.safetensors"
 PACKAGES = (
     "torch", "torch-pruning", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert",
     "onnx", "onnxruntime", "onnxscript", "paramiko", "pydantic", "safetensors",
@@ -122,6 +124,7 @@ class Closing:
         with self.run.timed("bundle and report", "other"):
             folder = self.run.path / "bundle"
             self._write(found, folder, self.four[shipped])
+            save_pruned(self.model, self.run.path / PRUNED_FILE)
         found = found.model_copy(update={"stages": tuple(self.run.costs)})
         self._write_reports(found)
         return Outcome(found, self.run.path)
