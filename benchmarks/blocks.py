@@ -355,8 +355,8 @@ def measurement_block(results: MeasurementResults) -> str:
     intro = (
         f"Chains of equal layers ({results.layer}) on `{f.device}` ({printable(f.cpu_model)}, {f.cores} cores, {f.runtime}"
         f" {f.runtime_version}, {f.threads} thread): **{stamp}**. {chains}; blocks of {results.block_ms:g} ms. Trials of all rules take"
-        ' turns. "Paired" is the rule of `edgeprune.devices.decide`; the others time one file after the other, as these tools do, with'
-        " the same runtime calls."
+        ' turns while all have some left. "Paired" is the rule of `edgeprune.devices.decide`; the others time one file after the other, as'
+        " these tools do, with the same runtime calls."
     )
     parts = [intro]
     if equal:

@@ -2,7 +2,8 @@
 
 The models are chains of 100, 102 and 105 equal layers, so that one takes 2 % and 5 % more than another by construction. Every trial
 compares two of them, or one with itself (A/A), by the paired rule of this project and by sequential rules that other tools use. Trials
-of all rules take turns, so that they meet the same hours. The results file is written every ten trials; run the command again to go on.
+of all rules take turns while all have some left, so that they meet the same hours. The results file is written every ten trials; run
+the command again to go on.
 """
 
 from __future__ import annotations

@@ -114,6 +114,7 @@ def decide(
     budget_ratio: float | None = None,
     plan: TimingPlan = DECIDE,
     looks: Sequence[int] = LOOKS,
+    purpose: str = "",
     clock: Callable[[], float] = time.monotonic,
 ) -> Decision:
     """Compare two files, or judge one against a share of the other's latency, with as few pairs as it takes.
@@ -128,6 +129,7 @@ def decide(
             look shows.
         plan: block length; its ``rounds`` are not used.
         looks: rising numbers of accepted pairs after which to judge. More looks than four err more often.
+        purpose: see :meth:`Board.time`; a number is added to it for each request.
         clock: seconds on this machine; no new look starts after 120 of them.
 
     Returns:
@@ -143,7 +145,7 @@ def decide(
     try:
         load = functools.partial(_load, board, names, (candidate, reference), runtime, threads)
         load()
-        pairs = _Pairs(board, names, plan, load)
+        pairs = _Pairs(board, names, plan, load, purpose)
         reason = _look(pairs, looks, budget_ratio, lambda: clock() - start)
     except BaseException:
         forget(board, names)
@@ -190,6 +192,8 @@ class _Pairs:
     names: Sequence[str]
     plan: TimingPlan
     load: Callable[[], None]  # in fresh processes
+    purpose: str = ""
+    requests: int = 0
     rounds: int = 0
     loads: int = 0
     blocks: dict[str, list[Block]] = field(default_factory=dict)
@@ -223,8 +227,11 @@ class _Pairs:
         """Time at least this many pairs more."""
         rounds = wanted + wanted % 2
         timing = self.board.time(
-            self.names, replace(self.plan, rounds=rounds, seed=self.plan.seed + self.rounds)
+            self.names,
+            replace(self.plan, rounds=rounds, seed=self.plan.seed + self.rounds),
+            purpose=f"{self.purpose}-{self.requests}" if self.purpose else "",
         )
+        self.requests += 1
         self.doubt = self.doubt or timing.unreliable
         for name in self.names:
             self.blocks.setdefault(name, []).extend(
