@@ -113,7 +113,13 @@ def _open(name: str, *, exclusive: bool) -> Board:
     from edgeprune import catalog
     from edgeprune.devices.board import open_board
 
-    return open_board(name, catalog.device(name), exclusive=exclusive)
+    device = catalog.device(name)
+    if device.transport == "replay":
+        raise SpecError(
+            f"{name!r} is a recording and no board: there is nothing to look over, set up or free",
+            hint="use it with profile or deploy, or name the board that was recorded",
+        )
+    return open_board(name, device, exclusive=exclusive)
 
 
 @devices.command()
@@ -199,7 +205,7 @@ def wait(name: str, timeout: str) -> None:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise Busy(
-                    f"{name} is still {_holder(owner)} after {timeout}",
+                    f"waited {timeout}, and {name} is still {_holder(owner)}",
                     hint=f"wait longer with --timeout, or ask them; edgeprune devices break {name} ends their work",
                 )
             time.sleep(min(_POLL_S, left_s))

@@ -14,13 +14,16 @@ def plain(text: str) -> str:
 
 
 def print_list(as_json: bool, rows: Mapping[str, Mapping[str, str]]) -> None:
-    """Rows by name, all with the same columns: a table for people, or one JSON object."""
+    """Rows by name, all with the same columns: a table with a header for people, or one JSON object."""
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    width = max(map(len, rows), default=0)
     columns = list(next(iter(rows.values()), {}))
-    widths = {c: max(len(row[c]) for row in rows.values()) for c in columns[:-1]}
-    for name, row in rows.items():
-        cells = [row[c].ljust(widths.get(c, 0)) for c in columns]
-        click.echo(plain(f"{name:{width}}  {'  '.join(cells)}").rstrip())
+    lines = [
+        ["name", *columns],
+        *([name, *(row[c] for c in columns)] for name, row in rows.items()),
+    ]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo(plain("  ".join(cells)).rstrip())

@@ -75,6 +75,7 @@ class Terminal:
             rich_progress.TextColumn("{task.fields[note]}"),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,  # in a pipe or a log, a bar is but an empty line
         )
         with display:
             yield _TerminalBar(display, display.add_task(title, total=total, note=""))

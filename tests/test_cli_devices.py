@@ -503,7 +503,20 @@ def test_devices_are_listed_with_their_stamp_and_pin(desk, run):
     assert (found["pi-desk"]["pinned"], found["this-machine"]["pinned"]) == ("yes", "no")
     code, out, _ = run("list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["pi-desk", "this-machine"]
+    head, *rows = out.splitlines()
+    assert head.split() == ["name", "transport", "address", "stamp", "pinned", "trusted", "targets"]
+    assert [row.split()[0] for row in rows] == ["pi-desk", "this-machine"]
+    assert head.index("stamp") == rows[0].index("stand-in")
+
+
+@pytest.mark.parametrize("command", ["check", "setup", "who", "wait", "break", "clean", "restore"])
+def test_a_recording_is_no_board_to_look_after(desk, run, command):
+    desk.file.write_text(
+        "schema_version: 1\ndevices:\n  old:\n    transport: replay\n    recording: old.epr\n    targets: [rpi4]\n"
+    )
+    code, out, err = run(command, "old")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: 'old' is a recording and no board")
 
 
 def test_a_board_in_quarantine_is_listed_so_and_leaves_it_by_a_good_check_up(desk, run):

@@ -17,7 +17,7 @@ from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.exchanges import FrameStream
 from edgeprune.devices.frames import MAX_HEADER_BYTES, Refusal
 from edgeprune.devices.plans import TimingPlan
-from edgeprune.devices.recording import Recording
+from edgeprune.devices.recording import Recording, check_recordable
 from edgeprune.errors import DeviceError, EdgepruneError, IntegrityError, SpecError
 from edgeprune.results import Fingerprint
 from edgeprune.specs import Device
@@ -92,7 +92,9 @@ def test_purposes_are_told_apart_in_any_order(recorded, board):
 
 
 def test_another_file_is_not_covered(board):
-    with pytest.raises(DeviceError, match=r"board\.epr does not cover load of m.*other files"):
+    with pytest.raises(
+        DeviceError, match=r"board\.epr does not cover load of m.*another command.*other files"
+    ):
         board.load("m", matmul_file(WEIGHT * 3), **ORT)
 
 
@@ -160,6 +162,20 @@ def test_recording_needs_its_own_suffix_and_a_board(recorded, tmp_path):
         open_board("here", LOCAL, record=tmp_path / "devices.yaml")
     with pytest.raises(SpecError, match="is a replay"):
         open_board("again", replay(recorded[0]), record=tmp_path / "again.epr")
+
+
+def test_where_no_recording_can_be_written_is_known_before_any_work(recorded, tmp_path):
+    check_recordable(recorded[0])  # to be gone on with
+    check_recordable(tmp_path / "new" / "folder" / "x.epr")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match=r"cannot write the recording .* is no folder"):
+        check_recordable(tmp_path / "file" / "x.epr")
+    with pytest.raises(SpecError, match=r"must be named \*\.epr"):
+        check_recordable(tmp_path / "x.json")
+    (tmp_path / "text.epr").write_text("text")
+    with pytest.raises(IntegrityError, match="no recording"):
+        check_recordable(tmp_path / "text.epr")
 
 
 def test_a_reply_that_came_out_of_the_journal_after_a_broken_link_is_recorded(tmp_path):

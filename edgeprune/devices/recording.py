@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -171,8 +172,7 @@ class Recorder:
     """
 
     def __init__(self, path: Path, name: str, device: Device) -> None:
-        if path.suffix != ".epr":
-            raise SpecError(f"a recording must be named *.epr, but got {path.name!r}")
+        check_recordable(path)
         if device.transport == "replay":
             raise SpecError(f"the device {name!r} is a replay and cannot be recorded again")
         self.path = path
@@ -346,6 +346,25 @@ class _Tapped:
         self._pipe.close()
 
 
+def check_recordable(path: Path) -> None:
+    """Fail before any work on a place where no recording can be written, or gone on with.
+
+    Raises:
+        SpecError: it is no ``.epr`` file, or the folder cannot be written.
+        IntegrityError: the file exists and is no recording.
+    """
+    if path.suffix != ".epr":
+        raise SpecError(f"a recording must be named *.epr, but got {path.name!r}")
+    folder = next(f for f in path.absolute().parents if f.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise SpecError(
+            f"cannot write the recording {path}: {folder} is no folder that can be written",
+            hint="record into another folder",
+        )
+    if path.exists():
+        Recording(path).close()
+
+
 def recording_path(device: Device) -> Path:
     """The file of a ``replay`` device; relative to the current folder."""
     assert device.recording is not None
@@ -376,7 +395,11 @@ def as_recorded(device: Device) -> Device:
 def uncovered(recording: Recording, request: Request) -> str:
     """Why a recording has no answer, as far as one can tell."""
     asked = any(e.op == request.op for e in recording.index.exchanges)
-    why = "it was made with other files, settings or versions" if asked else "it has no such work"
+    why = "it has no such work"
+    if asked:
+        why = (
+            "it was made by another command, or with another budget, other files or other versions"
+        )
     if recording.origin.agent_sha256 != agent_digest():
         why += ", and by another version of the agent"
     name = clean(recording.path.name, 100)

@@ -303,7 +303,7 @@ def _private_key(device: Device) -> paramiko.PKey:
 
 
 def _load_key(path: str, passphrase: Secret | None) -> paramiko.PKey:
-    key = _parsed_key(read_private(Path(path)), passphrase)
+    key = _parsed_key(read_private(Path(path), "key file"), passphrase)
     if key is None:
         raise SpecError(
             f"the key file {path} must hold an Ed25519, ECDSA or RSA private key that auth.passphrase_ref opens, if it is locked"

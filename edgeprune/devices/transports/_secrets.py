@@ -52,8 +52,8 @@ def resolve(reference: str) -> Secret:
         raise SpecError(f"the secret file {place} must be UTF-8 text") from None
 
 
-def read_private(path: Path) -> bytes:
-    """Content of a file that only this user can read.
+def read_private(path: Path, what: str = "secret file") -> bytes:
+    """Content of a file that only this user can read; ``what`` is what messages call it.
 
     Raises:
         SpecError: it cannot be read, is a link, is over 64 KiB, belongs to another user, or others may read it.
@@ -62,16 +62,16 @@ def read_private(path: Path) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise SpecError(f"cannot read the secret file {path}: {error.strerror}") from error
+        raise SpecError(f"cannot read the {what} {path}: {error.strerror}") from error
     with os.fdopen(handle, "rb") as stream:
         facts = os.fstat(stream.fileno())
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_SECRET_BYTES:
             raise SpecError(
-                f"the secret file {path} must be a regular file of at most {MAX_SECRET_BYTES} bytes"
+                f"the {what} {path} must be a regular file of at most {MAX_SECRET_BYTES} bytes"
             )
         if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
             raise SpecError(
-                f"the secret file {path} must be readable by its owner alone,"
+                f"the {what} {path} must be readable by its owner alone,"
                 f" but has mode {stat.S_IMODE(facts.st_mode):04o}",
                 hint=f"run: chmod 600 {path}",
             )
