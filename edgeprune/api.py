@@ -15,6 +15,7 @@ from edgeprune.compress import importance as importances
 from edgeprune.context import Context, Job, stand_in_runtime
 from edgeprune.devices.recording import as_recorded
 from edgeprune.errors import SpecError, UnknownName
+from edgeprune.explaining import plan_file, search_result
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import (
     Options,
@@ -22,11 +23,14 @@ from edgeprune.options import (
     chosen_gates,
     chosen_sustained,
     chosen_target,
+    given_widths,
 )
 from edgeprune.profiling import profile as profile_context
 from edgeprune.progress import Progress, Silent
+from edgeprune.report.explain import render_search_html
 from edgeprune.results import ProfileReport, Report
 from edgeprune.runfolder import RunFolder
+from edgeprune.search_results import SearchResult
 from edgeprune.specs import Preprocess, Workload
 from edgeprune.stage_records import PlanResult
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
@@ -72,6 +76,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         sustained=chosen_sustained(options),
         record=options.record,
         companions=companions,
+        widths=given_widths(options),
     )
 
 
@@ -135,7 +140,7 @@ def deploy(
         preprocess: how raw samples become the model's input.
         labels: class names.
         settings: recovery, augmentation and the rest of ``edgeprune.yaml``.
-        importance: ``fisher``, ``l2`` or ``random``.
+        importance: ``fisher``, ``taylor``, ``obs``, ``variance``, ``l2``, ``l1``, ``bn-scale``, ``fpgm`` or ``random``.
         seed: of everything random.
         run: the run folder; ``runs/<target>-<digest>`` when not given. Finished stages in it are kept.
         sustained: ``10min``, ``90s`` or ``1h``: run the shipped file that long without a pause, and judge the latency at its end.
@@ -192,3 +197,23 @@ def plan_loaded(
     with RunFolder(path, progress) as run, pipeline.opened(job, progress, run) as context:
         records.write_json(pipeline.request(job), path / "run.json")
         return plan_stages(context, run).plan.result, path
+
+
+def search_loaded(
+    loaded: LoadedWorkload, options: Options, progress: Progress
+) -> tuple[SearchResult, Path]:
+    """The measured plan and what else was possible, without any training; written into the run folder that ``deploy`` would go on with.
+
+    The folder gets ``search.json`` (the result), ``search.html`` (the same as a page) and ``plan.json``, which ``deploy --plan`` reads.
+    Raises as :func:`deploy`.
+    """
+    job = resolve(loaded, options)
+    path = run_path(job, options)
+    with RunFolder(path, progress) as run, pipeline.opened(job, progress, run) as context:
+        records.write_json(pipeline.request(job), path / "run.json")
+        planned = plan_stages(context, run)
+        found = search_result(context, planned)
+        records.write_json(found, path / "search.json")
+        records.write_json(plan_file(found), path / "plan.json")
+        records.write_bytes(path / "search.html", render_search_html(found))
+    return found, path

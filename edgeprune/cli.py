@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +21,23 @@ if TYPE_CHECKING:
     from edgeprune.progress import Progress
     from edgeprune.workload import LoadedWorkload
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 Command = Callable[..., Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; intended errors become one line on stderr and the exit code of their family."""
+    try:
+        earlier = signal.signal(signal.SIGTERM, _terminated)
+    except ValueError:  # only a main thread handles signals
+        return _main(argv)
+    try:
+        _main(argv)
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     try:
         cli.main(args=list(argv) if argv is not None else None, standalone_mode=False)
     except click.exceptions.Exit as done:
@@ -43,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         click.echo("interrupted; run the same command again to go on", err=True)
         sys.exit(INTERRUPTED)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """Leave as after Ctrl-C: files whole, boards free and as they were."""
+    click.echo("ended by a signal; run the same command again to go on", err=True)
+    sys.exit(TERMINATED)
 
 
 def _say_wrong_usage(error: click.ClickException) -> None:
@@ -100,7 +118,10 @@ def _budget_options(command: Command) -> Command:
         click.option("--latency", "-l", help="15ms, 60% of dense, or 2.5x faster than dense."),
         click.option("--max-drop", help="Allowed accuracy drop in points, such as 1%."),
         click.option(
-            "--importance", default="fisher", show_default=True, help="fisher, l2 or random."
+            "--importance",
+            default="fisher",
+            show_default=True,
+            help="fisher, taylor, obs, variance, l2, l1, bn-scale, fpgm or random.",
         ),
         click.option(
             "--run",
@@ -123,6 +144,11 @@ def _budget_options(command: Command) -> Command:
 @_budget_options
 @click.option(
     "--dry-run", is_flag=True, help="Stop after the measured plan: feasibility without training."
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Take the widths of this plan.json of `edgeprune search` instead of searching.",
 )
 def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     """From a trained model to a verified, faster bundle.
@@ -148,6 +174,7 @@ def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     else:
         click.echo(render_terminal(outcome.report, color=sys.stdout.isatty()), nl=False)
         click.echo(f"bundle  {outcome.folder / 'bundle'} and {outcome.folder / 'bundle.zip'}")
+        click.echo(f"torch   {outcome.folder / 'pruned.safetensors'}, for edgeprune.load_pruned")
         click.echo(f"report  {outcome.folder / 'report.html'}")
     if not outcome.report.passed:
         raise _missed(outcome.report)
@@ -209,6 +236,27 @@ def _plan_text(plan: Any) -> str:
             "feasible: the structure above was measured within the budget; deploy heals it"
         )
     return "\n".join(lines)
+
+
+@cli.command()
+@_model_options
+@_budget_options
+def search(as_json: bool, quiet: bool, **flags: Any) -> None:
+    """What a budget would cost, and what others would: everything before training, explained.
+
+    The run folder gets search.html, search.json, and plan.json, whose widths may be edited and given to `deploy --plan`.
+    """
+    options = _options(flags)
+    progress = _progress(quiet)
+    loaded = _load(flags, options)
+    from edgeprune import api, records
+    from edgeprune.report.explain import render_search
+
+    found, path = api.search_loaded(loaded, options, progress)
+    click.echo(records.to_json(found).decode() if as_json else render_search(found), nl=False)
+    if not as_json:
+        click.echo(f"page    {path / 'search.html'}")
+        click.echo(f"plan    {path / 'plan.json'}, for deploy --plan")
 
 
 @cli.command()
@@ -406,6 +454,7 @@ def _options(flags: dict[str, Any]) -> Options:
         resume=flags.get("resume"),
         sustained=flags.get("sustained"),
         record=flags.get("record"),
+        plan=flags.get("plan"),
         command=shlex.join(["edgeprune", *sys.argv[1:]]),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,7 @@ class Job:
     sustained: float | None = None  # seconds
     record: Path | None = None
     companions: tuple[tuple[str, Device], ...] = ()
+    widths: Mapping[str, int] | None = None  # of a plan that is given instead of searched
 
     def device_key(self) -> list[Any]:
         """What tells the device from others, as plain data; a replay is told by the content of its recording."""

@@ -203,11 +203,17 @@ def _plan(
         ScoresResult,
         lambda f: _score(context, table.result, f),
     )
-    say(f"[5/8] search: {job.budget.text}, checked on the device")
+    how = "search" if job.widths is None else "the given plan"
+    say(f"[5/8] {how}: {job.budget.text}, checked on the device")
     plan = run.stage(
         "plan",
         "measuring",
-        {"nets": nets.digest, "importance": scores.digest, "budget": job.budget},
+        {
+            "nets": nets.digest,
+            "importance": scores.digest,
+            "budget": job.budget,
+            **({} if job.widths is None else {"widths": dict(job.widths)}),
+        },
         PlanResult,
         lambda _: stages.plan_structure(
             context, stand, file, table.result, nets.result, scores.result

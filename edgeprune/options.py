@@ -7,7 +7,10 @@ from pathlib import Path
 
 from edgeprune import catalog, formats
 from edgeprune.devices import quarantine
+from edgeprune.devices.recording import check_recordable, origin_of
 from edgeprune.errors import FormatError, SpecError
+from edgeprune.records import read_json
+from edgeprune.search_results import PlanFile
 from edgeprune.specs import (
     Budget,
     Device,
@@ -34,6 +37,7 @@ class Options:
     record: Path | None = None
     command: str = "edgeprune (from Python)"
     sustained: str | None = None
+    plan: Path | None = None
 
 
 def chosen_target(options: Options, workload: Workload) -> Target:
@@ -113,15 +117,36 @@ def check_format(target: Target) -> None:
         )
 
 
+def given_widths(options: Options) -> dict[str, int] | None:
+    """The widths of the plan that was given instead of a search, if one was.
+
+    Raises:
+        SpecError, IntegrityError: there is no such file, or it is no plan.
+    """
+    if options.plan is None:
+        return None
+    if not options.plan.is_file():
+        raise SpecError(f"there is no plan {options.plan}", hint="run: edgeprune search")
+    widths = read_json(PlanFile, options.plan).widths
+    if any(width < 1 for width in widths.values()):
+        raise SpecError(f"the widths of {options.plan} must be at least 1")
+    return widths
+
+
 def check_names(options: Options, workload: Workload) -> None:
     """Fail on a wrong target, device, format or gate before any model or data is loaded.
 
     Raises:
         SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_gates` and :func:`chosen_sustained`; no device has the name.
         FormatError: as :func:`check_format`.
+        IntegrityError: the recording to replay, or to go on with, is damaged.
     """
     target = chosen_target(options, workload)
-    chosen_device(options, workload, target)
+    _, device, _ = chosen_device(options, workload, target)
     check_format(target)
     chosen_gates(options, workload, target)
     chosen_sustained(options)
+    given_widths(options)
+    origin_of(device)  # opens the recording of a replay device
+    if options.record is not None:
+        check_recordable(options.record)

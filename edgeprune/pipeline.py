@@ -54,6 +54,8 @@ def run_digest(job: Job) -> str:
             "recovery": workload.recovery,
             "seed": job.seed,
             "sustained": job.sustained,
+            # Only where it is given, so that runs without one keep their folder.
+            **({} if job.widths is None else {"widths": dict(sorted(job.widths.items()))}),
         }
     )
 
@@ -98,6 +100,8 @@ def opened(
                 store=store,
             )
         )
+        if device.origin is not None:
+            progress.say(f"note: {device.notes[0]}")
         board = host = device
         is_replaced = for_planning and device.hello()["emulated"]
         if job.device.transport != "local":

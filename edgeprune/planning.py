@@ -7,16 +7,12 @@ file's own leading channels.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from edgeprune import search
 from edgeprune.compress.groups import ChannelGroup
-from edgeprune.compress.importance import kept_channels
 from edgeprune.devices.board import Board
+from edgeprune.devices.decide import Decision, decide
 from edgeprune.devices.measure import ModelFile, compare, measure
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.pool import Pool
@@ -28,29 +24,20 @@ from edgeprune.latency.table import LatencyTable, probe_points, tabulate
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_bytes
 from edgeprune.results import (
-    FrozenGroup,
-    GroupPlan,
     LatencyModelQuality,
     Measurement,
-    PlanCheck,
-    PruningPlan,
 )
-from edgeprune.search import Problem, Solution
 from edgeprune.specs import Budget, FormatName, Precision, Runtime
-from edgeprune.stage_records import MeasuredNets, MeasuredTable, PlanResult, Staircase
+from edgeprune.stage_records import MeasuredNets, MeasuredTable, Staircase
 
 FINEST_STEP = 4  # no kernel library rounds channels to less than 4 (MLAS and NEON fp32 vectors)
 WIDTH_TOLERANCE = (
     0.02  # kernels repeat to 0.6-1.7 % (measured by this project); closer widths count as equal
 )
 NETS_FITTED, NETS_HELD_OUT = 8, 4
-CHECK_ROUNDS = 6
+CONFIRM_LOOKS = (12, 24)  # pairs; enough to find what is over the budget for sure
 PROBE_SEED = 0
 UNKNOWN_NS = 1.0
-# A plan must fit into this much of the budget: the last measurement is another session.
-PLAN_SHARE = 0.995
-TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %
-CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
 
 
 @dataclass(frozen=True)
@@ -74,6 +61,22 @@ class Stand:
             purpose=purpose,
         )
         return {m.name: m for m in found}
+
+    def judge(self, candidate: bytes, dense: bytes, budget_ratio: float, purpose: str) -> Decision:
+        """One file against a share of the dense one's latency, with more loads than :meth:`measure` takes. ``purpose`` as there."""
+        files = [
+            ModelFile(name, content, self.precision, sha256_bytes(content))
+            for name, content in (("chosen", candidate), ("dense", dense))
+        ]
+        return decide(
+            self.board,
+            *files,
+            runtime=self.runtime.name,
+            threads=self.runtime.threads,
+            budget_ratio=budget_ratio,
+            looks=CONFIRM_LOOKS,
+            purpose=purpose,
+        )
 
     def kernels(
         self, files: Mapping[str, bytes], progress: Progress, purpose: str
@@ -288,179 +291,3 @@ def check_budget(budget: Budget, nets: MeasuredNets) -> None:
             f" {fastest_ms:.4g} ms ({share:.1%} of dense)",
             hint=f"ask for at least {math.ceil(share * 100) + 1}%",
         )
-
-
-def make_plan(
-    stand: Stand,
-    file: Resizable,
-    groups: Sequence[ChannelGroup],
-    frozen: Sequence[FrozenGroup],
-    *,
-    model: LatencyModel,
-    nets: MeasuredNets,
-    quality: LatencyModelQuality,
-    curves: Mapping[str, np.ndarray],
-    orders: Mapping[str, np.ndarray],
-    budget: Budget,
-    importance: str,
-    progress: Progress,
-) -> PlanResult:
-    """Solve, measure what was solved beside the dense net, correct the model, and repeat until the *measured* latency fits.
-
-    Source: the guarantee loop of this project's design; each failing round lowers the effective budget, and the smallest net bounds it.
-
-    Raises:
-        BudgetError: no structure on the grid is fast enough; names the fastest, as measured.
-    """
-    limit_ms = budget.limit_ms(nets.dense_ms)
-    samples = [(w, ms, 1.0) for w, ms in zip(nets.widths, nets.ms, strict=True)]
-    aim_ms = PLAN_SHARE * limit_ms / (1 + min(quality.mean_error_ratio, 0.05))
-    checks: list[PlanCheck] = []
-    failures = 0  # rounds in a row in which nothing fitted
-    with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
-        for number in range(CHECK_ROUNDS):
-            problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
-            tried = {tuple(sorted(c.widths.items())) for c in checks}
-            options = [
-                s for s in _options(problem, aim_ms) if tuple(sorted(s.widths.items())) not in tried
-            ]
-            found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
-            checks.extend(found)
-            samples += [(c.widths, c.measured_ms, 3.0) for c in found]
-            model = correct(model, samples)
-            best = _best(checks)
-            bar.advance(1, f"best {best.measured_ms / limit_ms:.1%} of budget" if best else "")
-            if best is not None and (not found or best.measured_ms >= CLOSE_ENOUGH * limit_ms):
-                break
-            failures = 0 if any(c.within_budget for c in found) else failures + 1
-            aim_ms = _next_aim(limit_ms, checks, model) * 0.99**failures
-    best = _best(checks)
-    if best is None:
-        best = _smallest_if_it_fits(stand, file, model, curves, nets, limit_ms, checks, budget)
-    plan = _plan(best, groups, frozen, orders, curves, model, stand, limit_ms, nets, importance)
-    front = search.pareto(Problem(grids=model.grids, cost_nats=dict(curves), model=model))
-    return PlanResult(
-        plan=plan,
-        checks=tuple(checks),
-        quality=quality,
-        pareto=tuple((s.predicted_ms, s.cost_nats) for s in front),
-    )
-
-
-def _options(problem: Problem, limit_ms: float) -> tuple[Solution, ...]:
-    """The best solution and two that differ from it, or the fastest one if the model sees nothing under the limit."""
-    try:
-        return search.alternatives(problem, limit_ms, count=3, min_changes=3)
-    except BudgetError:
-        return (search.fastest(problem),)
-
-
-def _check(
-    stand: Stand,
-    file: Resizable,
-    options: Sequence[Solution],
-    dense_ms: float,
-    limit_ms: float,
-    purpose: str,
-) -> list[PlanCheck]:
-    if not options:
-        return []
-    files = {str(i): file.resized(s.widths) for i, s in enumerate(options)}
-    found = stand.measure({"dense": file.resized({}), **files}, purpose)
-    checks = []
-    for i, solution in enumerate(options):
-        comparison = compare(found[str(i)], found["dense"], confidence=TWO_SIDED)
-        checks.append(
-            PlanCheck(
-                widths=dict(solution.widths),
-                predicted_ms=solution.predicted_ms,
-                measured_ms=comparison.ratio * dense_ms,
-                ratio_to_dense=comparison.ratio,
-                ratio_high=comparison.high,
-                within_budget=comparison.high * dense_ms <= PLAN_SHARE * limit_ms,
-                cost_nats=solution.cost_nats,
-            )
-        )
-    return checks
-
-
-def _best(checks: Sequence[PlanCheck]) -> PlanCheck | None:
-    fitting = [c for c in checks if c.within_budget]
-    return min(fitting, key=lambda c: c.cost_nats) if fitting else None
-
-
-def _next_aim(limit_ms: float, checks: Sequence[PlanCheck], model: LatencyModel) -> float:
-    """The prediction to solve for, so that the upper bound of its measurement ends at the budget.
-
-    Two things lie between a prediction and that bound: what the corrected model still gets wrong, and the width of the interval.
-    """
-    bias = statistics.median(c.measured_ms / model.predict(c.widths) for c in checks)
-    interval = statistics.median(c.ratio_high / c.ratio_to_dense for c in checks)
-    return PLAN_SHARE * limit_ms / (bias * interval)
-
-
-def _smallest_if_it_fits(
-    stand: Stand,
-    file: Resizable,
-    model: LatencyModel,
-    curves: Mapping[str, np.ndarray],
-    nets: MeasuredNets,
-    limit_ms: float,
-    checks: list[PlanCheck],
-    budget: Budget,
-) -> PlanCheck:
-    """The smallest structure, checked last; nothing else fitted."""
-    problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
-    smallest = [search.fastest(problem)]
-    found = _check(stand, file, smallest, nets.dense_ms, limit_ms, "check-smallest")
-    checks.extend(found)
-    if not found[0].within_budget:
-        fastest = min(c.measured_ms for c in checks)
-        raise BudgetError(
-            f"no structure was measured within {budget.text} ({limit_ms:.4g} ms);"
-            f" the fastest took {fastest:.4g} ms ({fastest / nets.dense_ms:.1%} of dense)",
-            hint=f"ask for at least {math.ceil(fastest / nets.dense_ms * 100) + 1}%",
-        )
-    return found[0]
-
-
-def _plan(
-    chosen: PlanCheck,
-    groups: Sequence[ChannelGroup],
-    frozen: Sequence[FrozenGroup],
-    orders: Mapping[str, np.ndarray],
-    curves: Mapping[str, np.ndarray],
-    model: LatencyModel,
-    stand: Stand,
-    limit_ms: float,
-    nets: MeasuredNets,
-    importance: str,
-) -> PruningPlan:
-    predicted = model.predict(chosen.widths)
-    entries = []
-    for group in groups:
-        width = chosen.widths[group.name]
-        # What the cut of this group saves, all other cuts being made.
-        back = model.predict({**chosen.widths, group.name: group.channels}) - predicted
-        grid = list(model.grids[group.name])
-        entries.append(
-            GroupPlan(
-                name=group.name,
-                channels=group.channels,
-                kept=kept_channels(orders[group.name], width),
-                layers=group.layers(),
-                saved_ms_predicted=max(0.0, back),
-                cost_nats=float(curves[group.name][grid.index(width)]),
-                note=group.kind,
-            )
-        )
-    return PruningPlan(
-        groups=tuple(entries),
-        frozen=tuple(frozen),
-        precision=stand.precision,
-        importance=importance,
-        limit_ms=limit_ms,
-        dense_ms=nets.dense_ms,
-        predicted_ms=predicted,
-        predicted_cost_nats=chosen.cost_nats,
-    )

@@ -14,6 +14,7 @@ from edgeprune.results import (
     PlanCheck,
     PruningPlan,
 )
+from edgeprune.search_results import GroupCurve, ParetoPoint
 from edgeprune.specs import Precision
 
 
@@ -134,3 +135,5 @@ class PlanResult(Record):
     checks: tuple[PlanCheck, ...]
     quality: LatencyModelQuality
     pareto: tuple[tuple[float, float], ...]
+    points: tuple[ParetoPoint, ...] = ()
+    curves: tuple[GroupCurve, ...] = ()

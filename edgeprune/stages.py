@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from edgeprune import planning, records
+from edgeprune import guarantee, planning, records
 from edgeprune.compress import importance as importances
 from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import logits, quality
@@ -192,25 +193,25 @@ def plan_structure(
     nets: MeasuredNets,
     scores: ScoresResult,
 ) -> PlanResult:
-    """Solve for the budget and check the solution on the device until it fits."""
+    """Solve for the budget and check the solution on the device until it fits; a plan that is given is only checked."""
     groups, frozen = context.groups
     model = planning.kernel_model(file, measured, context.full)
     model, fit_quality = planning.fit(model, nets, measured.kernels_measured)
     arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
-    return planning.make_plan(
-        stand,
-        file,
-        groups,
-        frozen,
-        model=model,
-        nets=nets,
-        quality=fit_quality,
-        curves={g: np.asarray(c) for g, c in scores.curves.items()},
-        orders=importances.removal_order(arrays),
-        budget=context.job.budget,
-        importance=context.job.importance,
-        progress=context.progress,
-    )
+    facts: dict[str, Any] = {
+        "model": model,
+        "nets": nets,
+        "quality": fit_quality,
+        "curves": {g: np.asarray(c) for g, c in scores.curves.items()},
+        "orders": importances.removal_order(arrays),
+        "budget": context.job.budget,
+        "importance": context.job.importance,
+        "progress": context.progress,
+    }
+    widths = context.job.widths
+    if widths is not None:
+        return guarantee.given_plan(stand, file, groups, frozen, widths=widths, **facts)
+    return guarantee.make_plan(stand, file, groups, frozen, **facts)
 
 
 def pruned_model(context: Context, plan: PruningPlan) -> nn.Module:

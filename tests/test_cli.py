@@ -19,7 +19,7 @@ from edgeprune.specs import Profile, Target, Workload
 from edgeprune.stage_records import PlanResult
 from edgeprune.workload import from_objects
 
-COMMANDS = ("compare", "deploy", "devices", "doctor", "init", "profile", "profiles", "report", "targets", "verify")  # fmt: skip
+COMMANDS = ("compare", "deploy", "devices", "doctor", "init", "profile", "profiles", "report", "search", "targets", "verify")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,9 @@ def test_help_lists_every_command(tmp_path):
     assert listed == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["deploy", "profile", "init", "verify", "report", "compare"])
+@pytest.mark.parametrize(
+    "command", ["deploy", "profile", "init", "verify", "report", "compare", "search"]
+)
 def test_every_command_explains_itself(tmp_path, command):
     text = printed(tmp_path, command, "--help")
     assert f"edgeprune {command}" in text
@@ -62,7 +64,7 @@ def test_targets_are_listed_with_their_format_and_profile(tmp_path):
     assert found["rpi4"]["format"] == "tflite"
     assert found["this-machine"]["profile"] == "x86-64"
     text = printed(tmp_path, "targets", "list")
-    assert [line.split()[0] for line in text.splitlines()] == list(found)
+    assert [line.split()[0] for line in text.splitlines()] == ["name", *found]
 
 
 def test_profiles_are_listed(tmp_path):

@@ -54,12 +54,37 @@ def test_no_line_is_wider_than_the_terminal_and_no_figure_is_cut(width: int) -> 
 def test_the_stamp_stands_above_the_figures_unless_a_board_was_measured() -> None:
     stand_in = flat(render_terminal(make_report(), width=100))
     assert stand_in.index("Stand-in figures") < stand_in.index("Result")
-    assert "ms stand-in, budget" in stand_in
+    assert "ms stand-in; judged on 47.91 % of dense int8" in stand_in
     assert "Emulated board" in flat(render_terminal(make_report(stamp="emulated"), width=100))
     measured = flat(render_terminal(make_report(stamp="measured"), width=100))
     assert "Stand-in figures" not in measured
     assert "Emulated" not in measured
-    assert "ms measured, budget" in measured
+    assert "ms measured; judged on" in measured
+
+
+def test_a_promise_that_doubtful_times_keep_says_so() -> None:
+    report = make_report()
+    doubtful = {
+        name: m.model_copy(update={"unreliable": "9 of 24 blocks were disturbed"})
+        for name, m in report.measurements.items()
+    }
+    text = render_terminal(report.model_copy(update={"measurements": doubtful}), width=100)
+    assert text.startswith("PASSED ON UNRELIABLE TIMES\n")
+    assert "UNRELIABLE TIMES: 9 of 24 blocks were disturbed" in text
+    page = render_html(report.model_copy(update={"measurements": doubtful})).decode()
+    assert ">PASSED ON UNRELIABLE TIMES<" in page
+
+
+def test_a_budget_in_milliseconds_is_judged_on_the_median() -> None:
+    report = make_report()
+    gates = tuple(
+        g.model_copy(update={"unit": "ms", "value": 6.31, "limit": 6.6})
+        if g.name == "latency"
+        else g
+        for g in report.gates
+    )
+    text = flat(render_terminal(report.model_copy(update={"gates": gates}), width=100))
+    assert "ms stand-in; budget 6.60 ms" in text
 
 
 def test_a_best_effort_names_the_missed_gates() -> None:

@@ -5,19 +5,51 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from edgeprune.results import (
     Comparison,
     Gate,
+    LatencyModelQuality,
     LedgerEntry,
     Measurement,
+    PlanCheck,
+    PruningPlan,
     Report,
     StageCost,
     VariantRow,
 )
-from edgeprune.specs import Precision
+from edgeprune.specs import Precision, Stamp
 
 KINDS = ("training", "conversion", "measuring", "other")
+
+
+class Planned(Protocol):
+    """What a report and the result of a search both say of a plan."""
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The chosen structure."""
+
+    @property
+    def checks(self) -> tuple[PlanCheck, ...]:
+        """Structures that were timed before any training."""
+
+    @property
+    def latency_model(self) -> LatencyModelQuality:
+        """How well latency is predicted."""
+
+    @property
+    def pareto(self) -> tuple[tuple[float, float], ...]:
+        """Milliseconds and nats, both predicted."""
+
+    @property
+    def limit_ms(self) -> float:
+        """The budget."""
+
+    @property
+    def stamp(self) -> Stamp:
+        """What times are to be called."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +69,7 @@ class Outcome:
     """The shipped file against the dense models, as far as they were timed.
 
     ``ratio`` is latency over dense latency in the same precision; ``quality_change`` is against dense in the same precision,
-    ``quality_change_fp32`` against dense FP32. ``interval`` is the order-statistics comparison behind ``ratio``.
+    ``quality_change_fp32`` against dense FP32. ``interval`` is the paired comparison behind ``ratio``.
     """
 
     row: VariantRow
@@ -195,6 +227,18 @@ def unreliable(report: Report) -> list[str]:
     """Why figures of this report should not be believed, each reason once."""
     found = [m.unreliable for m in report.measurements.values() if m.unreliable is not None]
     return list(dict.fromkeys(found))
+
+
+def verdict(report: Report) -> str:
+    """What a report says first. A promise that was kept by doubtful times says so."""
+    if not report.passed:
+        return "BEST EFFORT"
+    return "PASSED ON UNRELIABLE TIMES" if unreliable(report) else "PASSED"
+
+
+def latency_gate(report: Report) -> Gate | None:
+    """The gate that the budget was judged by, if one was."""
+    return next((gate for gate in report.gates if gate.name == "latency"), None)
 
 
 def board(report: Report) -> str:

@@ -6,7 +6,6 @@ from importlib import resources
 
 from edgeprune.report import charts, facts, plan_sections, provenance, sections
 from edgeprune.report.figures import (
-    NONE,
     bytes_text,
     change_text,
     quality_text,
@@ -47,7 +46,7 @@ def render_html(report: Report) -> bytes:
     """
     page = tag(
         "html",
-        _head(report),
+        head(f"{report.model} for {report.target}: edgeprune report"),
         tag(
             "body",
             tag("a", "Skip to the result", href="#result", class_="skip"),
@@ -64,7 +63,8 @@ def render_html(report: Report) -> bytes:
     return f"<!DOCTYPE html>\n{page}\n".encode()
 
 
-def _head(report: Report) -> Markup:
+def head(title: str) -> Markup:
+    """The head of a page that carries its own style and may load nothing."""
     style = resources.files("edgeprune.report").joinpath("page.css").read_text("utf-8")
     return tag(
         "head",
@@ -72,7 +72,7 @@ def _head(report: Report) -> Markup:
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{report.model} for {report.target}: edgeprune report"),
+        tag("title", title),
         tag("style", Markup(style)),
     )
 
@@ -110,14 +110,14 @@ def _body(report: Report) -> list[Markup]:
 
 
 def _hero(report: Report) -> Markup:
-    verdict = "PASSED" if report.passed else "BEST EFFORT"
+    is_sure = report.passed and not facts.unreliable(report)
     missed = ", ".join(g.name for g in facts.missed_gates(report))
     why = "" if report.passed else f"missed: {missed or 'see the notes'}"
     return tag(
         "section",
         tag(
             "p",
-            tag("span", verdict, class_=f"verdict {'good' if report.passed else 'bad'}"),
+            tag("span", facts.verdict(report), class_=f"verdict {'good' if is_sure else 'bad'}"),
             tag("span", why, class_="why") if why else "",
         ),
         tag("h1", report.headline),
@@ -132,7 +132,6 @@ def _tiles(report: Report) -> list[Markup]:
     if found is None:
         return []
     row, same = found.row, f"dense {found.row.precision.upper()}"
-    used = share_text(row.median_ms / report.limit_ms, 0) if report.limit_ms > 0 else NONE
     smaller = []
     if found.size_ratio is not None:
         smaller = [f"{signed((found.size_ratio - 1) * 100, 0)} % against {same}"]
@@ -140,7 +139,7 @@ def _tiles(report: Report) -> list[Markup]:
         _tile(
             f"Latency, {charts.variant_name(row)}",
             time_text(row.median_ms),
-            [f"{report.stamp} median", f"{used} of the {time_text(report.limit_ms)} budget"],
+            [f"{report.stamp} median", sections.budget_text(report)],
         ),
         _tile("Speed-up from pruning", speed_text(found.ratio), _speed_lines(found, same)),
         _tile(
@@ -157,7 +156,7 @@ def _speed_lines(found: facts.Outcome, same: str) -> list[str]:
     if found.interval is not None and found.interval.low > 0:
         shown = sections.interval_text(found.interval.low, found.interval.high)
         lines.append(f"{shown} at {share_text(found.interval.confidence)} confidence")
-        lines.append(f"{found.interval.rounds} rounds")
+        lines.append(f"{found.interval.rounds} loads")
     return lines
 
 

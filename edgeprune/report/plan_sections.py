@@ -68,7 +68,7 @@ def _change(before: int, after: int) -> str:
     return f"{before} → {after}" if before != after else str(after)
 
 
-def cuts(report: Report) -> Markup:
+def cuts(report: facts.Planned) -> Markup:
     """What each group gave, and what it cost; both predicted."""
     groups = sorted(report.plan.groups, key=lambda g: -g.saved_ms_predicted)
     unit = time_unit([g.saved_ms_predicted for g in groups])
@@ -112,7 +112,7 @@ def cuts(report: Report) -> Markup:
     )
 
 
-def _plan_sentence(report: Report) -> str:
+def _plan_sentence(report: facts.Planned) -> str:
     plan = report.plan
     return (
         f"Chosen for {plan.precision.upper()} by {plan.importance}: dense {time_text(plan.dense_ms)}, predicted "
@@ -121,7 +121,7 @@ def _plan_sentence(report: Report) -> str:
     )
 
 
-def predictions(report: Report) -> Markup:
+def predictions(report: facts.Planned) -> Markup:
     """How far the latency model can be trusted."""
     model = report.latency_model
     quality = pairs(
@@ -168,7 +168,7 @@ def predictions(report: Report) -> Markup:
     )
 
 
-def _held_out(report: Report, error_ratio: float) -> str:
+def _held_out(report: facts.Planned, error_ratio: float) -> str:
     return share_text(error_ratio) if report.latency_model.nets_held_out else "not judged"
 
 

@@ -76,6 +76,17 @@ def gates(report: Report) -> Markup:
     )
 
 
+def budget_text(report: Report) -> str:
+    """The figure that the budget was judged on, beside the budget: it need not be the median, which was taken at another moment."""
+    gate = facts.latency_gate(report)
+    if gate is None or gate.unit == "ms":
+        return f"budget {time_text(report.limit_ms)}"
+    found, limit = (
+        unit_text(v, gate.unit, facts.ledger_n(report)) for v in (gate.value, gate.limit)
+    )
+    return f"judged on {found} in the same rounds, budget {limit}"
+
+
 def _verdict(gate: Gate) -> Markup:
     return tag(
         "span", "met" if gate.met else "missed", class_=f"chip {'good' if gate.met else 'bad'}"
@@ -156,7 +167,7 @@ def _reading(report: Report) -> Markup:
             "medians over their median: how far blocks disagree."
         ),
         note(
-            "Speed-ups compare pruned with dense in one precision, round by round; the interval in brackets is by order statistics."
+            "Speed-ups compare pruned with dense in one precision, load by load; the interval in brackets is that of the signed-rank test."
         )
         if report.comparisons
         else "",

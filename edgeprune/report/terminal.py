@@ -24,8 +24,8 @@ from edgeprune.report.figures import (
     time_unit,
     unit_text,
 )
-from edgeprune.report.sections import ledger_summary, speed_cell
-from edgeprune.results import Report
+from edgeprune.report.sections import budget_text, ledger_summary, speed_cell
+from edgeprune.results import PruningPlan, Report
 
 WIDEST = 110
 MOST_GROUPS = 12
@@ -39,14 +39,14 @@ def render_terminal(report: Report, *, width: int | None = None, color: bool = F
         width: columns; ``None`` takes the terminal's, at most 110.
         color: add ANSI colours.
     """
-    page = _Page(width, color)
+    page = Page(width, color)
     _headline(page, report)
     _gates(page, report)
     _variants(page, report)
     _samples(page, report)
     _ledger(page, report)
     _predictions(page, report)
-    _cuts(page, report)
+    say_cuts(page, report.plan)
     _costs(page, report)
     _origin(page, report)
     return page.text()
@@ -54,7 +54,7 @@ def render_terminal(report: Report, *, width: int | None = None, color: bool = F
 
 def compare_text(reports: Sequence[Report], *, width: int | None = None) -> str:
     """Reports beside each other, one column a run; says when their figures cannot be compared."""
-    page = _Page(width, False)
+    page = Page(width, False)
     if not reports:
         page.say("No run to compare.")
         return page.text()
@@ -68,7 +68,7 @@ def compare_text(reports: Sequence[Report], *, width: int | None = None) -> str:
     return page.text()
 
 
-class _Page:
+class Page:
     """Lines of text; every string that comes in is untrusted and is shown as it is, never as markup."""
 
     def __init__(self, width: int | None, color: bool) -> None:
@@ -120,10 +120,9 @@ class _Page:
         return "\n".join(line.rstrip() for line in self._stream.getvalue().splitlines()) + "\n"
 
 
-def _headline(page: _Page, report: Report) -> None:
-    page.say(
-        "PASSED" if report.passed else "BEST EFFORT", "bold green" if report.passed else "bold red"
-    )
+def _headline(page: Page, report: Report) -> None:
+    is_sure = report.passed and not facts.unreliable(report)
+    page.say(facts.verdict(report), "bold green" if is_sure else "bold red")
     page.say(report.headline, "bold")
     missed = facts.missed_gates(report)
     if missed:
@@ -150,10 +149,7 @@ def _headline(page: _Page, report: Report) -> None:
         ("", ""),
         [
             ("ships", f"{charts.variant_name(row)}: {report.shipped_reason}"),
-            (
-                "latency",
-                f"{time_text(row.median_ms)} {report.stamp}, budget {time_text(report.limit_ms)}",
-            ),
+            ("latency", f"{time_text(row.median_ms)} {report.stamp}; {budget_text(report)}"),
             ("speed-up", speed),
             (facts.metric(report), quality),
             ("size", bytes_text(row.size_bytes)),
@@ -162,7 +158,7 @@ def _headline(page: _Page, report: Report) -> None:
     )
 
 
-def _gates(page: _Page, report: Report) -> None:
+def _gates(page: Page, report: Report) -> None:
     if not report.gates:
         return
     n = facts.ledger_n(report)
@@ -179,7 +175,7 @@ def _gates(page: _Page, report: Report) -> None:
     page.table(("gate", "verdict", "found", "limit"), rows, left=2)
 
 
-def _variants(page: _Page, report: Report) -> None:
+def _variants(page: Page, report: Report) -> None:
     """The table stands on its side, so that it fits 80 columns without cutting a figure."""
     if not report.variants:
         return
@@ -205,7 +201,7 @@ def _variants(page: _Page, report: Report) -> None:
     page.say("* against dense in the same precision", "dim")
 
 
-def _samples(page: _Page, report: Report) -> None:
+def _samples(page: Page, report: Report) -> None:
     """How the times were taken; on its side, as the variants are."""
     timed = facts.timed_variants(report)
     if timed:
@@ -233,7 +229,7 @@ def _samples(page: _Page, report: Report) -> None:
         page.table(("", ""), timing_text.sustained_rows(report.sustained), left=2)
 
 
-def _ledger(page: _Page, report: Report) -> None:
+def _ledger(page: Page, report: Report) -> None:
     steps = facts.ledger_steps(report.ledger)
     if not steps:
         return
@@ -256,7 +252,7 @@ def _ledger(page: _Page, report: Report) -> None:
     page.say(" ".join(ledger_summary(report)))
 
 
-def _predictions(page: _Page, report: Report) -> None:
+def _predictions(page: Page, report: Report) -> None:
     model = report.latency_model
     page.title("Predicted against timed")
     error = "error not judged, no net was held out"
@@ -281,8 +277,9 @@ def _predictions(page: _Page, report: Report) -> None:
         page.table(("structure", "predicted", report.stamp, "error", "within budget"), rows)
 
 
-def _cuts(page: _Page, report: Report) -> None:
-    groups = sorted(report.plan.groups, key=lambda g: -g.saved_ms_predicted)
+def say_cuts(page: Page, plan: PruningPlan) -> None:
+    """What each cut saved and cost, the largest savings first."""
+    groups = sorted(plan.groups, key=lambda g: -g.saved_ms_predicted)
     if groups:
         page.title("What each cut saved (predicted)")
         unit = time_unit([g.saved_ms_predicted for g in groups])
@@ -298,11 +295,11 @@ def _cuts(page: _Page, report: Report) -> None:
         page.table(("group", "channels", f"saved, {unit}", "cost, nats"), rows)
         if len(groups) > MOST_GROUPS:
             page.say(f"and {len(groups) - MOST_GROUPS} more in the page", "dim")
-    for frozen in report.plan.frozen:
+    for frozen in plan.frozen:
         page.say(f"frozen: {', '.join(frozen.layers)}: {frozen.reason}", "dim")
 
 
-def _costs(page: _Page, report: Report) -> None:
+def _costs(page: Page, report: Report) -> None:
     if not report.stages:
         return
     page.title("What the run cost")
@@ -316,7 +313,7 @@ def _costs(page: _Page, report: Report) -> None:
     page.say(", ".join(f"{kind} {share_text(s / whole)}" for kind, s in kinds.items()), "dim")
 
 
-def _origin(page: _Page, report: Report) -> None:
+def _origin(page: Page, report: Report) -> None:
     page.title("Origin")
     rows = [
         (

@@ -18,7 +18,8 @@ def rejected_text(measurement: Measurement) -> str:
     """How many blocks do not count, and the most frequent reason."""
     found = measurement.rejections()
     if not found:
-        return "none"
+        doubt = measurement.unreliable
+        return "none" if doubt is None else f"none left out, although {doubt}"
     ((reason, times),) = found.most_common(1)
     often = f" ({times} times)" if len(found) > 1 else ""
     return f"{found.total()} of {len(measurement.blocks)}: {reason}{often}"

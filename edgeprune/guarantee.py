@@ -1,0 +1,331 @@
+"""The plan that is promised: solved, measured beside the dense net, corrected and confirmed, before any training."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from edgeprune import search
+from edgeprune.compress.groups import ChannelGroup
+from edgeprune.compress.importance import kept_channels
+from edgeprune.devices.measure import compare
+from edgeprune.errors import BudgetError, SpecError, UnknownName
+from edgeprune.formats import Resizable
+from edgeprune.latency.predictor import LatencyModel, correct
+from edgeprune.planning import Stand
+from edgeprune.progress import Progress
+from edgeprune.results import FrozenGroup, GroupPlan, LatencyModelQuality, PlanCheck, PruningPlan
+from edgeprune.search import Problem, Solution
+from edgeprune.search_results import GroupCurve, ParetoPoint, WidthChoice
+from edgeprune.specs import Budget
+from edgeprune.stage_records import MeasuredNets, PlanResult
+
+CHECK_ROUNDS = 6
+CONFIRMATIONS = 3
+# A plan must fit into this much of the budget: the last measurement is another session.
+PLAN_SHARE = 0.995
+TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %
+CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
+
+
+def make_plan(
+    stand: Stand,
+    file: Resizable,
+    groups: Sequence[ChannelGroup],
+    frozen: Sequence[FrozenGroup],
+    *,
+    model: LatencyModel,
+    nets: MeasuredNets,
+    quality: LatencyModelQuality,
+    curves: Mapping[str, np.ndarray],
+    orders: Mapping[str, np.ndarray],
+    budget: Budget,
+    importance: str,
+    progress: Progress,
+) -> PlanResult:
+    """Solve, measure what was solved beside the dense net, correct the model, and repeat until the *measured* latency fits.
+
+    Source: the guarantee loop of this project's design; each failing round lowers the effective budget, and the smallest net bounds it.
+
+    Raises:
+        BudgetError: no structure on the grid is fast enough; names the fastest, as measured.
+    """
+    limit_ms = budget.limit_ms(nets.dense_ms)
+    samples = [(w, ms, 1.0) for w, ms in zip(nets.widths, nets.ms, strict=True)]
+    aim_ms = PLAN_SHARE * limit_ms / (1 + min(quality.mean_error_ratio, 0.05))
+    checks: list[PlanCheck] = []
+    failures = 0  # rounds in a row in which nothing fitted
+    with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
+        for number in range(CHECK_ROUNDS):
+            problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
+            tried = {tuple(sorted(c.widths.items())) for c in checks}
+            options = [
+                s for s in _options(problem, aim_ms) if tuple(sorted(s.widths.items())) not in tried
+            ]
+            found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
+            checks.extend(found)
+            samples += [(c.widths, c.measured_ms, 3.0) for c in found]
+            model = correct(model, samples)
+            best = _best(checks)
+            bar.advance(1, f"best {best.measured_ms / limit_ms:.1%} of budget" if best else "")
+            if best is not None and (not found or best.measured_ms >= CLOSE_ENOUGH * limit_ms):
+                break
+            failures = 0 if any(c.within_budget for c in found) else failures + 1
+            aim_ms = _next_aim(limit_ms, checks, model) * 0.99**failures
+    best = _confirmed(stand, file, checks, nets.dense_ms, limit_ms, progress)
+    if best is None:
+        best = _smallest_if_it_fits(stand, file, model, curves, nets, limit_ms, checks, budget)
+    plan = _plan(best, groups, frozen, orders, curves, model, stand, limit_ms, nets, importance)
+    return _result(plan, checks, quality, groups, model, curves)
+
+
+def given_plan(
+    stand: Stand,
+    file: Resizable,
+    groups: Sequence[ChannelGroup],
+    frozen: Sequence[FrozenGroup],
+    *,
+    widths: Mapping[str, int],
+    model: LatencyModel,
+    nets: MeasuredNets,
+    quality: LatencyModelQuality,
+    curves: Mapping[str, np.ndarray],
+    orders: Mapping[str, np.ndarray],
+    budget: Budget,
+    importance: str,
+    progress: Progress,
+) -> PlanResult:
+    """The plan that somebody gives, measured like any other; whether it fits the budget is judged at the end, and said now.
+
+    Raises:
+        SpecError: a group or a width that does not exist.
+    """
+    check_widths(widths, model.grids)
+    full = {g.name: g.channels for g in groups}
+    chosen = {**full, **widths}
+    cost = sum(
+        float(curves[name][model.grids[name].index(width)]) for name, width in chosen.items()
+    )
+    solution = Solution(chosen, model.predict(chosen), cost)
+    limit_ms = budget.limit_ms(nets.dense_ms)
+    checks = _check(stand, file, [solution], nets.dense_ms, limit_ms, "check-given")
+    if not checks[0].within_budget:
+        progress.say(
+            f"      note: the given plan was measured at {checks[0].measured_ms:.4g} ms, and the budget is {limit_ms:.4g} ms"
+        )
+    plan = _plan(
+        checks[0], groups, frozen, orders, curves, model, stand, limit_ms, nets, importance
+    )
+    return _result(plan, checks, quality, groups, model, curves)
+
+
+def check_widths(widths: Mapping[str, int], grids: Mapping[str, Sequence[int]]) -> None:
+    """Nothing, when every group exists and may have its width.
+
+    Raises:
+        SpecError: otherwise; names what there is.
+    """
+    for name, width in widths.items():
+        if name not in grids:
+            raise UnknownName("group", name, grids, where="the plan")
+        if width not in grids[name]:
+            near = sorted(grids[name], key=lambda w: (abs(w - width), w))[:4]
+            raise SpecError(
+                f"the width of {name} must be one of {', '.join(map(str, sorted(near)))} ..., but the plan has {width}",
+                hint="other widths are not faster than the next larger one; admissible_widths of plan.json has them all",
+            )
+
+
+def _result(
+    plan: PruningPlan,
+    checks: Sequence[PlanCheck],
+    quality: LatencyModelQuality,
+    groups: Sequence[ChannelGroup],
+    model: LatencyModel,
+    curves: Mapping[str, np.ndarray],
+) -> PlanResult:
+    """The plan with what else was possible."""
+    front = search.pareto(Problem(grids=model.grids, cost_nats=dict(curves), model=model))
+    return PlanResult(
+        plan=plan,
+        checks=tuple(checks),
+        quality=quality,
+        pareto=tuple((s.predicted_ms, s.cost_nats) for s in front),
+        points=tuple(
+            ParetoPoint(predicted_ms=s.predicted_ms, cost_nats=s.cost_nats, widths=s.widths)
+            for s in front
+        ),
+        curves=tuple(_curve(group, model, curves[group.name]) for group in groups),
+    )
+
+
+def _curve(group: ChannelGroup, model: LatencyModel, cost_nats: np.ndarray) -> GroupCurve:
+    dense_ms = model.predict({})
+    return GroupCurve(
+        group=group.name,
+        channels=group.channels,
+        choices=tuple(
+            WidthChoice(
+                width=width,
+                saved_ms=max(0.0, dense_ms - model.predict({group.name: width})),
+                cost_nats=float(cost),
+            )
+            for width, cost in zip(model.grids[group.name], cost_nats, strict=True)
+        ),
+    )
+
+
+def _options(problem: Problem, limit_ms: float) -> tuple[Solution, ...]:
+    """The best solution and two that differ from it, or the fastest one if the model sees nothing under the limit."""
+    try:
+        return search.alternatives(problem, limit_ms, count=3, min_changes=3)
+    except BudgetError:
+        return (search.fastest(problem),)
+
+
+def _check(
+    stand: Stand,
+    file: Resizable,
+    options: Sequence[Solution],
+    dense_ms: float,
+    limit_ms: float,
+    purpose: str,
+) -> list[PlanCheck]:
+    if not options:
+        return []
+    files = {str(i): file.resized(s.widths) for i, s in enumerate(options)}
+    found = stand.measure({"dense": file.resized({}), **files}, purpose)
+    checks = []
+    for i, solution in enumerate(options):
+        comparison = compare(found[str(i)], found["dense"], confidence=TWO_SIDED)
+        checks.append(
+            PlanCheck(
+                widths=dict(solution.widths),
+                predicted_ms=solution.predicted_ms,
+                measured_ms=comparison.ratio * dense_ms,
+                ratio_to_dense=comparison.ratio,
+                ratio_high=comparison.high,
+                within_budget=comparison.high * dense_ms <= PLAN_SHARE * limit_ms,
+                cost_nats=solution.cost_nats,
+            )
+        )
+    return checks
+
+
+def _best(checks: Sequence[PlanCheck]) -> PlanCheck | None:
+    fitting = [c for c in checks if c.within_budget]
+    return min(fitting, key=lambda c: c.cost_nats) if fitting else None
+
+
+def _confirmed(
+    stand: Stand,
+    file: Resizable,
+    checks: list[PlanCheck],
+    dense_ms: float,
+    limit_ms: float,
+    progress: Progress,
+) -> PlanCheck | None:
+    """The best structure that stays within the budget when it is compared with dense once more, alone.
+
+    The best of many measured times was a lucky one more often than not. One that is surely over the budget now counts as such.
+    """
+    for number in range(CONFIRMATIONS):
+        best = _best(checks)
+        if best is None:
+            return None
+        files = file.resized(best.widths), file.resized({})
+        found = stand.judge(*files, limit_ms / dense_ms, f"confirm-{number}")
+        if found.budget != "over":
+            return best
+        progress.say(
+            f"    {best.ratio_to_dense:.1%} of dense became {found.ratio:.1%} when it was measured again, over the budget"
+        )
+        checks[checks.index(best)] = best.model_copy(
+            update={
+                "measured_ms": found.ratio * dense_ms,
+                "ratio_to_dense": found.ratio,
+                "ratio_high": found.high,
+                "within_budget": False,
+            }
+        )
+    return None
+
+
+def _next_aim(limit_ms: float, checks: Sequence[PlanCheck], model: LatencyModel) -> float:
+    """The prediction to solve for, so that the upper bound of its measurement ends at the budget.
+
+    Two things lie between a prediction and that bound: what the corrected model still gets wrong, and the width of the interval.
+    """
+    bias = statistics.median(c.measured_ms / model.predict(c.widths) for c in checks)
+    interval = statistics.median(c.ratio_high / c.ratio_to_dense for c in checks)
+    return PLAN_SHARE * limit_ms / (bias * interval)
+
+
+def _smallest_if_it_fits(
+    stand: Stand,
+    file: Resizable,
+    model: LatencyModel,
+    curves: Mapping[str, np.ndarray],
+    nets: MeasuredNets,
+    limit_ms: float,
+    checks: list[PlanCheck],
+    budget: Budget,
+) -> PlanCheck:
+    """The smallest structure, checked last; nothing else fitted."""
+    problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
+    smallest = [search.fastest(problem)]
+    found = _check(stand, file, smallest, nets.dense_ms, limit_ms, "check-smallest")
+    checks.extend(found)
+    if not found[0].within_budget:
+        fastest = min(c.measured_ms for c in checks)
+        raise BudgetError(
+            f"no structure was measured within {budget.text} ({limit_ms:.4g} ms);"
+            f" the fastest took {fastest:.4g} ms ({fastest / nets.dense_ms:.1%} of dense)",
+            hint=f"ask for at least {math.ceil(fastest / nets.dense_ms * 100) + 1}%",
+        )
+    return found[0]
+
+
+def _plan(
+    chosen: PlanCheck,
+    groups: Sequence[ChannelGroup],
+    frozen: Sequence[FrozenGroup],
+    orders: Mapping[str, np.ndarray],
+    curves: Mapping[str, np.ndarray],
+    model: LatencyModel,
+    stand: Stand,
+    limit_ms: float,
+    nets: MeasuredNets,
+    importance: str,
+) -> PruningPlan:
+    predicted = model.predict(chosen.widths)
+    entries = []
+    for group in groups:
+        width = chosen.widths[group.name]
+        # What the cut of this group saves, all other cuts being made.
+        back = model.predict({**chosen.widths, group.name: group.channels}) - predicted
+        grid = list(model.grids[group.name])
+        entries.append(
+            GroupPlan(
+                name=group.name,
+                channels=group.channels,
+                kept=kept_channels(orders[group.name], width),
+                layers=group.layers(),
+                saved_ms_predicted=max(0.0, back),
+                cost_nats=float(curves[group.name][grid.index(width)]),
+                note=group.kind,
+            )
+        )
+    return PruningPlan(
+        groups=tuple(entries),
+        frozen=tuple(frozen),
+        precision=stand.precision,
+        importance=importance,
+        limit_ms=limit_ms,
+        dense_ms=nets.dense_ms,
+        predicted_ms=predicted,
+        predicted_cost_nats=chosen.cost_nats,
+    )

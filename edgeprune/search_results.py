@@ -1,0 +1,75 @@
+"""What a search leaves behind besides its plan: what else was possible, and the file that a user may edit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edgeprune.records import Record
+from edgeprune.results import LatencyModelQuality, PlanCheck, PruningPlan
+from edgeprune.specs import Precision, Stamp
+
+
+class WidthChoice(Record):
+    """What it is predicted to save and to cost, in nats before healing, to cut one group alone to this width."""
+
+    width: int
+    saved_ms: float
+    cost_nats: float
+
+
+class GroupCurve(Record):
+    """All widths of one group that pay, ascending, the full one last."""
+
+    group: str
+    channels: int
+    choices: tuple[WidthChoice, ...]
+
+
+class ParetoPoint(Record):
+    """A structure that no other is predicted to beat in both latency and cost."""
+
+    predicted_ms: float
+    cost_nats: float
+    widths: dict[str, int]
+
+
+class PlanFile(Record):
+    """``plan.json``: the widths of a search, to be read, edited, and given to ``deploy --plan``. Only ``widths`` is read back."""
+
+    schema_version: Literal[1] = 1
+    target: str
+    budget: str
+    precision: Precision
+    dense_ms: float
+    predicted_ms: float
+    measured_ms: float
+    widths: dict[str, int]
+    admissible_widths: dict[str, tuple[int, ...]]
+
+
+class SearchResult(Record):
+    """What a search found, without any training: the chosen structure, what else was possible, and how far predictions can be trusted.
+
+    ``limit_ms`` is the budget; times of ``curves`` and ``points`` are predicted, those of ``checks`` carry ``stamp``.
+    """
+
+    schema_version: Literal[1] = 1
+    edgeprune_version: str
+    created: str
+    command: str
+    model: str
+    target: str
+    device: str
+    stamp: Stamp
+    budget: str
+    limit_ms: float
+    plan: PruningPlan
+    checks: tuple[PlanCheck, ...]
+    latency_model: LatencyModelQuality
+    pareto: tuple[tuple[float, float], ...]
+    points: tuple[ParetoPoint, ...]
+    curves: tuple[GroupCurve, ...]
+
+    def chosen(self) -> PlanCheck:
+        """The measurement of the plan that counts: the last one of its widths."""
+        return [c for c in self.checks if c.widths == self.plan.widths()][-1]

@@ -1,0 +1,166 @@
+"""``edgeprune search``: what it prints and leaves behind, and that a plan which was edited is what gets deployed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import tinynet
+from report_fixture import make_report
+
+from edgeprune import records
+from edgeprune.report.explain import other_budgets, render_search, render_search_html
+from edgeprune.search_results import (
+    GroupCurve,
+    ParetoPoint,
+    PlanFile,
+    SearchResult,
+    WidthChoice,
+)
+
+SEARCH = ("search", "--target", "this-machine", "--latency", "80%", "--run", "run")
+
+
+def found(**changes: object) -> SearchResult:
+    """The result that would have led to the report of the tests."""
+    report = make_report()
+    widths = report.plan.widths()
+    curves = tuple(
+        GroupCurve(
+            group=g.name,
+            channels=g.channels,
+            choices=tuple(
+                WidthChoice(
+                    width=w,
+                    saved_ms=0.001 * (g.channels - w),
+                    cost_nats=0.01 * (g.channels - w) / g.channels,
+                )
+                for w in sorted({8, len(g.kept), g.channels})
+            ),
+        )
+        for g in report.plan.groups
+    )
+    points = tuple(
+        ParetoPoint(predicted_ms=ms, cost_nats=cost, widths=widths) for ms, cost in report.pareto
+    )
+    chosen = report.checks[-1].model_copy(update={"widths": widths, "within_budget": True})
+    facts = {
+        "edgeprune_version": "0.1.0", "created": report.created, "command": "edgeprune search", "model": report.model,
+        "target": report.target, "device": report.device, "stamp": report.stamp, "budget": report.budget, "limit_ms": report.limit_ms,
+        "plan": report.plan, "checks": (*report.checks[:-1], chosen), "latency_model": report.latency_model,
+        "pareto": report.pareto, "points": points, "curves": curves,
+    }  # fmt: skip
+    return SearchResult(**{**facts, **changes})  # type: ignore[arg-type]
+
+
+def test_other_budgets_are_the_cheapest_structures_within_each_share():
+    result = found()
+    rows = other_budgets(result)
+    assert rows
+    for share, point in rows:
+        limit = share * result.plan.dense_ms
+        fitting = [p for p in result.points if p.predicted_ms <= limit]
+        assert point in fitting
+        assert point.cost_nats == min(p.cost_nats for p in fitting)
+    assert len({(p.predicted_ms, p.cost_nats) for _, p in rows}) == len(rows)
+
+
+def test_the_page_and_the_text_say_the_same_and_escape_names():
+    result = found(model="<script>net.py:build")
+    text, page = render_search(result, width=100), render_search_html(result).decode()
+    assert "<script>net" not in page
+    assert "&lt;script&gt;net.py:build" in page
+    for part in ("What another budget would give", "stand-in", "Nothing was trained"):
+        assert part in page
+    for curve in result.curves:
+        assert curve.group[-24:] in page
+    assert "What each cut saved (predicted)" in text
+    for _, point in other_budgets(result):
+        assert f"{point.cost_nats:.2g}"[:4] in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_search_without_a_faster_structure_has_no_empty_tables():
+    result = found(points=(), pareto=(), curves=())
+    assert "another budget" not in render_search(result, width=80)
+    assert "There is no faster structure" in render_search_html(result).decode()
+
+
+@pytest.fixture(scope="module")
+def searched(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A project in which ``search`` ran over the measurements of a finished run."""
+    home = tinynet.project(tmp_path_factory.mktemp("search") / "project")
+    finished = tinynet.deployed(tmp_path_factory.getbasetemp()).folder
+    tinynet.copied_run(finished, home / "run")
+    return home, tinynet.edgeprune(home, *SEARCH)
+
+
+def test_search_explains_and_trains_nothing(searched):
+    home, done = searched
+    assert done.returncode == 0, done.stderr
+    assert "budget of" in done.stdout
+    assert "page    run/search.html" in done.stdout
+    result = records.read_json(SearchResult, home / "run" / "search.json")
+    plan = records.read_json(PlanFile, home / "run" / "plan.json")
+    assert plan.widths == result.plan.widths()
+    assert set(plan.admissible_widths) == set(plan.widths)
+    assert all(w in plan.admissible_widths[g] for g, w in plan.widths.items())
+    assert "recover" not in done.stderr
+    assert not (home / "run" / "report.json").exists()
+
+
+def test_an_edited_plan_is_what_is_deployed(searched):
+    home, done = searched
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((home / "run" / "plan.json").read_text())
+    group = max(plan["widths"], key=lambda g: len(plan["admissible_widths"][g]))
+    narrowest = plan["admissible_widths"][group][0]
+    plan["widths"] = {group: narrowest}  # all others stay whole
+    (home / "mine.json").write_text(json.dumps(plan))
+    tinynet.copied_run(home / "run", home / "other")
+    args = ("--target", "this-machine", "--latency", "80%", "--plan", "mine.json", "--run", "other")
+    planned = tinynet.edgeprune(home, "deploy", *args, "--dry-run", "--json")
+    assert planned.returncode == 0, planned.stderr
+    kept = {g["name"]: len(g["kept"]) for g in json.loads(planned.stdout)["plan"]["groups"]}
+    assert kept.pop(group) == narrowest
+    assert kept == {g: w[-1] for g, w in plan["admissible_widths"].items() if g != group}
+
+
+@pytest.mark.parametrize(
+    ("text", "says", "code"),
+    [
+        (None, "there is no plan mine.json", 2),
+        ("{}", "mine.json", 2),
+        ("no json", "mine.json", 2),
+        ({"nowhere": 8}, "unknown group 'nowhere'", 2),
+        ("narrow", "must be one of", 2),
+        ("zero", "must be at least 1", 2),
+    ],
+)
+def test_a_wrong_plan_is_one_line(searched, tmp_path, text, says, code):
+    home, done = searched
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((home / "run" / "plan.json").read_text())
+    group = next(iter(plan["widths"]))
+    path = home / "mine.json"
+    path.unlink(missing_ok=True)
+    edited = (
+        {"narrow": {group: 3}, "zero": {group: 0}}.get(text, text)
+        if isinstance(text, str)
+        else text
+    )
+    if isinstance(edited, dict):
+        path.write_text(json.dumps({**plan, "widths": edited}))
+    elif edited is not None:
+        path.write_text(edited)
+    tinynet.copied_run(home / "run", home / f"run-{tmp_path.name}")
+    args = ("--latency", "80%", "--plan", "mine.json", "--run", f"run-{tmp_path.name}")
+    failed = tinynet.edgeprune(home, "deploy", "--target", "this-machine", *args, "--dry-run")
+    assert failed.returncode == code, failed.stderr
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert says in errors[0]
