@@ -77,6 +77,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         record=options.record,
         companions=companions,
         widths=given_widths(options),
+        tables=options.tables,
     )
 
 

@@ -124,6 +124,11 @@ def _budget_options(command: Command) -> Command:
             help="fisher, taylor, obs, variance, l2, l1, bn-scale, fpgm or random.",
         ),
         click.option(
+            "--tables",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Kernel times of this board, from earlier searches; read, and added to.",
+        ),
+        click.option(
             "--run",
             type=click.Path(path_type=Path),
             help="Run folder; default runs/<target>-<digest>.",
@@ -162,8 +167,10 @@ def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     from edgeprune import api, records
 
     if dry_run:
+        from edgeprune.report.explain import render_plan
+
         plan, path = api.plan_loaded(loaded, options, progress)
-        click.echo(records.to_json(plan).decode() if as_json else _plan_text(plan), nl=not as_json)
+        click.echo(records.to_json(plan).decode() if as_json else render_plan(plan), nl=False)
         click.echo(f"deploy without --dry-run goes on from {path}", err=True)
         return
     outcome = api.deploy_loaded(loaded, options, progress)
@@ -211,31 +218,6 @@ def _missed(report: Any) -> BudgetError:
         f"gate missed: {'; '.join(lines)}",
         hint="; ".join([*advice, "the bundle is marked as best effort"]),
     )
-
-
-def _plan_text(plan: Any) -> str:
-    lines = [
-        f"{'group':40} {'channels':>8} {'kept':>6} {'saves (predicted)':>18} {'cost (nats)':>12}"
-    ]
-    for group in plan.plan.groups:
-        lines.append(
-            f"{group.name:40} {group.channels:8} {len(group.kept):6}"
-            f" {group.saved_ms_predicted * 1000:15.1f} us {group.cost_nats:12.2g}"
-        )
-    last = next(c for c in plan.checks if c.widths == plan.plan.widths())
-    lines.append(
-        f"dense {plan.plan.dense_ms:.4g} ms, budget {plan.plan.limit_ms:.4g} ms,"
-        f" predicted {plan.plan.predicted_ms:.4g} ms, measured {last.measured_ms:.4g} ms"
-    )
-    if len(plan.plan.groups) == sum(len(g.kept) == g.channels for g in plan.plan.groups):
-        lines.append(
-            "feasible: the dense model is within the budget already, nothing has to be cut"
-        )
-    else:
-        lines.append(
-            "feasible: the structure above was measured within the budget; deploy heals it"
-        )
-    return "\n".join(lines)
 
 
 @cli.command()
@@ -455,6 +437,7 @@ def _options(flags: dict[str, Any]) -> Options:
         sustained=flags.get("sustained"),
         record=flags.get("record"),
         plan=flags.get("plan"),
+        tables=flags.get("tables"),
         command=shlex.join(["edgeprune", *sys.argv[1:]]),
     )
 

@@ -297,15 +297,21 @@ def chance_note(context: Context) -> str:
 
 
 def boards_note(table: MeasuredTable) -> tuple[str, ...]:
-    """A line about the boards that timed the kernels, when there were several."""
+    """Lines about where kernel times come from, when not all were taken now, on one board."""
+    taken: tuple[str, ...] = ()
+    if table.kernels_taken:
+        taken = (
+            f"{table.kernels_taken} of {table.kernels_measured} kernel times are earlier ones of this board, from a file",
+        )
     if len(table.boards) < 2:
-        return ()
+        return taken
     parts = [
         f"{count} on {name}"
         + (f" (times {table.scales[name]:.4f})" if name in table.scales else "")
         for name, count in table.boards.items()
     ]
     return (
+        *taken,
         f"kernels were timed on {len(parts)} boards: {', '.join(parts)};"
         " everything else was measured on the first alone",
     )

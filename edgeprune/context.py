@@ -51,6 +51,7 @@ class Job:
     record: Path | None = None
     companions: tuple[tuple[str, Device], ...] = ()
     widths: Mapping[str, int] | None = None  # of a plan that is given instead of searched
+    tables: Path | None = None  # kernel times of the board, read and added to
 
     def device_key(self) -> list[Any]:
         """What tells the device from others, as plain data; a replay is told by the content of its recording."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
+from edgeprune.latency.shared import KernelKey, KernelTimes, read_times, write_times
 from edgeprune.planning import Stand
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
@@ -161,6 +163,14 @@ def _measured_table(
 ) -> MeasuredTable:
     """The kernel table, timed by every board of the class that is free; they are held for this stage alone."""
     job, runtime = context.job, context.job.target.runtime
+    earlier = None if job.tables is None else read_times(job.tables)
+    known: dict[KernelKey, float] = {}
+    if job.tables is not None and earlier is not None:
+        earlier.check(latency.fingerprint, latency.precision, job.target.format, job.tables)
+        known = earlier.known()
+        context.progress.say(
+            f"      {len(known)} kernel times of {earlier.created} are taken from {job.tables}"
+        )
     with open_pool(
         context.board,
         job.companions,
@@ -176,7 +186,17 @@ def _measured_table(
             fingerprint_key=latency.fingerprint.key(),
             format_name=job.target.format,
             progress=context.progress,
+            known=known,
         )
+    if job.tables is not None:
+        new = KernelTimes(
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            fingerprint=latency.fingerprint,
+            precision=latency.precision,
+            format=job.target.format,
+            times=(),
+        )
+        write_times(job.tables, earlier, new, known)
     return table.model_copy(update={"boards": dict(pool.boards), "scales": dict(pool.scales)})
 
 

@@ -9,7 +9,8 @@ from edgeprune import catalog, formats
 from edgeprune.devices import quarantine
 from edgeprune.devices.recording import check_recordable, origin_of
 from edgeprune.errors import FormatError, SpecError
-from edgeprune.records import read_json
+from edgeprune.latency.shared import read_times
+from edgeprune.records import read_yaml
 from edgeprune.search_results import PlanFile
 from edgeprune.specs import (
     Budget,
@@ -38,6 +39,7 @@ class Options:
     command: str = "edgeprune (from Python)"
     sustained: str | None = None
     plan: Path | None = None
+    tables: Path | None = None
 
 
 def chosen_target(options: Options, workload: Workload) -> Target:
@@ -121,13 +123,15 @@ def given_widths(options: Options) -> dict[str, int] | None:
     """The widths of the plan that was given instead of a search, if one was.
 
     Raises:
-        SpecError, IntegrityError: there is no such file, or it is no plan.
+        SpecError: there is no such file, or it is no plan.
     """
     if options.plan is None:
         return None
     if not options.plan.is_file():
         raise SpecError(f"there is no plan {options.plan}", hint="run: edgeprune search")
-    widths = read_json(PlanFile, options.plan).widths
+    widths = read_yaml(
+        PlanFile, options.plan
+    ).widths  # JSON is YAML, and a person may have edited it
     if any(width < 1 for width in widths.values()):
         raise SpecError(f"the widths of {options.plan} must be at least 1")
     return widths
@@ -147,6 +151,12 @@ def check_names(options: Options, workload: Workload) -> None:
     chosen_gates(options, workload, target)
     chosen_sustained(options)
     given_widths(options)
+    if options.tables is not None:
+        if options.record is not None:
+            raise SpecError(
+                "--tables and --record cannot be combined: a recording must hold all times"
+            )
+        read_times(options.tables)
     origin_of(device)  # opens the recording of a replay device
     if options.record is not None:
         check_recordable(options.record)

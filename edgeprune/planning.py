@@ -20,6 +20,7 @@ from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
 from edgeprune.latency.grid import admissible, candidate_widths, thin
 from edgeprune.latency.predictor import Factor, LatencyModel, correct, evaluate, sample_nets
+from edgeprune.latency.shared import KernelKey
 from edgeprune.latency.table import LatencyTable, probe_points, tabulate
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_bytes
@@ -96,17 +97,19 @@ def measure_table(
     fingerprint_key: str,
     format_name: FormatName,
     progress: Progress,
+    known: dict[KernelKey, float] | None = None,
 ) -> MeasuredTable:
     """Time the kernels of a file at the widths that may matter, and keep the widths that pay.
 
     First every kernel is timed along each of its groups alone: that shows the staircase, and the dominance filter leaves the widths
-    that are faster than every larger one. Then the corners and some inner points of the remaining grid are added.
+    that are faster than every larger one. Then the corners and some inner points of the remaining grid are added. What is in ``known``
+    is not timed again; what is timed is added to it.
     """
     full = {g.name: g.channels for g in groups}
     candidates = {
         g.name: candidate_widths(g.channels, step=math.lcm(FINEST_STEP, g.step)) for g in groups
     }
-    probes = Probes(stand, file, full, progress)
+    probes = Probes(stand, file, full, progress, {} if known is None else known)
     probes.measure(
         ((k, p) for k in file.kernels for p in _marginals([candidates[v] for v in k.variables])),
         "kernels-alone",
@@ -137,13 +140,8 @@ def measure_table(
         ((classes[name][0], p) for name, wanted in points.items() for p in wanted), "kernels-grid"
     )
     kernels = tuple(
-        tabulate(
-            name,
-            members[0].op,
-            slots_of[name],
-            probes.on_grid(members[0], slots_of[name]),
-        )
-        for name, members in classes.items()
+        tabulate(name, k[0].op, slots_of[name], probes.on_grid(k[0], slots_of[name]))
+        for name, k in classes.items()
     )
     table = LatencyTable(
         fingerprint_key=fingerprint_key,
@@ -152,7 +150,11 @@ def measure_table(
         kernels=kernels,
     )
     return MeasuredTable(
-        table=table, grids=grids, staircases=staircases, kernels_measured=len(probes.times)
+        table=table,
+        grids=grids,
+        staircases=staircases,
+        kernels_measured=len(probes.times),
+        kernels_taken=probes.taken,
     )
 
 
@@ -173,9 +175,16 @@ class Probes:
     """Kernels timed so far, by computation and widths: nothing is timed twice."""
 
     def __init__(
-        self, stand: Stand, file: Resizable, full: Mapping[str, int], progress: Progress
+        self,
+        stand: Stand,
+        file: Resizable,
+        full: Mapping[str, int],
+        progress: Progress,
+        known: dict[KernelKey, float],
     ) -> None:
-        self.times: dict[tuple[str, tuple[int, ...]], float] = {}
+        self.times: dict[KernelKey, float] = {}
+        self._known = known
+        self.taken = 0  # times that were known before
         self._stand, self._file, self._full, self._progress = stand, file, full, progress
 
     def measure(self, wanted: Iterable[tuple[Kernel, tuple[int, ...]]], purpose: str) -> None:
@@ -183,6 +192,10 @@ class Probes:
         missing = {
             (k.signature, p): (k, p) for k, p in wanted if (k.signature, p) not in self.times
         }
+        taken = {key: self._known[key] for key in missing if key in self._known}
+        self.times.update(taken)
+        self.taken += len(taken)
+        missing = {key: at for key, at in missing.items() if key not in self._known}
         keys = {str(i): key for i, key in enumerate(missing)}
         files = {}
         for name, key in keys.items():
@@ -192,7 +205,9 @@ class Probes:
             )
         if files:
             found = self._stand.kernels(files, self._progress, purpose)
-            self.times.update({key: found[name] for name, key in keys.items() if name in found})
+            timed = {key: found[name] for name, key in keys.items() if name in found}
+            self.times.update(timed)
+            self._known.update(timed)
             for name, key in keys.items():
                 if name not in found:
                     self.times[key] = self._unknown_ns(key[0])

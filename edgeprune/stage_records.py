@@ -108,8 +108,8 @@ class Staircase(Record):
 class MeasuredTable(Record):
     """The result of :func:`edgeprune.planning.measure_table`: kernel times, and the widths of each group that pay.
 
-    ``boards`` counts the kernels that each board has timed; ``scales`` is what the times of the boards besides the run's own were
-    multiplied by.
+    ``kernels_taken`` of ``kernels_measured`` were not timed now but taken from a file of earlier times of the same board. ``boards`` counts
+    the kernels that each board has timed; ``scales`` is what the times of the boards besides the run's own were multiplied by.
     """
 
     table: LatencyTable
@@ -118,6 +118,7 @@ class MeasuredTable(Record):
     kernels_measured: int
     boards: dict[str, int] = {}
     scales: dict[str, float] = {}
+    kernels_taken: int = 0
 
 
 class MeasuredNets(Record):

@@ -17,6 +17,7 @@ from edgeprune.compress.groups import ChannelGroup
 from edgeprune.devices.decide import Decision
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.formats import Kernel
+from edgeprune.latency.shared import KernelKey
 from edgeprune.progress import Progress, Silent
 from edgeprune.results import Block, FrozenGroup, Measurement, Telemetry
 from edgeprune.specs import Precision, parse_budget
@@ -250,6 +251,40 @@ def test_kernels_are_never_timed_twice():
     clock.kernels = counting  # type: ignore[method-assign]
     table = table_of(clock)
     assert len(counted) == len(set(counted)) == table.kernels_measured
+
+
+def table_with(clock: Clock, known: dict[KernelKey, float]) -> MeasuredTable:
+    return planning.measure_table(
+        clock,  # type: ignore[arg-type]
+        Net(), groups(), fingerprint_key="clock", format_name="onnx", progress=Silent(), known=known,
+    )  # fmt: skip
+
+
+def test_kernels_whose_times_are_known_are_not_timed_again():
+    known: dict[KernelKey, float] = {}
+    first = table_with(Clock(), known)
+    assert len(known) == first.kernels_measured
+    assert first.kernels_taken == 0
+
+    class Deaf(Clock):
+        """Cannot time any kernel."""
+
+        def kernels(
+            self, files: Mapping[str, bytes], _: Progress, purpose: str
+        ) -> dict[str, float]:
+            raise AssertionError(f"asked for {len(files)} kernels")
+
+    again = table_with(Deaf(), known)
+    assert again.kernels_taken == again.kernels_measured == first.kernels_measured
+    assert (again.table, again.grids) == (first.table, first.grids)
+
+
+def test_only_real_times_become_known():
+    known: dict[KernelKey, float] = {}
+    table_with(Clock(broken=frozenset({2})), known)
+    assert known
+    assert all(ns > planning.UNKNOWN_NS for ns in known.values())
+    assert not any(signature == "sig2" for signature, _ in known)
 
 
 def test_the_chosen_structure_is_measured_once_more_alone():

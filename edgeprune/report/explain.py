@@ -19,6 +19,7 @@ from edgeprune.report.sections import note, section
 from edgeprune.report.svg import WIDTH, Plot, Scale, chart, dot, label_at, padded, rect, steps
 from edgeprune.report.terminal import Page, say_cuts
 from edgeprune.search_results import GroupCurve, ParetoPoint, SearchResult
+from edgeprune.stage_records import PlanResult
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the dense latency
 _PANELS_A_ROW = 3
@@ -84,6 +85,32 @@ def render_search(found: SearchResult, *, width: int | None = None) -> str:
         f" {share_text(quality.worst_error_ratio)} at worst."
     )
     return page.text()
+
+
+def render_plan(plan: PlanResult) -> str:
+    """A measured plan in short, as lines of text; ends with a newline."""
+    lines = [
+        f"{'group':40} {'channels':>8} {'kept':>6} {'saves (predicted)':>18} {'cost (nats)':>12}"
+    ]
+    for group in plan.plan.groups:
+        lines.append(
+            f"{group.name:40} {group.channels:8} {len(group.kept):6}"
+            f" {group.saved_ms_predicted * 1000:15.1f} us {group.cost_nats:12.2g}"
+        )
+    last = next(c for c in plan.checks if c.widths == plan.plan.widths())
+    lines.append(
+        f"dense {plan.plan.dense_ms:.4g} ms, budget {plan.plan.limit_ms:.4g} ms,"
+        f" predicted {plan.plan.predicted_ms:.4g} ms, measured {last.measured_ms:.4g} ms"
+    )
+    if len(plan.plan.groups) == sum(len(g.kept) == g.channels for g in plan.plan.groups):
+        lines.append(
+            "feasible: the dense model is within the budget already, nothing has to be cut"
+        )
+    else:
+        lines.append(
+            "feasible: the structure above was measured within the budget; deploy heals it"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def render_search_html(found: SearchResult) -> bytes:
