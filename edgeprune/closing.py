@@ -22,8 +22,10 @@ from edgeprune import records, report, stages, verdict
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed
 from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.compress.pruned_file import save_pruned
+from edgeprune.compress.source import model_source
 from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
+from edgeprune.errors import ModelError
 from edgeprune.results import Artifact, PruningPlan, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
@@ -41,7 +43,7 @@ from edgeprune.stage_records import (
 from edgeprune.version import VERSION
 
 GOLDEN_SAMPLES = 16
-PRUNED_FILE = "pruned.safetensors"
+PRUNED_FILE, SOURCE_FILE = "pruned.safetensors", "pruned.py"
 PACKAGES = (
     "torch", "torch-pruning", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert",
     "onnx", "onnxruntime", "onnxscript", "paramiko", "pydantic", "safetensors",
@@ -125,9 +127,22 @@ class Closing:
             folder = self.run.path / "bundle"
             self._write(found, folder, self.four[shipped])
             save_pruned(self.model, self.run.path / PRUNED_FILE)
+            self._write_source()
         found = found.model_copy(update={"stages": tuple(self.run.costs)})
         self._write_reports(found)
         return Outcome(found, self.run.path)
+
+    def _write_source(self) -> None:
+        """The pruned net as plain PyTorch, where its forward pass can be traced."""
+        job, path = self.context.job, self.run.path / SOURCE_FILE
+        title = f"{job.loaded.workload.model}, pruned for {job.target.name}."
+        try:
+            text = model_source(self.model, title)
+        except ModelError as error:
+            path.unlink(missing_ok=True)  # of an earlier plan
+            self.context.progress.say(f"      note: no {SOURCE_FILE}: {error.message}")
+            return
+        records.write_bytes(path, text.encode())
 
     def _sustained(self, name: str) -> SustainedRun | None:
         """The sustained run of the file that ships, where one was asked for."""

@@ -13,6 +13,7 @@ from zoo import ZOO, make
 
 from edgeprune.compress.groups import find_groups, remove_channels
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
+from edgeprune.compress.source import model_source
 from edgeprune.errors import IntegrityError, ModelError, SpecError
 
 NETS = [
@@ -152,3 +153,55 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     save_pruned(model, tmp_path / "tied.safetensors")
     found = load_pruned(Tied, tmp_path / "tied.safetensors")
     assert found.one.weight is found.two.weight
+
+
+def module_of(text: str) -> dict[str, object]:
+    """What a source file defines."""
+    found: dict[str, object] = {}
+    exec(compile(text, "pruned.py", "exec"), found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [*NETS, "u-net", "shuffled", "spatial-gate", "functional", "layer-scale", "group-norm"]
+)
+def test_every_net_of_the_zoo_can_be_written_as_plain_source(name: str) -> None:
+    model, x = pruned(name)
+    text = model_source(model, f"The net {name}.")
+    assert "edgeprune" not in "".join(line for line in text.splitlines() if "import" in line)
+    built = module_of(text)["build"]()  # type: ignore[operator]
+    assert isinstance(built, nn.Module)
+    built.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(built(x), model(x))
+
+
+def test_a_title_cannot_end_the_docstring() -> None:
+    model, _ = make(ZOO["mlp"])
+    text = model_source(model, 'net.py:build"""\nraise SystemExit(1)\n"""\\')
+    built = module_of(text)["build"]()  # type: ignore[operator]
+    assert built.load_state_dict(model.state_dict())  # type: ignore[attr-defined]
+
+
+def test_what_plain_source_cannot_say_is_named() -> None:
+    class Own(nn.Module):
+        """Calls a function of the user's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x)[0]
+
+    with pytest.raises(ModelError, match="attention is a MultiheadAttention"):
+        model_source(Own().eval(), "x")
+
+    class Branching(nn.Module):
+        """Looks at its data."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ModelError, match="cannot be written as source"):
+        model_source(Branching(), "x")
