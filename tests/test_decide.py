@@ -8,6 +8,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -213,9 +214,11 @@ class FakeBoard:
         *,
         rejected: Callable[[int], str | None] = lambda _: None,
         stamp: str = "stand-in",
+        transport: str = "local",
         seconds: float = 0.0,
     ) -> None:
         self.ratio, self.rejected, self.stamp = ratio, rejected, stamp
+        self.device = SimpleNamespace(transport=transport)
         self.loaded: set[str] = set()
         self.asked: list[int] = []
         self.now, self.seconds = 0.0, seconds
@@ -311,15 +314,21 @@ def test_rejected_blocks_do_not_count_and_are_kept():
 
 
 def test_too_many_rejected_blocks_are_unreliable():
-    def board(stamp: str) -> FakeBoard:
-        return FakeBoard(lambda _: 0.9, rejected=lambda at: "hot" if at % 3 else None, stamp=stamp)
+    def board(stamp: str, transport: str) -> FakeBoard:
+        return FakeBoard(
+            lambda _: 0.9,
+            rejected=lambda at: "hot" if at % 3 else None,
+            stamp=stamp,
+            transport=transport,
+        )
 
     with pytest.raises(Unreliable, match="of the blocks were rejected"):
-        decided(board("measured"))
-    found = decided(board("stand-in"))
-    assert found.unreliable is not None
-    assert "rejected" in found.unreliable
-    assert found.verdict == "undecided"
+        decided(board("measured", "ssh"))
+    for there in (board("stand-in", "ssh"), board("measured", "local")):
+        found = decided(there)
+        assert found.unreliable is not None
+        assert "rejected" in found.unreliable
+        assert found.verdict == "undecided"
 
 
 def test_where_every_block_was_rejected_nothing_is_concluded():

@@ -51,11 +51,11 @@ def load_onnx(content, threads):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Without it INT8 kernels for x86 without VNNI add in 16 bits and saturate. It changes nothing elsewhere.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry(
+        "session.x64quantprecision", "1"
+    )  # else x86 without VNNI saturates
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x})[0]
+    return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
 
 
 def load_tflite(content, threads):
