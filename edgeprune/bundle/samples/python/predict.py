@@ -51,9 +51,7 @@ def load_onnx(content, threads):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry(
-        "session.x64quantprecision", "1"
-    )  # else x86 without VNNI saturates
+    options.add_session_config_entry("session.x64quantprecision", "1")  # no saturation
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
 
