@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from edgeprune.compress.evaluate import device_of, evaluating, kl_nats, logits
+from edgeprune.compress.evaluate import device_of, kl_nats, logits, run_once
 from edgeprune.compress.inputs import batches
 from edgeprune.compress.least_squares import Layer, LayerFit, as_positions, input_rows, refit
 from edgeprune.errors import ModelError
@@ -203,7 +203,7 @@ def _samples_that_fit(model: nn.Module, x: Tensor) -> int:
         if isinstance(output, Tensor):
             largest = max(largest, output[:1].numel() * 4)
 
-    _run_once(model, x[:1], [m.register_forward_hook(note_size) for m in model.modules()])
+    run_once(model, x[:1], [m.register_forward_hook(note_size) for m in model.modules()])
     return max(2, min(len(x), MAX_ACTIVATION_BYTES // max(1, LIVE_ACTIVATIONS * largest)))
 
 
@@ -327,7 +327,7 @@ def _probe(model: nn.Module, x: Tensor) -> dict[str, _Seen]:
             handles.append(module.register_forward_hook(lambda _, args, out, h=hook: h(args, out)))
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(note_norm))
-    _run_once(model, x, handles)
+    run_once(model, x, handles)
     # All outputs are alive until here, so an id names one tensor.
     layers = dict(model.named_modules())
     return {
@@ -335,18 +335,6 @@ def _probe(model: nn.Module, x: Tensor) -> dict[str, _Seen]:
         for name, output in outputs.items()
         if name not in unusual
     }
-
-
-def _run_once(model: nn.Module, x: Tensor, handles: list[RemovableHandle]) -> None:
-    """One pass in eval mode; the hooks that watch it are removed, come what may."""
-    try:
-        with evaluating(model), torch.no_grad():
-            place = device_of(model)
-            for part in batches(len(x), 128, x[0].numel()):
-                model(x[part].to(place))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _dense_targets(
@@ -367,7 +355,7 @@ def _dense_targets(
     for number, site in enumerate(sites):
         hook = functools.partial(keep, site, torch.Generator().manual_seed(number))
         handles.append(layers[site.name].register_forward_hook(lambda m, _, out, h=hook: h(m, out)))
-    _run_once(dense, x, handles)
+    run_once(dense, x, handles)
     return {
         name: (torch.cat([where for where, _ in parts]), torch.cat([rows for _, rows in parts]))
         for name, parts in drawn.items()

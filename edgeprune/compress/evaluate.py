@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from edgeprune.compress.inputs import batches, to_input
 from edgeprune.errors import ModelError
@@ -40,6 +41,18 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def run_once(model: nn.Module, x: Tensor, handles: Iterable[RemovableHandle]) -> None:
+    """One pass of all samples in eval mode, without gradients; the hooks that watch it are removed, come what may."""
+    try:
+        with evaluating(model), torch.no_grad():
+            place = device_of(model)
+            for part in batches(len(x), 128, x[0].numel()):
+                model(x[part].to(place))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def logits(

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.compress.criteria import Scores, by_channel, places, reader_energy
-from edgeprune.compress.evaluate import device_of, evaluating
-from edgeprune.compress.inputs import batches
+from edgeprune.compress.evaluate import run_once
 from edgeprune.compress.least_squares import Layer, as_positions, input_rows
 from edgeprune.compress.surgery import ChannelGroup, Coupling
 from edgeprune.errors import ModelError
@@ -120,14 +119,7 @@ def _watch(
         layers[name].register_forward_pre_hook(lambda layer, args, h=hook: h(layer, args[0]))
         for name, hook in hooks.items()
     ]
-    try:
-        with evaluating(model), torch.no_grad():
-            place = device_of(model)
-            for part in batches(len(x), 128, x[0].numel()):
-                model(x[part].to(place))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_once(model, x, handles)
 
 
 class _Moments:
