@@ -136,14 +136,12 @@ def decide(
         The decision; ``undecided`` after the last look or 120 s.
 
     Raises:
-        Unreliable: over 30 % of the blocks were rejected. On a stand-in, and on the computer that runs
-            edgeprune, ``unreliable`` says so instead.
+        Unreliable: over 30 % of the blocks were rejected. On a stand-in and locally, ``unreliable`` says so.
         DeviceError: a file did not load, or the board failed.
     """
     start = clock()
     names = [f"candidate {candidate.name}", f"reference {reference.name}"]
-    is_measured = board.fingerprint(runtime, threads).stamp == "measured"
-    raises = is_measured and board.device.transport != "local"
+    raises = _refuses_doubt(board, runtime, threads)
     try:
         load = functools.partial(_load, board, names, (candidate, reference), runtime, threads)
         load()
@@ -176,6 +174,12 @@ def decide(
         stop_reason=reason,
         unreliable=pairs.unreliable,
     )
+
+
+def _refuses_doubt(board: Board, runtime: str, threads: int) -> bool:
+    """Whether doubtful times of a board are an error: not those of a stand-in, nor of the computer that runs edgeprune."""
+    is_measured = board.fingerprint(runtime, threads).stamp == "measured"
+    return is_measured and board.device.transport != "local"
 
 
 def _load(
