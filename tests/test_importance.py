@@ -313,6 +313,22 @@ def test_obs_finds_the_greedy_order_of_exact_least_squares() -> None:
             assert total == pytest.approx(costs[chosen], rel=1e-5)
 
 
+def test_obs_sees_through_convolutions_with_many_samples() -> None:
+    torch.manual_seed(2)
+    first, second = nn.Conv2d(3, 10, 3, padding=1), nn.Conv2d(10, 6, 3, padding=1)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with torch.no_grad():
+        first.weight[3], first.bias[3] = 2 * first.weight[8], 2 * first.bias[8]
+        second.weight[:, 3] *= 10  # large, and not needed: 8 can stand for it
+    x = torch.randn(300, 3, 8, 8)
+    groups, _ = find_groups(model, x[:1])
+    group = next(g for g in groups if g.root == "0")
+    scores = obs(model, groups, x, 0)[group.name]
+    assert int(np.argmin(scores)) in (3, 8)
+    assert scores.min() < 0.01 * np.median(scores)
+    assert int(np.argmin(variance(model, groups, x, 0)[group.name])) not in (3,)
+
+
 def test_obs_lets_a_channel_go_that_others_can_stand_for() -> None:
     torch.manual_seed(1)
     model = Chain().eval()

@@ -188,7 +188,8 @@ class _Rows:
     def _positions(self, given: Tensor) -> int:
         if isinstance(self._layer, nn.Linear):
             return given[0].numel() // given.shape[-1]
-        return as_positions(self._layer, self._layer(given[:1])).shape[1]
+        # Not called as a layer: the hook that gave us this input would be called again.
+        return as_positions(self._layer, self._layer.forward(given[:1])).shape[1]
 
     def covariance(self) -> Tensor | None:
         """``float64 [taps, taps]``."""
