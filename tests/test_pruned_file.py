@@ -84,6 +84,33 @@ def test_another_model_is_told_apart(tmp_path: Path) -> None:
         load_pruned(lambda: "a net", path)  # type: ignore[arg-type, return-value]
 
 
+@pytest.mark.parametrize("change", ["head", "padding", "activation", "width", "extra"])
+def test_a_factory_that_differs_in_any_setting_is_told_apart(change: str, tmp_path: Path) -> None:
+    def build(change: str = "") -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(
+                3, 24 if change == "width" else 16, 3, padding=0 if change == "padding" else 1
+            ),
+            nn.SiLU() if change == "activation" else nn.ReLU(),
+            nn.Conv2d(24 if change == "width" else 16, 8, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5 if change == "head" else 4),
+            *([nn.Identity()] if change == "extra" else []),
+        )
+
+    dense = build().eval()
+    x = torch.randn(2, 3, 8, 8)
+    groups, _ = find_groups(dense, x[:1])
+    removed = {g.name: range(4) for g in groups if g.channels == 16}
+    small = remove_channels(dense, {g.name: g for g in groups}, removed, x[:1])
+    save_pruned(small, tmp_path / "p.safetensors", dense)
+    with torch.no_grad():
+        assert torch.equal(load_pruned(build, tmp_path / "p.safetensors")(x), small(x))
+    with pytest.raises(ModelError, match="another model"):
+        load_pruned(lambda: build(change), tmp_path / "p.safetensors")
+
+
 def header(path: Path) -> tuple[dict[str, dict[str, object]], bytes]:
     """The header of a safetensors file, and what follows it."""
     content = path.read_bytes()

@@ -32,14 +32,23 @@ Width = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
 class PrunedSpec(records.Record):
-    """The widths of every layer that has any: layer -> attribute -> value."""
+    """The widths of every layer that has any: layer -> attribute -> value.
+
+    ``dense`` is what the dense model's modules say of themselves (their ``extra_repr``), by name: it tells the factory from others.
+    """
 
     schema_version: Literal[1] = 1
     layers: dict[str, dict[str, Width]]
+    dense: dict[str, str] = {}
 
 
-def save_pruned(model: nn.Module, path: Path) -> None:
+def save_pruned(model: nn.Module, path: Path, dense: nn.Module | None = None) -> None:
     """Write a pruned model for :func:`load_pruned`: safetensors, with the widths in its header; written atomically.
+
+    Args:
+        model: the pruned model.
+        path: the file.
+        dense: the model as the factory built it, so that another factory is told apart.
 
     Raises:
         SpecError, NoSpace: it cannot be written.
@@ -47,6 +56,8 @@ def save_pruned(model: nn.Module, path: Path) -> None:
     spec = PrunedSpec(
         layers={name: found for name, m in model.named_modules() if (found := _widths(m))}
     )
+    if dense is not None:
+        spec = spec.model_copy(update={"dense": _descriptions(dense)})
     tensors = {k: v.detach().contiguous().cpu().clone() for k, v in model.state_dict().items()}
     text = records.to_json(spec).decode()
     records.write_bytes(path, save(tensors, metadata={_KEY: text}))
@@ -79,9 +90,33 @@ def load_pruned(factory: Callable[[], nn.Module] | str, file: Path | str) -> nn.
             f"the factory must return a torch module, but returned {type(built).__name__}"
         )
     model, _ = prepare(built, None, where=str(factory))
+    _check_dense(model, spec, path)
     _set_widths(model, spec, path)
     _set_tensors(model, tensors, path)
     return model.eval()
+
+
+def _descriptions(model: nn.Module) -> dict[str, str]:
+    """What every module without parts says of itself: its kind, and its settings as torch prints them."""
+    return {
+        name: f"{type(m).__name__}({m.extra_repr()})"
+        for name, m in model.named_modules()
+        if not next(m.children(), None)
+    }
+
+
+def _check_dense(model: nn.Module, spec: PrunedSpec, path: Path) -> None:
+    if not spec.dense:
+        return
+    own = _descriptions(model)
+    problems = [
+        f"{name} is {own.get(name, 'missing')} and was {said}"
+        for name, said in spec.dense.items()
+        if own.get(name) != said
+    ]
+    problems += [f"{name} was not there" for name in own if name not in spec.dense]
+    if problems:
+        raise _other_model(path, problems)
 
 
 def _widths(module: nn.Module) -> dict[str, int]:
