@@ -105,7 +105,9 @@ def _runtimes_of(device: Device) -> list[str]:
     """Runtimes that the targets of a device need, and that this version can run on a board."""
     from edgeprune import catalog
 
-    wanted = (str(catalog.target(name).runtime.name) for name in device.targets)
+    wanted = [str(catalog.target(name).runtime.name) for name in device.targets]
+    if device.transport == "local":  # where LiteRT runs the files of the older tflite-runtime
+        wanted = ["litert" if name == "tflite-runtime" else name for name in wanted]
     return [name for name in dict.fromkeys(wanted) if name in RUNTIMES]
 
 

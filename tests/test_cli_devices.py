@@ -23,7 +23,7 @@ import pytest
 import yaml
 from sshd import Sshd, free_port, keygen, script, serve
 
-from edgeprune import catalog, cli
+from edgeprune import catalog, cli, cli_devices
 from edgeprune.cli_devices import RUNTIMES
 from edgeprune.devices import checkup, quarantine, replies
 from edgeprune.devices.proposals import parse_address, targets_for
@@ -509,6 +509,13 @@ def test_devices_are_listed_with_their_stamp_and_pin(desk, run):
     assert head.index("stamp") == rows[0].index("stand-in")
 
 
+def test_this_machine_needs_litert_for_files_of_the_older_runtime():
+    local = Device(transport="local", targets=("rpi3-32bit", "rpi4"))
+    assert cli_devices._runtimes_of(local) == ["litert"]
+    board = local.model_copy(update={"transport": "ssh"})
+    assert cli_devices._runtimes_of(board) == ["tflite-runtime", "litert"]
+
+
 @pytest.mark.parametrize("command", ["check", "setup", "who", "wait", "break", "clean", "restore"])
 def test_a_recording_is_no_board_to_look_after(desk, run, command):
     desk.file.write_text(
@@ -784,7 +791,7 @@ def test_commands_for_boards_import_no_heavy_toolchain(desk):
     desk.write()
     code = """
 import sys
-from edgeprune import cli
+from edgeprune import cli, cli_devices
 for args in (["list"], ["check", "pi-desk"], ["remove", "pi-desk"]):
     try:
         cli.main(["devices", *args])

@@ -17,7 +17,7 @@ from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.exchanges import FrameStream
 from edgeprune.devices.frames import MAX_HEADER_BYTES, Refusal
 from edgeprune.devices.plans import TimingPlan
-from edgeprune.devices.recording import Recording, check_recordable
+from edgeprune.devices.recording import Recording, check_recordable, origin_of
 from edgeprune.errors import DeviceError, EdgepruneError, IntegrityError, SpecError
 from edgeprune.results import Fingerprint
 from edgeprune.specs import Device
@@ -246,6 +246,15 @@ def test_a_part_that_unpacks_to_more_than_its_limit_is_not_read(recorded, tmp_pa
     path = rewritten(recorded[0], tmp_path / "x.epr", **{"replies__00000000.json": bomb})
     with pytest.raises(IntegrityError, match="larger than"):
         Recording(path).answer(0)
+
+
+def test_damage_inside_is_found_before_any_work(recorded, tmp_path):
+    assert origin_of(replay(recorded[0])) is not None
+    content = bytearray(recorded[0].read_bytes())
+    content[200:204] = b"\0\1\2\3"
+    (tmp_path / "damaged.epr").write_bytes(content)
+    with pytest.raises(IntegrityError, match="damaged"):
+        origin_of(replay(tmp_path / "damaged.epr"))
 
 
 def test_what_is_no_recording_is_refused(tmp_path):

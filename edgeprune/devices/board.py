@@ -331,7 +331,8 @@ class Board:
         key = ""
         if self._store is not None and fields["purpose"] and len(loads) == len(keys):
             stands = sorted({(load["runtime"], load["threads"]) for _, load in loads})
-            key = store_key([self.fingerprint(*s).key() for s in stands], loads, fields)
+            asked = {**fields, "max_foreign_cpu_ratio": self.device.max_foreign_cpu_ratio}
+            key = store_key([self.fingerprint(*s).key() for s in stands], loads, asked)
         reply = self._store.get(key) if self._store is not None and key else None
         if reply is not None:
             return self._checked(reply, keys, plan, math.inf)

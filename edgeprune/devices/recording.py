@@ -118,6 +118,15 @@ class Recording:
         """The board that was recorded."""
         return self.index.origin
 
+    def check(self) -> None:
+        """Compare every part with its digest.
+
+        Raises:
+            IntegrityError: the file is damaged.
+        """
+        for number in range(len(self.index.exchanges)):
+            self.answer(number)
+
     def close(self) -> None:
         """Close the file."""
         self._archive.close()
@@ -380,6 +389,7 @@ def origin_of(device: Device) -> Origin | None:
     if device.transport != "replay":
         return None
     with contextlib.closing(Recording(recording_path(device))) as recording:
+        recording.check()
         return recording.origin
 
 
