@@ -76,7 +76,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         sustained=chosen_sustained(options),
         record=options.record,
         companions=companions,
-        widths=given_widths(options),
+        widths=given_widths(options, target.name),
         tables=options.tables,
     )
 

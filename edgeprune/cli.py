@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgeprune.workload import LoadedWorkload
 
 INTERRUPTED, TERMINATED = 130, 143
+_INTERRUPTED_TEXT = "interrupted; run the same command again to go on"
 Command = Callable[..., Any]
 
 
@@ -42,7 +43,9 @@ def _main(argv: Sequence[str] | None) -> None:
         cli.main(args=list(argv) if argv is not None else None, standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
-    except click.Abort:
+    except click.Abort as stop:
+        if isinstance(stop.__cause__, KeyboardInterrupt):
+            click.echo(_INTERRUPTED_TEXT, err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
         _say_wrong_usage(error)
@@ -53,7 +56,7 @@ def _main(argv: Sequence[str] | None) -> None:
             click.echo(f"hint: {plain(error.hint)}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        click.echo("interrupted; run the same command again to go on", err=True)
+        click.echo(_INTERRUPTED_TEXT, err=True)
         sys.exit(INTERRUPTED)
 
 
@@ -172,6 +175,11 @@ def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
         plan, path = api.plan_loaded(loaded, options, progress)
         click.echo(records.to_json(plan).decode() if as_json else render_plan(plan), nl=False)
         click.echo(f"deploy without --dry-run goes on from {path}", err=True)
+        if not plan.chosen().within_budget:
+            raise BudgetError(
+                f"the given plan was measured at {plan.chosen().measured_ms:.4g} ms, and the budget is {plan.plan.limit_ms:.4g} ms",
+                hint="narrow it, or give a larger budget",
+            )
         return
     outcome = api.deploy_loaded(loaded, options, progress)
     from edgeprune.report import render_terminal
@@ -325,7 +333,13 @@ def _read_report(run: Path) -> Any:
 
     path = run / "report.json" if run.is_dir() else run
     if not path.exists():
-        raise SpecError(f"there is no report at {path}", hint="the run has not finished yet")
+        searched = (path.parent / "search.html").exists()
+        why = (
+            f"this was a search: see {path.parent / 'search.html'}"
+            if searched
+            else "the run has not finished yet"
+        )
+        raise SpecError(f"there is no report at {path}", hint=why)
     return records.read_json(Report, path)
 
 

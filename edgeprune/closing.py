@@ -126,7 +126,7 @@ class Closing:
         with self.run.timed("bundle and report", "other"):
             folder = self.run.path / "bundle"
             self._write(found, folder, self.four[shipped])
-            save_pruned(self.model, self.run.path / PRUNED_FILE)
+            save_pruned(self.model, self.run.path / PRUNED_FILE, self.context.job.loaded.model)
             self._write_source()
         found = found.model_copy(update={"stages": tuple(self.run.costs)})
         self._write_reports(found)

@@ -9,11 +9,11 @@ from typing import Any
 
 from edgeprune import planning, stages
 from edgeprune.closing import Planned, chance_note, versions
-from edgeprune.context import Context
+from edgeprune.context import Context, Job
 from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
-from edgeprune.latency.shared import KernelKey, KernelTimes, read_times, write_times
+from edgeprune.latency.shared import KernelKey, KernelTime, KernelTimes, read_times, write_times
 from edgeprune.planning import Stand
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
@@ -149,13 +149,15 @@ def _table(
     context.progress.say(
         f"[3/8] kernel times of {len(groups)} channel groups, {latency.result.precision}"
     )
-    return run.stage(
+    table = run.stage(
         "kernels",
         "measuring",
         {"latency": latency.digest, "variant": variant.digest},
         MeasuredTable,
         lambda _: _measured_table(context, run, latency.result, stand, file),
     )
+    _share_times(context.job, latency.result, table.result)
+    return table
 
 
 def _measured_table(
@@ -188,16 +190,27 @@ def _measured_table(
             progress=context.progress,
             known=known,
         )
-    if job.tables is not None:
-        new = KernelTimes(
-            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            fingerprint=latency.fingerprint,
-            precision=latency.precision,
-            format=job.target.format,
-            times=(),
-        )
-        write_times(job.tables, earlier, new, known)
-    return table.model_copy(update={"boards": dict(pool.boards), "scales": dict(pool.scales)})
+    times = tuple(KernelTime(signature=s, widths=w, ns=ns) for (s, w), ns in sorted(known.items()))
+    return table.model_copy(
+        update={"boards": dict(pool.boards), "scales": dict(pool.scales), "times": times}
+    )
+
+
+def _share_times(job: Job, latency: DenseLatency, table: MeasuredTable) -> None:
+    """Add the kernel times of a run to the file that was named for them, whether they were taken now or earlier."""
+    if job.tables is None:
+        return
+    new = KernelTimes(
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        fingerprint=latency.fingerprint,
+        precision=latency.precision,
+        format=job.target.format,
+        times=table.times,
+    )
+    earlier = read_times(job.tables)
+    if earlier is not None:
+        earlier.check(latency.fingerprint, latency.precision, job.target.format, job.tables)
+    write_times(job.tables, earlier, new)
 
 
 def _score(context: Context, table: MeasuredTable, folder: Path) -> ScoresResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from edgeprune.planning import Stand
 from edgeprune.progress import Progress
 from edgeprune.results import FrozenGroup, GroupPlan, LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.search import Problem, Solution
-from edgeprune.search_results import GroupCurve, ParetoPoint, WidthChoice
+from edgeprune.search_results import SHARES, GroupCurve, ParetoPoint, WidthChoice
 from edgeprune.specs import Budget
 from edgeprune.stage_records import MeasuredNets, PlanResult
 
@@ -148,7 +149,13 @@ def _result(
     curves: Mapping[str, np.ndarray],
 ) -> PlanResult:
     """The plan with what else was possible."""
-    front = search.pareto(Problem(grids=model.grids, cost_nats=dict(curves), model=model))
+    problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
+    front = search.pareto(problem)
+    found = {(s.predicted_ms, s.cost_nats): s for s in front}
+    for share in SHARES:  # the front is a hull: the best within a budget may lie above it
+        with contextlib.suppress(BudgetError):
+            best = search.solve(problem, share * plan.dense_ms)
+            found.setdefault((best.predicted_ms, best.cost_nats), best)
     return PlanResult(
         plan=plan,
         checks=tuple(checks),
@@ -156,7 +163,7 @@ def _result(
         pareto=tuple((s.predicted_ms, s.cost_nats) for s in front),
         points=tuple(
             ParetoPoint(predicted_ms=s.predicted_ms, cost_nats=s.cost_nats, widths=s.widths)
-            for s in front
+            for _, s in sorted(found.items(), key=lambda e: e[0])
         ),
         curves=tuple(_curve(group, model, curves[group.name]) for group in groups),
     )

@@ -119,7 +119,7 @@ def check_format(target: Target) -> None:
         )
 
 
-def given_widths(options: Options) -> dict[str, int] | None:
+def given_widths(options: Options, target: str) -> dict[str, int] | None:
     """The widths of the plan that was given instead of a search, if one was.
 
     Raises:
@@ -129,9 +129,13 @@ def given_widths(options: Options) -> dict[str, int] | None:
         return None
     if not options.plan.is_file():
         raise SpecError(f"there is no plan {options.plan}", hint="run: edgeprune search")
-    widths = read_yaml(
-        PlanFile, options.plan
-    ).widths  # JSON is YAML, and a person may have edited it
+    plan = read_yaml(PlanFile, options.plan)  # JSON is YAML, and a person may have edited it
+    if plan.target != target:
+        raise SpecError(
+            f"the plan {options.plan} was made for the target {plan.target}, and this is {target}",
+            hint=f"run: edgeprune search --target {target}",
+        )
+    widths = plan.widths
     if any(width < 1 for width in widths.values()):
         raise SpecError(f"the widths of {options.plan} must be at least 1")
     return widths
@@ -150,7 +154,7 @@ def check_names(options: Options, workload: Workload) -> None:
     check_format(target)
     chosen_gates(options, workload, target)
     chosen_sustained(options)
-    given_widths(options)
+    given_widths(options, target.name)
     if options.tables is not None:
         if options.record is not None:
             raise SpecError(

@@ -8,6 +8,18 @@ from edgeprune.records import Record
 from edgeprune.results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.specs import Precision, Stamp
 
+SHARES = (
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+    0.4,
+    0.3,
+    0.2,
+    0.1,
+)  # budgets that are looked at besides, of the dense latency
+
 
 class WidthChoice(Record):
     """What it is predicted to save and to cost, in nats before healing, to cut one group alone to this width."""
@@ -26,7 +38,7 @@ class GroupCurve(Record):
 
 
 class ParetoPoint(Record):
-    """A structure that no other is predicted to beat in both latency and cost."""
+    """A structure that nothing found is predicted to beat in both latency and cost."""
 
     predicted_ms: float
     cost_nats: float

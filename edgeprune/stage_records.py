@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeprune.latency.shared import KernelTime
 from edgeprune.latency.table import LatencyTable
 from edgeprune.records import Record
 from edgeprune.results import (
@@ -108,7 +109,8 @@ class Staircase(Record):
 class MeasuredTable(Record):
     """The result of :func:`edgeprune.planning.measure_table`: kernel times, and the widths of each group that pay.
 
-    ``kernels_taken`` of ``kernels_measured`` were not timed now but taken from a file of earlier times of the same board. ``boards`` counts
+    ``times`` are those of single kernels that ran. ``kernels_taken`` of ``kernels_measured`` were not timed now but taken from a file of
+    earlier times of the same board. ``boards`` counts
     the kernels that each board has timed; ``scales`` is what the times of the boards besides the run's own were multiplied by.
     """
 
@@ -119,6 +121,7 @@ class MeasuredTable(Record):
     boards: dict[str, int] = {}
     scales: dict[str, float] = {}
     kernels_taken: int = 0
+    times: tuple[KernelTime, ...] = ()
 
 
 class MeasuredNets(Record):
@@ -138,3 +141,7 @@ class PlanResult(Record):
     pareto: tuple[tuple[float, float], ...]
     points: tuple[ParetoPoint, ...] = ()
     curves: tuple[GroupCurve, ...] = ()
+
+    def chosen(self) -> PlanCheck:
+        """The measurement of the plan that counts: the last one of its widths."""
+        return [c for c in self.checks if c.widths == self.plan.widths()][-1]

@@ -11,7 +11,7 @@ import tinynet
 from report_fixture import make_fingerprint
 
 from edgeprune.errors import IntegrityError, SpecError
-from edgeprune.latency.shared import KernelTimes, read_times, write_times
+from edgeprune.latency.shared import KernelTime, KernelTimes, read_times, write_times
 
 NEW = KernelTimes(
     created="2026-11-24T10:00:00Z",
@@ -22,15 +22,20 @@ NEW = KernelTimes(
 )
 
 
+def with_times(times: dict[tuple[str, tuple[int, ...]], float]) -> KernelTimes:
+    rows = tuple(KernelTime(signature=s, widths=w, ns=ns) for (s, w), ns in times.items())
+    return NEW.model_copy(update={"times": rows})
+
+
 def test_times_come_back_and_earlier_ones_stand(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     assert read_times(path) is None
-    write_times(path, None, NEW, {("conv", (8, 16)): 120.5, ("dw", (8,)): 40.0})
+    write_times(path, None, with_times({("conv", (8, 16)): 120.5, ("dw", (8,)): 40.0}))
     first = read_times(path)
     assert first is not None
     assert first.known() == {("conv", (8, 16)): 120.5, ("dw", (8,)): 40.0}
-    later = NEW.model_copy(update={"created": "2027-01-01T00:00:00Z"})
-    write_times(path, first, later, {("conv", (8, 16)): 999.0, ("conv", (8, 8)): 60.0})
+    later = with_times({("conv", (8, 16)): 999.0, ("conv", (8, 8)): 60.0})
+    write_times(path, first, later.model_copy(update={"created": "2027-01-01T00:00:00Z"}))
     second = read_times(path)
     assert second is not None
     assert second.known()["conv", (8, 16)] == 120.5

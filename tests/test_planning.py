@@ -306,7 +306,7 @@ def test_a_structure_that_is_over_the_budget_when_it_is_measured_again_gives_way
 
 def test_the_result_says_what_else_was_possible():
     found = planned(Clock(), "60%")
-    assert [(p.predicted_ms, p.cost_nats) for p in found.points] == list(found.pareto)
+    assert set(found.pareto) <= {(p.predicted_ms, p.cost_nats) for p in found.points}
     assert all(set(p.widths) == set(FULL) for p in found.points)
     for curve in found.curves:
         assert curve.channels == FULL[curve.group]

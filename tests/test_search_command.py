@@ -140,6 +140,8 @@ def test_an_edited_plan_is_what_is_deployed(searched):
         ({"nowhere": 8}, "unknown group 'nowhere'", 2),
         ("narrow", "must be one of", 2),
         ("zero", "must be at least 1", 2),
+        ({}, "the given plan was measured at", 6),
+        ("target", "was made for the target rpi4", 2),
     ],
 )
 def test_a_wrong_plan_is_one_line(searched, tmp_path, text, says, code):
@@ -156,6 +158,8 @@ def test_a_wrong_plan_is_one_line(searched, tmp_path, text, says, code):
     )
     if isinstance(edited, dict):
         path.write_text(json.dumps({**plan, "widths": edited}))
+    elif edited == "target":
+        path.write_text(json.dumps({**plan, "target": "rpi4"}))
     elif edited is not None:
         path.write_text(edited)
     tinynet.copied_run(home / "run", home / f"run-{tmp_path.name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -76,11 +75,9 @@ def read_times(path: Path) -> KernelTimes | None:
     return read_json(KernelTimes, path) if path.exists() else None
 
 
-def write_times(
-    path: Path, earlier: KernelTimes | None, new: KernelTimes, times: Mapping[KernelKey, float]
-) -> None:
+def write_times(path: Path, earlier: KernelTimes | None, new: KernelTimes) -> None:
     """Write a file with the earlier times and the new ones; where both know a kernel, the earlier time stands, as it was used."""
-    merged = {**times, **(earlier.known() if earlier is not None else {})}
+    merged = {**new.known(), **(earlier.known() if earlier is not None else {})}
     rows = tuple(
         KernelTime(signature=signature, widths=widths, ns=ns)
         for (signature, widths), ns in sorted(merged.items())

@@ -18,23 +18,22 @@ from edgeprune.report.markup import Column, Markup, table, tag
 from edgeprune.report.sections import note, section
 from edgeprune.report.svg import WIDTH, Plot, Scale, chart, dot, label_at, padded, rect, steps
 from edgeprune.report.terminal import Page, say_cuts
-from edgeprune.search_results import GroupCurve, ParetoPoint, SearchResult
+from edgeprune.search_results import SHARES, GroupCurve, ParetoPoint, SearchResult
 from edgeprune.stage_records import PlanResult
 
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the dense latency
 _PANELS_A_ROW = 3
 _PANEL_HEIGHT = 118.0
 _MOST_PANELS = 60
 
 
 def other_budgets(found: SearchResult) -> list[tuple[float, ParetoPoint]]:
-    """The cheapest structure that is predicted within each share of the dense latency, as far as there is one, each structure once."""
+    """The cheapest structure found that is predicted within each share of the dense latency, as far as there is one."""
     rows: list[tuple[float, ParetoPoint]] = []
     for share in SHARES:
         limit_ms = share * found.plan.dense_ms
         fitting = [p for p in found.points if p.predicted_ms <= limit_ms]
         best = min(fitting, key=lambda p: p.cost_nats, default=None)
-        if best is not None and (not rows or rows[-1][1] != best):
+        if best is not None:
             rows.append((share, best))
     return rows
 
@@ -97,12 +96,16 @@ def render_plan(plan: PlanResult) -> str:
             f"{group.name:40} {group.channels:8} {len(group.kept):6}"
             f" {group.saved_ms_predicted * 1000:15.1f} us {group.cost_nats:12.2g}"
         )
-    last = next(c for c in plan.checks if c.widths == plan.plan.widths())
+    last = plan.chosen()
     lines.append(
         f"dense {plan.plan.dense_ms:.4g} ms, budget {plan.plan.limit_ms:.4g} ms,"
         f" predicted {plan.plan.predicted_ms:.4g} ms, measured {last.measured_ms:.4g} ms"
     )
-    if len(plan.plan.groups) == sum(len(g.kept) == g.channels for g in plan.plan.groups):
+    if not last.within_budget:
+        lines.append(
+            "not feasible for sure: the structure above was measured over the budget, or too close to it"
+        )
+    elif len(plan.plan.groups) == sum(len(g.kept) == g.channels for g in plan.plan.groups):
         lines.append(
             "feasible: the dense model is within the budget already, nothing has to be cut"
         )
@@ -131,7 +134,7 @@ def render_search_html(found: SearchResult) -> bytes:
             "budgets",
             "What another budget would give",
             table(
-                "The cheapest structure within each share of the dense latency, as predicted",
+                "The cheapest structure found within each share of the dense latency, as predicted",
                 columns,
                 rows,
             )
