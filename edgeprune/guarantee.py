@@ -6,6 +6,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,27 +26,41 @@ from edgeprune.specs import Budget
 from edgeprune.stage_records import MeasuredNets, PlanResult
 
 CHECK_ROUNDS = 6
-CONFIRMATIONS = 3
 # A plan must fit into this much of the budget: the last measurement is another session.
 PLAN_SHARE = 0.995
 TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %
 CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What a plan is made from: the groups, what their widths cost in ms and nats, and in which order their channels go.
+
+    ``model`` predicts ms and is ``quality`` good; ``nets`` are the whole nets that it was fitted on. ``curves[group][i]`` is the cost in
+    nats of keeping ``model.grids[group][i]`` channels; ``orders[group]`` has the least important channel first.
+    """
+
+    groups: Sequence[ChannelGroup]
+    frozen: Sequence[FrozenGroup]
+    model: LatencyModel
+    nets: MeasuredNets
+    quality: LatencyModelQuality
+    curves: Mapping[str, np.ndarray]
+    orders: Mapping[str, np.ndarray]
+    importance: str
+
+    def problem(self) -> Problem:
+        """What the solver is asked."""
+        grids = self.model.grids
+        return Problem(grids=grids, cost_nats=dict(self.curves), model=self.model)
+
+    def cost_nats(self, group: str, width: int) -> float:
+        """Cost of keeping a width that is on the group's grid."""
+        return float(self.curves[group][self.model.grids[group].index(width)])
+
+
 def make_plan(
-    stand: Stand,
-    file: Resizable,
-    groups: Sequence[ChannelGroup],
-    frozen: Sequence[FrozenGroup],
-    *,
-    model: LatencyModel,
-    nets: MeasuredNets,
-    quality: LatencyModelQuality,
-    curves: Mapping[str, np.ndarray],
-    orders: Mapping[str, np.ndarray],
-    budget: Budget,
-    importance: str,
-    progress: Progress,
+    stand: Stand, file: Resizable, basis: Basis, *, budget: Budget, progress: Progress
 ) -> PlanResult:
     """Solve, measure what was solved beside the dense net, correct the model, and repeat until the *measured* latency fits.
 
@@ -54,49 +69,42 @@ def make_plan(
     Raises:
         BudgetError: no structure on the grid is fast enough; names the fastest, as measured.
     """
-    limit_ms = budget.limit_ms(nets.dense_ms)
+    nets, limit_ms = basis.nets, budget.limit_ms(basis.nets.dense_ms)
     samples = [(w, ms, 1.0) for w, ms in zip(nets.widths, nets.ms, strict=True)]
-    aim_ms = PLAN_SHARE * limit_ms / (1 + min(quality.mean_error_ratio, 0.05))
+    aim_ms = PLAN_SHARE * limit_ms / (1 + min(basis.quality.mean_error_ratio, 0.05))
     checks: list[PlanCheck] = []
     failures = 0  # rounds in a row in which nothing fitted
     with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
         for number in range(CHECK_ROUNDS):
-            problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
             tried = {tuple(sorted(c.widths.items())) for c in checks}
             options = [
-                s for s in _options(problem, aim_ms) if tuple(sorted(s.widths.items())) not in tried
+                s
+                for s in _options(basis.problem(), aim_ms)
+                if tuple(sorted(s.widths.items())) not in tried
             ]
             found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
             checks.extend(found)
             samples += [(c.widths, c.measured_ms, 3.0) for c in found]
-            model = correct(model, samples)
+            basis = replace(basis, model=correct(basis.model, samples))
             best = _best(checks)
             bar.advance(1, f"best {best.measured_ms / limit_ms:.1%} of budget" if best else "")
             if best is not None and (not found or best.measured_ms >= CLOSE_ENOUGH * limit_ms):
                 break
             failures = 0 if any(c.within_budget for c in found) else failures + 1
-            aim_ms = _next_aim(limit_ms, checks, model) * 0.99**failures
+            aim_ms = _next_aim(limit_ms, checks, basis.model) * 0.99**failures
     best = _confirmed(stand, file, checks, nets.dense_ms, limit_ms, progress)
     if best is None:
-        best = _smallest_if_it_fits(stand, file, model, curves, nets, limit_ms, checks, budget)
-    plan = _plan(best, groups, frozen, orders, curves, model, stand, limit_ms, nets, importance)
-    return _result(plan, checks, quality, groups, model, curves)
+        best = _smallest_if_it_fits(stand, file, basis, checks, budget)
+    return _result(_plan(best, basis, stand, limit_ms), checks, basis)
 
 
 def given_plan(
     stand: Stand,
     file: Resizable,
-    groups: Sequence[ChannelGroup],
-    frozen: Sequence[FrozenGroup],
-    *,
+    basis: Basis,
     widths: Mapping[str, int],
-    model: LatencyModel,
-    nets: MeasuredNets,
-    quality: LatencyModelQuality,
-    curves: Mapping[str, np.ndarray],
-    orders: Mapping[str, np.ndarray],
+    *,
     budget: Budget,
-    importance: str,
     progress: Progress,
 ) -> PlanResult:
     """The plan that somebody gives, measured like any other; whether it fits the budget is judged at the end, and said now.
@@ -104,12 +112,11 @@ def given_plan(
     Raises:
         SpecError: a group or a width that does not exist.
     """
+    model, nets = basis.model, basis.nets
     check_widths(widths, model.grids)
-    full = {g.name: g.channels for g in groups}
+    full = {g.name: g.channels for g in basis.groups}
     chosen = {**full, **widths}
-    cost = sum(
-        float(curves[name][model.grids[name].index(width)]) for name, width in chosen.items()
-    )
+    cost = sum(basis.cost_nats(name, width) for name, width in chosen.items())
     solution = Solution(chosen, model.predict(chosen), cost)
     limit_ms = budget.limit_ms(nets.dense_ms)
     checks = _check(stand, file, [solution], nets.dense_ms, limit_ms, "check-given")
@@ -117,10 +124,7 @@ def given_plan(
         progress.say(
             f"      note: the given plan was measured at {checks[0].measured_ms:.4g} ms, and the budget is {limit_ms:.4g} ms"
         )
-    plan = _plan(
-        checks[0], groups, frozen, orders, curves, model, stand, limit_ms, nets, importance
-    )
-    return _result(plan, checks, quality, groups, model, curves)
+    return _result(_plan(checks[0], basis, stand, limit_ms), checks, basis)
 
 
 def check_widths(widths: Mapping[str, int], grids: Mapping[str, Sequence[int]]) -> None:
@@ -140,16 +144,9 @@ def check_widths(widths: Mapping[str, int], grids: Mapping[str, Sequence[int]]) 
             )
 
 
-def _result(
-    plan: PruningPlan,
-    checks: Sequence[PlanCheck],
-    quality: LatencyModelQuality,
-    groups: Sequence[ChannelGroup],
-    model: LatencyModel,
-    curves: Mapping[str, np.ndarray],
-) -> PlanResult:
+def _result(plan: PruningPlan, checks: Sequence[PlanCheck], basis: Basis) -> PlanResult:
     """The plan with what else was possible."""
-    problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
+    problem = basis.problem()
     front = search.pareto(problem)
     found = {(s.predicted_ms, s.cost_nats): s for s in front}
     for share in SHARES:  # the front is a hull: the best within a budget may lie above it
@@ -159,13 +156,15 @@ def _result(
     return PlanResult(
         plan=plan,
         checks=tuple(checks),
-        quality=quality,
+        quality=basis.quality,
         pareto=tuple((s.predicted_ms, s.cost_nats) for s in front),
         points=tuple(
             ParetoPoint(predicted_ms=s.predicted_ms, cost_nats=s.cost_nats, widths=s.widths)
             for _, s in sorted(found.items(), key=lambda e: e[0])
         ),
-        curves=tuple(_curve(group, model, curves[group.name]) for group in groups),
+        curves=tuple(
+            _curve(group, basis.model, basis.curves[group.name]) for group in basis.groups
+        ),
     )
 
 
@@ -239,12 +238,11 @@ def _confirmed(
 
     The best of many measured times was a lucky one more often than not. One that is surely over the budget now counts as such.
     """
-    for number in range(CONFIRMATIONS):
-        best = _best(checks)
-        if best is None:
-            return None
+    number = 0
+    while (best := _best(checks)) is not None:
         files = file.resized(best.widths), file.resized({})
         found = stand.judge(*files, limit_ms / dense_ms, f"confirm-{number}")
+        number += 1
         if found.budget != "over":
             return best
         progress.say(
@@ -272,67 +270,50 @@ def _next_aim(limit_ms: float, checks: Sequence[PlanCheck], model: LatencyModel)
 
 
 def _smallest_if_it_fits(
-    stand: Stand,
-    file: Resizable,
-    model: LatencyModel,
-    curves: Mapping[str, np.ndarray],
-    nets: MeasuredNets,
-    limit_ms: float,
-    checks: list[PlanCheck],
-    budget: Budget,
+    stand: Stand, file: Resizable, basis: Basis, checks: list[PlanCheck], budget: Budget
 ) -> PlanCheck:
     """The smallest structure, checked last; nothing else fitted."""
-    problem = Problem(grids=model.grids, cost_nats=dict(curves), model=model)
-    smallest = [search.fastest(problem)]
-    found = _check(stand, file, smallest, nets.dense_ms, limit_ms, "check-smallest")
+    dense_ms = basis.nets.dense_ms
+    limit_ms = budget.limit_ms(dense_ms)
+    smallest = [search.fastest(basis.problem())]
+    found = _check(stand, file, smallest, dense_ms, limit_ms, "check-smallest")
     checks.extend(found)
     if not found[0].within_budget:
         fastest = min(c.measured_ms for c in checks)
         raise BudgetError(
             f"no structure was measured within {budget.text} ({limit_ms:.4g} ms);"
-            f" the fastest took {fastest:.4g} ms ({fastest / nets.dense_ms:.1%} of dense)",
-            hint=f"ask for at least {math.ceil(fastest / nets.dense_ms * 100) + 1}%",
+            f" the fastest took {fastest:.4g} ms ({fastest / dense_ms:.1%} of dense)",
+            hint=f"ask for at least {math.ceil(fastest / dense_ms * 100) + 1}%",
         )
     return found[0]
 
 
-def _plan(
-    chosen: PlanCheck,
-    groups: Sequence[ChannelGroup],
-    frozen: Sequence[FrozenGroup],
-    orders: Mapping[str, np.ndarray],
-    curves: Mapping[str, np.ndarray],
-    model: LatencyModel,
-    stand: Stand,
-    limit_ms: float,
-    nets: MeasuredNets,
-    importance: str,
-) -> PruningPlan:
+def _plan(chosen: PlanCheck, basis: Basis, stand: Stand, limit_ms: float) -> PruningPlan:
+    model = basis.model
     predicted = model.predict(chosen.widths)
     entries = []
-    for group in groups:
+    for group in basis.groups:
         width = chosen.widths[group.name]
         # What the cut of this group saves, all other cuts being made.
         back = model.predict({**chosen.widths, group.name: group.channels}) - predicted
-        grid = list(model.grids[group.name])
         entries.append(
             GroupPlan(
                 name=group.name,
                 channels=group.channels,
-                kept=kept_channels(orders[group.name], width),
+                kept=kept_channels(basis.orders[group.name], width),
                 layers=group.layers(),
                 saved_ms_predicted=max(0.0, back),
-                cost_nats=float(curves[group.name][grid.index(width)]),
+                cost_nats=basis.cost_nats(group.name, width),
                 note=group.kind,
             )
         )
     return PruningPlan(
         groups=tuple(entries),
-        frozen=tuple(frozen),
+        frozen=tuple(basis.frozen),
         precision=stand.precision,
-        importance=importance,
+        importance=basis.importance,
         limit_ms=limit_ms,
-        dense_ms=nets.dense_ms,
+        dense_ms=basis.nets.dense_ms,
         predicted_ms=predicted,
         predicted_cost_nats=chosen.cost_nats,
     )

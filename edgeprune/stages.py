@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -198,20 +197,20 @@ def plan_structure(
     model = planning.kernel_model(file, measured, context.full)
     model, fit_quality = planning.fit(model, nets, measured.kernels_measured)
     arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
-    facts: dict[str, Any] = {
-        "model": model,
-        "nets": nets,
-        "quality": fit_quality,
-        "curves": {g: np.asarray(c) for g, c in scores.curves.items()},
-        "orders": importances.removal_order(arrays),
-        "budget": context.job.budget,
-        "importance": context.job.importance,
-        "progress": context.progress,
-    }
-    widths = context.job.widths
+    basis = guarantee.Basis(
+        groups=groups,
+        frozen=frozen,
+        model=model,
+        nets=nets,
+        quality=fit_quality,
+        curves={g: np.asarray(c) for g, c in scores.curves.items()},
+        orders=importances.removal_order(arrays),
+        importance=context.job.importance,
+    )
+    budget, widths, progress = context.job.budget, context.job.widths, context.progress
     if widths is not None:
-        return guarantee.given_plan(stand, file, groups, frozen, widths=widths, **facts)
-    return guarantee.make_plan(stand, file, groups, frozen, **facts)
+        return guarantee.given_plan(stand, file, basis, widths, budget=budget, progress=progress)
+    return guarantee.make_plan(stand, file, basis, budget=budget, progress=progress)
 
 
 def pruned_model(context: Context, plan: PruningPlan) -> nn.Module:

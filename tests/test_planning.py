@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ from edgeprune.compress.groups import ChannelGroup
 from edgeprune.devices.decide import Decision
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.formats import Kernel
-from edgeprune.latency.shared import KernelKey
+from edgeprune.latency.kernel_times import KernelKey
+from edgeprune.latency.predictor import LatencyModel
 from edgeprune.progress import Progress, Silent
-from edgeprune.results import Block, FrozenGroup, Measurement, Telemetry
+from edgeprune.results import Block, FrozenGroup, LatencyModelQuality, Measurement, Telemetry
 from edgeprune.specs import Precision, parse_budget
 from edgeprune.stage_records import MeasuredNets, MeasuredTable, PlanResult
 
@@ -142,6 +143,17 @@ def table_of(clock: Clock) -> MeasuredTable:
     )
 
 
+def basis_of(
+    table: MeasuredTable, nets: MeasuredNets, model: LatencyModel, quality: LatencyModelQuality
+) -> guarantee.Basis:
+    """What a plan is made from, with a cost of each channel that grows as the group narrows."""
+    return guarantee.Basis(
+        groups=groups(), frozen=(), model=model, nets=nets, quality=quality,
+        curves={g: (1 - np.array(grid) / grid[-1]) ** 2 for g, grid in table.grids.items()},
+        orders={g: np.arange(n) for g, n in FULL.items()}, importance="fisher",
+    )  # fmt: skip
+
+
 def planned(clock: Clock, budget: str, *, table: MeasuredTable | None = None) -> PlanResult:
     """All that happens before training, for a cost of each channel that grows as the group narrows."""
     file, table = Net(), table or table_of(clock)
@@ -151,19 +163,14 @@ def planned(clock: Clock, budget: str, *, table: MeasuredTable | None = None) ->
     model, quality = planning.fit(
         planning.kernel_model(file, table, FULL), nets, table.kernels_measured
     )
-    curves = {g: (1 - np.array(grid) / grid[-1]) ** 2 for g, grid in table.grids.items()}
     return guarantee.make_plan(
         clock,  # type: ignore[arg-type]
         file,
-        groups(),
-        (FrozenGroup(layers=("head",), reason="its channels are the model's outputs"),),
-        model=model,
-        nets=nets,
-        quality=quality,
-        curves=curves,
-        orders={g: np.arange(n) for g, n in FULL.items()},
+        replace(
+            basis_of(table, nets, model, quality),
+            frozen=(FrozenGroup(layers=("head",), reason="its channels are the model's outputs"),),
+        ),
         budget=wanted,
-        importance="fisher",
         progress=Silent(),
     )
 
@@ -324,10 +331,8 @@ def given_plan_of(clock: Clock, budget: str, widths: dict[str, int]) -> PlanResu
     model, quality = planning.fit(planning.kernel_model(Net(), table, FULL), nets, 1)
     return guarantee.given_plan(
         clock,  # type: ignore[arg-type]
-        Net(), groups(), (), widths=widths, model=model, nets=nets, quality=quality,
-        curves={g: (1 - np.array(grid) / grid[-1]) ** 2 for g, grid in table.grids.items()},
-        orders={g: np.arange(n) for g, n in FULL.items()},
-        budget=parse_budget(budget), importance="fisher", progress=Silent(),
+        Net(), basis_of(table, nets, model, quality), widths,
+        budget=parse_budget(budget), progress=Silent(),
     )  # fmt: skip
 
 
@@ -388,10 +393,8 @@ def test_a_budget_that_only_the_noise_reaches_is_refused_with_the_fastest_measur
     with pytest.raises(BudgetError, match=r"no structure was measured within .* the fastest took"):
         guarantee.make_plan(
             slow,  # type: ignore[arg-type]
-            Net(), groups(), (), model=model, nets=nets, quality=quality,
-            curves={g: (1 - np.array(grid) / grid[-1]) ** 2 for g, grid in table.grids.items()},
-            orders={g: np.arange(n) for g, n in FULL.items()},
-            budget=parse_budget(f"{edge + 0.5:.2f}%"), importance="fisher", progress=Silent(),
+            Net(), basis_of(table, nets, model, quality),
+            budget=parse_budget(f"{edge + 0.5:.2f}%"), progress=Silent(),
         )  # fmt: skip
 
 
