@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from edgeprune.context import Context, Job
 from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
-from edgeprune.latency.shared import KernelKey, KernelTime, KernelTimes, read_times, write_times
+from edgeprune.latency.kernel_times import (
+    KernelKey,
+    KernelTime,
+    KernelTimes,
+    read_times,
+    write_times,
+)
 from edgeprune.planning import Stand
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
@@ -156,7 +163,7 @@ def _table(
         MeasuredTable,
         lambda _: _measured_table(context, run, latency.result, stand, file),
     )
-    _share_times(context.job, latency.result, table.result)
+    _share_times(context.job, latency.result, table.result, context.progress.say)
     return table
 
 
@@ -196,9 +203,16 @@ def _measured_table(
     )
 
 
-def _share_times(job: Job, latency: DenseLatency, table: MeasuredTable) -> None:
+def _share_times(
+    job: Job, latency: DenseLatency, table: MeasuredTable, say: Callable[[str], None]
+) -> None:
     """Add the kernel times of a run to the file that was named for them, whether they were taken now or earlier."""
     if job.tables is None:
+        return
+    if len(table.boards) > 1:
+        say(
+            f"      note: {job.tables} is left as it is: other boards timed kernels too, and times of two boards are never mixed"
+        )
         return
     new = KernelTimes(
         created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

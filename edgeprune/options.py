@@ -9,7 +9,7 @@ from edgeprune import catalog, formats
 from edgeprune.devices import quarantine
 from edgeprune.devices.recording import check_recordable, origin_of
 from edgeprune.errors import FormatError, SpecError
-from edgeprune.latency.shared import read_times
+from edgeprune.latency.kernel_times import read_times
 from edgeprune.records import read_yaml
 from edgeprune.search_results import PlanFile
 from edgeprune.specs import (

@@ -19,8 +19,8 @@ from edgeprune.devices.pool import Pool
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
 from edgeprune.latency.grid import admissible, candidate_widths, thin
+from edgeprune.latency.kernel_times import KernelKey
 from edgeprune.latency.predictor import Factor, LatencyModel, correct, evaluate, sample_nets
-from edgeprune.latency.shared import KernelKey
 from edgeprune.latency.table import LatencyTable, probe_points, tabulate
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.latency.shared import KernelTime
+from edgeprune.latency.kernel_times import KernelTime
 from edgeprune.latency.table import LatencyTable
 from edgeprune.records import Record
 from edgeprune.results import (

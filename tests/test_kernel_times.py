@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tinynet
 from report_fixture import make_fingerprint
 
+from edgeprune import feasibility
 from edgeprune.errors import IntegrityError, SpecError
-from edgeprune.latency.shared import KernelTime, KernelTimes, read_times, write_times
+from edgeprune.latency.kernel_times import KernelTime, KernelTimes, read_times, write_times
 
 NEW = KernelTimes(
     created="2026-11-24T10:00:00Z",
@@ -73,6 +75,22 @@ def test_what_is_no_file_of_times_is_refused(tmp_path: Path) -> None:
     (tmp_path / "times.json").write_text("{}")
     with pytest.raises(IntegrityError):
         read_times(tmp_path / "times.json")
+
+
+def test_times_that_other_boards_took_are_not_written(tmp_path: Path) -> None:
+    path, said = tmp_path / "times.json", []  # type: ignore[var-annotated]
+    job = SimpleNamespace(tables=path, target=SimpleNamespace(format="onnx"))
+    latency = SimpleNamespace(fingerprint=make_fingerprint(), precision="int8")
+    times = with_times({("conv", (8,)): 9.0}).times
+    shared = SimpleNamespace(boards={"one": 3, "two": 4}, times=times)
+    feasibility._share_times(job, latency, shared, said.append)  # type: ignore[arg-type]
+    assert not path.exists()
+    assert "times of two boards are never mixed" in said[0]
+    alone = SimpleNamespace(boards={"one": 7}, times=times)
+    feasibility._share_times(job, latency, alone, said.append)  # type: ignore[arg-type]
+    found = read_times(path)
+    assert found is not None
+    assert found.known() == {("conv", (8,)): 9.0}
 
 
 @pytest.mark.slow
