@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from edgeprune import catalog, pipeline, records
-from edgeprune.closing import Outcome
+from edgeprune.closing import Outcome, Planned
 from edgeprune.compress import importance as importances
 from edgeprune.context import Context, Job, stand_in_runtime
 from edgeprune.devices.recording import as_recorded
@@ -189,15 +189,24 @@ def profile_loaded(loaded: LoadedWorkload, options: Options, progress: Progress)
         return profile_context(context)
 
 
-def plan_loaded(
+@contextlib.contextmanager
+def _planned(
     loaded: LoadedWorkload, options: Options, progress: Progress
-) -> tuple[PlanResult, Path]:
-    """The measured plan without any training, and the run folder that ``deploy`` would go on with. Raises as :func:`deploy`."""
+) -> Iterator[tuple[Context, Planned, Path]]:
+    """All stages before training, in the run folder that ``deploy`` would go on with."""
     job = resolve(loaded, options)
     path = run_path(job, options)
     with RunFolder(path, progress) as run, pipeline.opened(job, progress, run) as context:
         records.write_json(pipeline.request(job), path / "run.json")
-        return plan_stages(context, run).plan.result, path
+        yield context, plan_stages(context, run), path
+
+
+def plan_loaded(
+    loaded: LoadedWorkload, options: Options, progress: Progress
+) -> tuple[PlanResult, Path]:
+    """The measured plan without any training, and the run folder that ``deploy`` would go on with. Raises as :func:`deploy`."""
+    with _planned(loaded, options, progress) as (_, planned, path):
+        return planned.plan.result, path
 
 
 def search_loaded(
@@ -208,11 +217,7 @@ def search_loaded(
     The folder gets ``search.json`` (the result), ``search.html`` (the same as a page) and ``plan.json``, which ``deploy --plan`` reads.
     Raises as :func:`deploy`.
     """
-    job = resolve(loaded, options)
-    path = run_path(job, options)
-    with RunFolder(path, progress) as run, pipeline.opened(job, progress, run) as context:
-        records.write_json(pipeline.request(job), path / "run.json")
-        planned = plan_stages(context, run)
+    with _planned(loaded, options, progress) as (context, planned, path):
         found = search_result(context, planned)
         records.write_json(found, path / "search.json")
         records.write_json(plan_file(found), path / "plan.json")

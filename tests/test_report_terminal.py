@@ -11,6 +11,7 @@ import pytest
 from report_fixture import make_empty_report, make_report, median_of
 
 from edgeprune.report import compare_text, render_html, render_terminal
+from edgeprune.report.timing_text import rejected_text
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -73,6 +74,9 @@ def test_a_promise_that_doubtful_times_keep_says_so() -> None:
     assert "UNRELIABLE TIMES: 9 of 24 blocks were disturbed" in text
     page = render_html(report.model_copy(update={"measurements": doubtful})).decode()
     assert ">PASSED ON UNRELIABLE TIMES<" in page
+    measurement = next(m for m in doubtful.values() if not m.rejections())
+    assert rejected_text(measurement) == "none left out, although 9 of 24 blocks were disturbed"
+    assert rejected_text(measurement.model_copy(update={"unreliable": None})) == "none"
 
 
 def test_a_budget_in_milliseconds_is_judged_on_the_median() -> None:

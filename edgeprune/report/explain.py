@@ -13,7 +13,7 @@ from edgeprune.report.figures import (
     time_text,
     time_unit,
 )
-from edgeprune.report.html import head
+from edgeprune.report.html import masthead, page
 from edgeprune.report.markup import Column, Markup, table, tag
 from edgeprune.report.sections import note, section
 from edgeprune.report.svg import WIDTH, Plot, Scale, chart, dot, label_at, padded, rect, steps
@@ -69,21 +69,21 @@ def render_search(found: SearchResult, *, width: int | None = None) -> str:
         found: the record; control characters in its names are made visible.
         width: columns; ``None`` takes the terminal's, at most 110.
     """
-    page = Page(width, False)
-    page.say(_headline(found), "bold")
-    say_cuts(page, found.plan)
+    text = Page(width, False)
+    text.say(_headline(found), "bold")
+    say_cuts(text, found.plan)
     rows = _budget_rows(found)
     if rows:
         unit = time_unit([p.predicted_ms for _, p in other_budgets(found)])
-        page.title("What another budget would give (predicted, before healing)")
-        page.table(("budget", unit, "speed-up", "cost, nats", "channels left"), rows)
+        text.title("What another budget would give (predicted, before healing)")
+        text.table(("budget", unit, "speed-up", "cost, nats", "channels left"), rows)
     quality = found.latency_model
-    page.say(
+    text.say(
         f"Predictions come from {quality.kernels_measured} kernel timings and {quality.nets_fitted} whole nets; on"
         f" {quality.nets_held_out} others they were {share_text(quality.mean_error_ratio)} off on average,"
         f" {share_text(quality.worst_error_ratio)} at worst."
     )
-    return page.text()
+    return text.text()
 
 
 def render_plan(plan: PlanResult) -> str:
@@ -145,32 +145,13 @@ def render_search_html(found: SearchResult) -> bytes:
         plan_sections.predictions(found),
         section("command", "Command", tag("pre", found.command)),
     ]
-    where = f"{found.device}, {found.created}"
-    page = tag(
-        "html",
-        head(f"{found.model} for {found.target}: edgeprune search"),
-        tag(
-            "body",
-            tag(
-                "header",
-                tag(
-                    "div",
-                    tag("span", "edgeprune", class_="brand"),
-                    tag("span", f"{found.model} → {found.target}", class_="subject"),
-                    tag("span", where, class_="when"),
-                ),
-                class_="masthead",
-            ),
-            tag("main", *body, id="result"),
-            tag(
-                "footer",
-                f"edgeprune {found.edgeprune_version}, {found.created}. Nothing was trained. Times are {found.stamp}; figures that no"
-                " device produced say predicted.",
-            ),
-        ),
-        lang="en",
+    return page(
+        f"{found.model} for {found.target}: edgeprune search",
+        masthead(f"{found.model} → {found.target}", f"{found.device}, {found.created}"),
+        body,
+        f"edgeprune {found.edgeprune_version}, {found.created}. Nothing was trained. Times are {found.stamp}; figures that no device"
+        " produced say predicted.",
     )
-    return f"<!DOCTYPE html>\n{page}\n".encode()
 
 
 def _curves(found: SearchResult) -> Markup:

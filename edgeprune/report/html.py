@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 
 from edgeprune.report import charts, facts, plan_sections, provenance, sections
@@ -44,26 +45,33 @@ def render_html(report: Report) -> bytes:
     Args:
         report: the record; names in it are untrusted and are escaped.
     """
-    page = tag(
+    return page(
+        f"{report.model} for {report.target}: edgeprune report",
+        masthead(f"{report.model} → {report.target}", f"{report.device}, {report.created}"),
+        _body(report),
+        f"edgeprune {report.edgeprune_version}, {report.created}. Times are {report.stamp}; "
+        "figures that no device produced say predicted.",
+    )
+
+
+def page(title: str, top: Markup, body: Sequence[str], foot: str) -> bytes:
+    """A whole UTF-8 page with the style and the frame that all pages share."""
+    whole = tag(
         "html",
-        head(f"{report.model} for {report.target}: edgeprune report"),
+        _head(title),
         tag(
             "body",
             tag("a", "Skip to the result", href="#result", class_="skip"),
-            tag("header", _masthead(report), class_="masthead"),
-            tag("main", *_body(report), id="result"),
-            tag(
-                "footer",
-                f"edgeprune {report.edgeprune_version}, {report.created}. Times are {report.stamp}; "
-                "figures that no device produced say predicted.",
-            ),
+            tag("header", top, class_="masthead"),
+            tag("main", *body, id="result"),
+            tag("footer", foot),
         ),
         lang="en",
     )
-    return f"<!DOCTYPE html>\n{page}\n".encode()
+    return f"<!DOCTYPE html>\n{whole}\n".encode()
 
 
-def head(title: str) -> Markup:
+def _head(title: str) -> Markup:
     """The head of a page that carries its own style and may load nothing."""
     style = resources.files("edgeprune.report").joinpath("page.css").read_text("utf-8")
     return tag(
@@ -77,12 +85,13 @@ def head(title: str) -> Markup:
     )
 
 
-def _masthead(report: Report) -> Markup:
+def masthead(subject: str, when: str) -> Markup:
+    """The line above a page: what it is about, and of when."""
     return tag(
         "div",
         tag("span", "edgeprune", class_="brand"),
-        tag("span", f"{report.model} → {report.target}", class_="subject"),
-        tag("span", f"{report.device}, {report.created}", class_="when"),
+        tag("span", subject, class_="subject"),
+        tag("span", when, class_="when"),
     )
 
 
