@@ -19,7 +19,7 @@ from edgeprune.errors import ModelError
 
 ROWS_PER_TAP = 4  # sampled outputs for each unknown of a least-squares problem
 MIN_ROWS = 2048
-MAX_TAPS = 4608  # 512 channels of a 3x3 convolution; the Gram matrix takes 170 MB
+MAX_TAPS = 2304  # 256 channels of a 3x3 convolution: 42 MB for its Gram matrix, and some 10^10 products for all its removals
 RIDGE = 1e-3  # of the mean diagonal
 
 
@@ -62,7 +62,7 @@ def obs(model: nn.Module, groups: Sequence[ChannelGroup], x: Tensor, seed: int) 
 
     Source: Hassibi and Stork 1992, "Second order derivatives for network pruning: optimal brain surgeon"; for whole structures: Kurtic et
     al. 2023, "ZipLM", arXiv:2302.04089, eq. 2-4 (formulas only). Layers that this does not hold for (grouped or transposed convolutions,
-    over 4608 taps, several calls a pass) count by their :func:`variance`, as a share of its sum.
+    over 2304 taps, several calls a pass) count by their :func:`variance`, as a share of its sum.
 
     Args:
         model: runs in eval mode; not changed.

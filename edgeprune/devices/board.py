@@ -78,6 +78,7 @@ class Board:
         self._was_ready = False
         self._versions: dict[str, str] = {}
         self._first_s: dict[str, float] = {}
+        self._load_s: dict[str, float] = {}
         self._loaded: dict[str, tuple[str, dict[str, Any], bytes]] = {}
 
     def __enter__(self) -> Board:
@@ -252,6 +253,7 @@ class Board:
 
     def _remember(self, key: str, model: replies.LoadedModel) -> Loaded:
         self._first_s[key] = model.first_ns / 1e9
+        self._load_s[key] = model.load_ns / 1e9
         inputs = tuple(tensor.spec() for tensor in model.inputs)
         outputs = tuple(tensor.spec() for tensor in model.outputs)
         return Loaded(key, model.load_ns, model.first_ns, inputs, outputs)
@@ -261,6 +263,7 @@ class Board:
         gone = list(keys)
         for key in gone:
             self._first_s.pop(key, None)
+            self._load_s.pop(key, None)
             self._loaded.pop(key, None)
         self.request("unload", {"keys": gone})
 
@@ -378,6 +381,8 @@ class Board:
             call = max(self._first_s.get(key, 1.0), 2e-4)
             block = max(plan.block_ms / 1e3, plan.min_runs * call) + 2 * call
             expected += plan.warmup_ms / 1e3 + (_WARMUP_RUNS + 5) * call + plan.rounds * block
+            if plan.reload:  # as long again, and one load that began before that
+                expected += plan.rounds * block + self._load_s.get(key, 1.0)
         return LINK_S + 15 * expected  # more than the board allows itself, so that it answers first
 
     def infer(self, key: str, inputs: np.ndarray) -> np.ndarray:

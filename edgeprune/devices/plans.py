@@ -14,7 +14,7 @@ class TimingPlan:
     ``block_ms`` is the aim for one block; it gets at least ``min_runs`` and at most ``max_runs`` samples, where a sample is one call, or
     the mean of as many calls as take 0.2 ms. ``seed`` fixes the order of the models. ``tolerant`` takes disturbed blocks as they come: a
     sustained run wants to see the board get hot. ``reload`` loads every model anew before each round, as long as that takes no more than
-    half of the time: where a model lies in memory moves its speed by 1-2 % (measured on x86), and no number of blocks shows it.
+    half of the time: where a model lies in memory moves its speed, and no number of blocks shows it.
     """
 
     rounds: int

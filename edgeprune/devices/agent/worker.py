@@ -206,8 +206,7 @@ class Worker:
 def shuffle_memory() -> List[bytearray]:
     """Give freed memory back to the kernel, and take some of odd sizes, so that what comes next does not lie where the last model lay.
 
-    Without it a loader gets the pages of the model that it replaces: two processes with the same file then keep differing by some 0.8 %
-    however often they load it (x86, onnxruntime), with it by under 0.4 %.
+    Without it a loader gets the pages of the model that it replaces, and a load is no new draw.
     """
     with contextlib.suppress(OSError, AttributeError):  # glibc has it, musl has not
         ctypes.CDLL(None).malloc_trim(0)
