@@ -46,7 +46,10 @@ class ParetoPoint(Record):
 
 
 class PlanFile(Record):
-    """``plan.json``: the widths of a search, to be read, edited, and given to ``deploy --plan``. Only ``widths`` is read back."""
+    """``plan.json``: the widths of a search, to be read, edited, and given to ``deploy --plan``.
+
+    There ``target`` is compared and ``widths`` are taken; the rest is for whoever reads the file.
+    """
 
     schema_version: Literal[1] = 1
     target: str
