@@ -28,13 +28,16 @@ def board() -> Iterator[Board]:
         yield opened
 
 
-def test_models_are_loaded_anew_before_every_round_when_that_is_asked_for(board):
+def test_models_are_loaded_anew_when_that_is_asked_for(board):
     board.load("one", matmul_file(), **ORT)
     board.load("two", matmul_file(), **ORT)
     plan = dataclasses.replace(QUICK, block_ms=100, max_runs=5000, reload=True)
     timing = board.time(["one", "two"], plan)
-    for blocks in timing.blocks.values():
-        assert [block.load for block in blocks] == [block.round for block in blocks]
+    one, two = ([block.load for block in timing.blocks[key]] for key in ("one", "two"))
+    assert one == two == sorted(one)
+    # How often exactly is shown in test_agent_timing, on a clock of its own: here another program may make a load long.
+    assert one[0] == 0
+    assert one[-1] >= 1
     assert {block.load for block in board.time(["one"], QUICK).blocks["one"]} == {0}
     np.testing.assert_allclose(board.infer("two", X), X @ WEIGHT, rtol=1e-5)
 
