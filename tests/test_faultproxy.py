@@ -57,6 +57,13 @@ def say(sock: socket.socket, content: bytes) -> bytes:
     return receive(sock, len(content))
 
 
+def wait_until(holds, seconds: float = 2.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to hold"
+        time.sleep(0.01)
+
+
 def is_silent(sock: socket.socket, seconds: float = 0.3) -> bool:
     sock.settimeout(seconds)
     try:
@@ -72,7 +79,8 @@ def test_without_a_fault_all_bytes_pass_and_are_counted(proxy, client):
     sender = threading.Thread(target=client.sendall, args=(content,), daemon=True)
     sender.start()
     assert receive(client, len(content)) == content
-    assert proxy.bytes == {"up": len(content), "down": len(content)}
+    # The last piece may arrive here before the proxy's thread has counted it.
+    wait_until(lambda: proxy.bytes == {"up": len(content), "down": len(content)})
     assert proxy.connections == 1
 
 
