@@ -34,11 +34,22 @@ from edgeprune.stage_records import (
 )
 
 
-def plan_stages(context: Context, run: RunFolder) -> Planned:
-    """Export, measure, search and check; each stage is taken from the run folder if it is there.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What every budget shares: the dense files and their latency, the file that takes any widths, the kernel table, whole nets."""
+
+    dense: Stage[DenseFiles]
+    latency: Stage[DenseLatency]
+    stand: Stand
+    file: Resizable
+    table: Stage[MeasuredTable]
+    nets: Stage[MeasuredNets]
+
+
+def prepare(context: Context, run: RunFolder) -> Prepared:
+    """Export and measure; each stage is taken from the run folder if it is there.
 
     Raises:
-        BudgetError: the budget is below the fastest admissible latency, as measured.
         DeviceError: the device is emulated in software, so that its times mean nothing.
         ModelError, FormatError, DeviceError: see :mod:`edgeprune.stages`.
     """
@@ -55,9 +66,20 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
         MeasuredNets,
         lambda _: planning.measure_nets(stand, file, table.result.grids, seed=context.job.seed),
     )
-    planning.check_budget(context.job.budget, nets.result)
-    plan = _plan(context, run, stand, file, table, nets)
-    return Planned(dense, latency, table, plan)
+    return Prepared(dense, latency, stand, file, table, nets)
+
+
+def plan_stages(context: Context, run: RunFolder) -> Planned:
+    """Export, measure, search and check; each stage is taken from the run folder if it is there.
+
+    Raises:
+        BudgetError: the budget is below the fastest admissible latency, as measured.
+        DeviceError, ModelError, FormatError: as :func:`prepare`.
+    """
+    ready = prepare(context, run)
+    planning.check_budget(context.job.budget, ready.nets.result)
+    plan = _plan(context, run, ready.stand, ready.file, ready.table, ready.nets)
+    return Planned(ready.dense, ready.latency, ready.table, plan)
 
 
 def _check_times(context: Context) -> None:
