@@ -1,0 +1,129 @@
+"""The Markdown made from ``compare-NET.json``: every method at every budget, and the margin over the best of the others."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from compare_records import CompareResults, CompareRow
+
+from edgeprune.report.figures import printable, seconds_text, share_text, signed
+
+OURS = "edgeprune"
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+
+
+def compare_block(results: CompareResults, table: Table, stamp: str) -> str:
+    """One net: what was asked, what each method reached, and what the best of the others reached."""
+    budgets = list(dict.fromkeys(r.budget for r in results.rows))
+    methods = list(dict.fromkeys(r.method for r in results.rows))
+    by_place = {(r.method, r.budget): r for r in results.rows}
+    head = ["method"]
+    for budget in budgets:
+        head += [
+            f"{budget}: measured share of dense INT8 ({stamp})",
+            "INT8 accuracy against dense INT8, points",
+            "seeds",
+        ]
+    rows = []
+    for method in sorted(methods, key=lambda m: _rank(m, budgets, by_place)):
+        cells = [method]
+        for budget in budgets:
+            cells += _cells(by_place.get((method, budget)), results)
+        rows.append(cells)
+    dense = results.dense_test["int8"]
+    intro = (
+        f"**{results.net}**, Fashion-MNIST, target `{results.target}` timed on `{results.device}`"
+        f" ({printable(results.fingerprint.cpu_model)}, {results.fingerprint.threads} thread): **{stamp}**. Dense INT8: {dense:.2%} of"
+        f" {results.test_n} test images, {results.dense_ms['int8']:.3g} ms (FP32 {results.dense_test['fp32']:.2%}, {results.dense_ms['fp32']:.3g} ms)."
+        f" Every net was distilled for {results.epochs:g} epochs of {results.train_images} images at rate {results.learning_rate:g},"
+        " the same INT8 recipe for all; the test split was read once for each file."
+    )
+    parts = [
+        intro,
+        table(head, rows),
+        _one_shot(results, budgets, table),
+        *_margins(results, budgets),
+    ]
+    parts += [
+        f"Missed: {r.method} at {r.budget}: {printable(r.message) or r.status}."
+        for r in results.rows
+        if r.status != "done"
+    ]
+    return "\n\n".join(p for p in parts if p)
+
+
+def _rank(
+    method: str, budgets: Sequence[str], rows: dict[tuple[str, str], CompareRow]
+) -> tuple[float, str]:
+    found = [_drop_of(rows.get((method, b))) for b in budgets]
+    known = [d for d in found if d is not None]
+    return (-statistics.fmean(known) if known else 1.0, method)
+
+
+def _drop_of(row: CompareRow | None) -> float | None:
+    if row is None or not row.trained:
+        return None
+    return statistics.fmean(t.test for t in row.trained)
+
+
+def _cells(row: CompareRow | None, results: CompareResults) -> list[str]:
+    if row is None or not row.trained:
+        return ["", row.status if row is not None else "", ""]
+    share = row.ratio if row.ratio is not None else row.structure_ratio
+    assert share is not None
+    over = ", over the budget" if row.low is not None and row.low > row.asked_ratio else ""
+    drop = (_drop_of(row) or 0.0) - results.dense_test["int8"]
+    return [share_text(share) + over, signed(100 * drop, 2), str(len(row.trained))]
+
+
+def _one_shot(results: CompareResults, budgets: Sequence[str], table: Table) -> str:
+    """Before any training, at the first budget."""
+    first = budgets[0]
+    rows = []
+    for row in results.rows:
+        if row.budget == first and row.one_shot is not None:
+            shot = row.one_shot
+            repaired = "" if shot.compensated is None else share_text(shot.compensated)
+            rows.append(
+                [row.method, share_text(shot.naive), share_text(shot.recalibrated), repaired]
+            )
+    if not rows:
+        return ""
+    head = (
+        f"at {first}, before any training (accuracy of {results.development_n} development images)",
+        "channels removed",
+        "batch norm recalibrated",
+        "least squares",
+    )
+    return table(head, rows)
+
+
+def _margins(results: CompareResults, budgets: Sequence[str]) -> list[str]:
+    """Ours against the best of the others, by budget. Ours with parts taken away do not count as others."""
+    lines = []
+    for budget in budgets:
+        others = [
+            r
+            for r in results.rows
+            if r.budget == budget and r.trained and r.versus and not r.method.startswith(OURS)
+        ]
+        if not others:
+            continue
+        best = max(others, key=lambda r: statistics.fmean(t.test for t in r.trained))
+        found = best.versus
+        assert found is not None
+        n = min(len(best.trained), results.seeds)
+        interval = (
+            ""
+            if found.margin_low is None or found.margin_high is None
+            else f", 95 % over seeds {signed(100 * found.margin_low, 2)} to {signed(100 * found.margin_high, 2)}"
+        )
+        lines.append(
+            f"At {budget}, edgeprune is {signed(100 * found.margin, 2)} points from the best other, `{best.method}`"
+            f" ({n} seed{'s' if n > 1 else ''}{interval}; {found.only_ours} images right by it alone, {found.only_theirs} by the other,"
+            f" McNemar p = {found.p:.2g})."
+        )
+    if lines:
+        lines.append(f"Wall time of the comparison: {seconds_text(results.seconds)}.")
+    return lines

@@ -1,0 +1,186 @@
+"""edgeprune's own solver, whole and with parts taken away, and the plain rules that need no solver."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgeprune import search
+from edgeprune.compress.groups import ChannelGroup, remove_channels
+from edgeprune.compress.importance import kept_channels
+from edgeprune.errors import BudgetError
+from edgeprune.latency.predictor import Factor, LatencyModel
+from edgeprune.search import Problem
+from methods.candidate import Candidate, Method
+
+UNALIGNED_POINTS = 16  # of the grid that ignores tiles
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Takes the least important channels of each group out of the dense net."""
+
+    model: nn.Module
+    groups: Sequence[ChannelGroup]
+    example: torch.Tensor
+
+    def candidate(
+        self, widths: Mapping[str, int], orders: Mapping[str, np.ndarray], *, repaired: bool
+    ) -> Candidate:
+        """The net at these widths; ``repaired`` nets get least squares."""
+        full = {g.name: g.channels for g in self.groups}
+        chosen = {**full, **widths}
+        kept = {name: kept_channels(orders[name], width) for name, width in chosen.items()}
+        removed = {n: sorted(set(range(full[n])) - set(k)) for n, k in kept.items()}
+
+        def build() -> nn.Module:
+            by_name = {g.name: g for g in self.groups}
+            return remove_channels(copy.deepcopy(self.model), by_name, removed, self.example)
+
+        outputs = {
+            c.layer: tuple(sorted(i for k in kept[g.name] for i in c.indices[k]))
+            for g in self.groups
+            for c in g.couplings
+            if c.side == "out"
+        }
+        return Candidate(chosen, build, outputs if repaired else None)
+
+
+def solver_method(
+    name: str,
+    cutter: Cutter,
+    problem: Problem,
+    orders: Mapping[str, np.ndarray],
+    *,
+    repaired: bool,
+    family: str = "",
+) -> Method:
+    """The solver over any cost and any idea of latency; the knob moves the limit from dense to the fastest, geometrically."""
+    dense = problem.model.predict({})
+    fastest = search.fastest(problem).predicted_ms
+
+    def at(knob: float) -> Candidate:
+        limit = dense * (fastest / dense) ** min(max(knob, 0.0), 1.0)
+        try:
+            widths = search.solve(problem, limit).widths
+        except BudgetError:  # rounding at the very end of the range
+            widths = search.fastest(problem).widths
+        return cutter.candidate(widths, orders, repaired=repaired)
+
+    return Method(name, family or name, at)
+
+
+def uniform(
+    cutter: Cutter, orders: Mapping[str, np.ndarray], *, rounding: int, name: str = "uniform"
+) -> Method:
+    """The same share of every group, rounded."""
+
+    def at(knob: float) -> Candidate:
+        widths = {}
+        for group in cutter.groups:
+            wanted = group.channels * (1 - 0.95 * min(max(knob, 0.0), 1.0))
+            rounded = max(rounding, round(wanted / rounding) * rounding)
+            widths[group.name] = min(group.channels, rounded)
+        return cutter.candidate(widths, orders, repaired=False)
+
+    return Method(f"{name}-round{rounding}", name, at)
+
+
+def mac_model(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    grids: Mapping[str, tuple[int, ...]],
+    example: torch.Tensor,
+) -> LatencyModel:
+    """Multiply-accumulates in place of milliseconds: what a pruner without a device minimises."""
+    work = _macs_by_layer(model, example)
+    full = {g.name: g.channels for g in groups}
+    touched: dict[str, set[str]] = {}
+    for group in groups:
+        for coupling in group.couplings:
+            touched.setdefault(coupling.layer, set()).add(group.name)
+    factors, constant = [], 0.0
+    for layer, macs in work.items():
+        names = tuple(sorted(touched.get(layer, ())))
+        if not names:
+            constant += macs
+            continue
+        shares = [np.asarray(grids[n]) / full[n] for n in names]
+        table = shares[0] if len(shares) == 1 else np.multiply.outer(shares[0], shares[1])
+        factors.append(Factor(names, macs * table, "macs"))
+    return LatencyModel(grids=grids, factors=tuple(factors), constant_ms=constant)
+
+
+def _macs_by_layer(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
+    found: dict[str, float] = {}
+    handles = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+
+            def note(m: nn.Module, _: object, out: torch.Tensor, name: str = name) -> None:
+                positions = out.shape[2:].numel() if out.ndim == 4 else 1
+                found[name] = found.get(name, 0.0) + positions * m.weight.numel()  # type: ignore[union-attr,operator]
+
+            handles.append(layer.register_forward_hook(note))
+    with torch.no_grad():
+        model(example)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def additive(model: LatencyModel) -> LatencyModel:
+    """Every kernel's table as a sum of one term for each side, both taken at the full width of the other: no in x out interaction."""
+
+    def flat(factor: Factor) -> Factor:
+        if len(factor.variables) != 2:
+            return factor
+        cost = factor.cost_ms
+        return replace(factor, cost_ms=cost[:, -1:] + cost[-1:, :] - cost[-1, -1])
+
+    return replace(model, factors=tuple(flat(f) for f in model.factors))
+
+
+def unaligned(model: LatencyModel, curves: Mapping[str, np.ndarray]) -> Problem:
+    """The same latency and costs read off between the tiles: evenly spaced widths, tables interpolated linearly."""
+    grids = {}
+    for name, grid in model.grids.items():
+        points = np.linspace(grid[0], grid[-1], min(UNALIGNED_POINTS, grid[-1] - grid[0] + 1))
+        grids[name] = tuple(sorted({round(float(p)) for p in points}))
+    factors = []
+    for factor in model.factors:
+        cost = factor.cost_ms
+        for axis, name in enumerate(factor.variables):
+            old, new = model.grids[name], grids[name]
+            cost = np.apply_along_axis(lambda c, o=old, n=new: np.interp(n, o, c), axis, cost)
+        factors.append(replace(factor, cost_ms=cost))
+    costs = {n: np.interp(grids[n], model.grids[n], curves[n]) for n in grids}
+    return Problem(
+        grids=grids, cost_nats=costs, model=replace(model, grids=grids, factors=tuple(factors))
+    )
+
+
+def sums(
+    scores: Mapping[str, np.ndarray], grids: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Cost of each width as the plain sum of the scores of what goes: no calibration between groups."""
+    found = {}
+    for name, grid in grids.items():
+        total = np.concatenate([[0.0], np.cumsum(np.sort(scores[name]))])
+        found[name] = np.array([total[len(scores[name]) - w] for w in grid])
+    return found
+
+
+def geometric(start: float, end: float, steps: int) -> list[float]:
+    """``steps`` limits from just below ``start`` to ``end``, equal ratios apart.
+
+    >>> [round(v) for v in geometric(16, 1, 4)]
+    [8, 4, 2, 1]
+    """
+    return [start * math.pow(end / start, (i + 1) / steps) for i in range(steps)]

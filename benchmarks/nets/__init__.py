@@ -1,0 +1,1 @@
+"""The networks that the pruners are compared on, and the script that trains them."""

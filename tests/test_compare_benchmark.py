@@ -1,0 +1,199 @@
+"""The pruners that the benchmark compares: they cut what they say, and their arithmetic is right."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgeprune.compress.groups import find_groups
+from edgeprune.compress.importance import l2, removal_order
+from edgeprune.compress.structure import work
+from edgeprune.latency.predictor import Factor, LatencyModel
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from compare import versus  # noqa: E402
+from methods import torch_pruning as with_torch_pruning  # noqa: E402
+from methods.candidate import Candidate, Method  # noqa: E402
+from methods.paths import _carried, _knapsack, halp, path_method  # noqa: E402
+from methods.rig import Rig, mcnemar  # noqa: E402
+from methods.solver import Cutter, additive, geometric, mac_model, uniform  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def cutter():
+    torch.manual_seed(0)
+    sys.path.insert(0, str(BENCHMARKS.parent / "examples" / "fashion_mnist"))
+    import net
+
+    model = net.build().eval()
+    x = torch.randn(4, 1, 28, 28)
+    groups, _ = find_groups(model, x[:1])
+    return Cutter(model, groups, x[:1])
+
+
+@pytest.fixture(scope="module")
+def orders(cutter):
+    return removal_order(l2(cutter.model, cutter.groups, torch.randn(2, 1, 28, 28), 0))
+
+
+def grids_of(cutter, step=8):
+    return {g.name: (*range(step, g.channels, step), g.channels) for g in cutter.groups}
+
+
+def latency_of(cutter):
+    return mac_model(cutter.model, cutter.groups, grids_of(cutter), cutter.example)
+
+
+def test_the_count_of_macs_is_that_of_the_pruned_net(cutter, orders):
+    model, smaller = latency_of(cutter), {g.name: 16 for g in cutter.groups}
+    built = cutter.candidate(smaller, orders, repaired=False).build()
+    found = model.predict(smaller) / model.predict({})
+    true = work(built, cutter.example)[1] / work(cutter.model, cutter.example)[1]
+    assert found == pytest.approx(true, rel=1e-6)
+
+
+def test_an_additive_table_is_right_along_its_sides_alone():
+    cost = np.multiply.outer([1.0, 2.0, 3.0], [1.0, 4.0])
+    model = LatencyModel({"a": (1, 2, 3), "b": (1, 4)}, (Factor(("a", "b"), cost),))
+    flat = additive(model)
+    assert flat.predict({"a": 1}) == model.predict({"a": 1})
+    assert flat.predict({"b": 1}) == model.predict({"b": 1})
+    assert flat.predict({"a": 1, "b": 1}) < model.predict({"a": 1, "b": 1})
+
+
+def test_weights_are_carried_over_two_cuts_as_over_one(cutter, orders):
+    full = {g.name: list(range(g.channels)) for g in cutter.groups}
+    first = {g.name: sorted(orders[g.name][8:].tolist()) for g in cutter.groups}
+    second = {g.name: sorted(orders[g.name][16:].tolist()) for g in cutter.groups}
+    sizes = [{n: len(k) for n, k in kept.items()} for kept in (first, second)]
+    once = cutter.candidate(sizes[0], orders, repaired=False).build()
+    twice = cutter.candidate(sizes[1], orders, repaired=False)
+    carried = _carried(_zeroed(twice.build()), once, cutter.groups, first, second)
+    x = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(carried(x), twice.build()(x))
+        again = _carried(_zeroed(once), cutter.model, cutter.groups, full, first)
+        whole = cutter.candidate(sizes[0], orders, repaired=False).build()
+        assert torch.equal(again(x), whole(x))
+
+
+def _zeroed(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
+def test_the_knapsack_finds_what_trying_all_finds():
+    generator = np.random.default_rng(3)
+    for _ in range(20):
+        choices = {
+            name: [
+                (w, float(w * generator.uniform(0.5, 1.5)), float(generator.random()))
+                for w in (1, 2, 3, 4)
+            ]
+            for name in "abc"
+        }
+        room = generator.uniform(4, 10)
+        found = _knapsack(choices, room, 20000)
+        every = [
+            (sum(v for _, _, v in picks), picks)
+            for picks in itertools.product(*choices.values())
+            if sum(c for _, c, _ in picks) <= room
+        ]
+        if not every:
+            continue
+        value = sum(next(v for w, _, v in choices[n] if w == found[n]) for n in choices)
+        assert value == pytest.approx(max(e[0] for e in every), abs=1e-9)
+
+
+def test_halp_walks_down_to_the_budget_of_its_own_table(cutter):
+    latency = latency_of(cutter)
+    generator = np.random.default_rng(0)
+    scores = {g.name: generator.random(g.channels) for g in cutter.groups}
+    outputs = {
+        g.name: [
+            (f.variables, i) for i, f in enumerate(latency.factors) if f.variables[-1] == g.name
+        ]
+        for g in cutter.groups
+    }
+    path = halp(cutter, latency, outputs, scores, steps=12)
+    ms = [latency.predict(c.widths) for c in path]
+    assert ms == sorted(ms, reverse=True)
+    assert ms[-1] < 0.5 * ms[0]
+    middle = path_method("halp", path).at(0.5)
+    assert middle.build()(torch.randn(1, 1, 28, 28)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", sorted(with_torch_pruning.SETTINGS))
+def test_torch_pruning_gives_nets_that_run_with_the_widths_that_are_read_off(cutter, name):
+    torch.manual_seed(1)
+    x, y = torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,))
+    before = {k: v.clone() for k, v in cutter.model.state_dict().items()}
+    for method in with_torch_pruning.methods(
+        cutter.model, cutter.groups, x, y, seed=0, names=[name]
+    ):
+        found = method.at(0.5)
+        layers = dict(found.build().named_modules())
+        assert found.build()(x).shape == (32, 10)
+        for group in cutter.groups:
+            assert layers[group.root].out_channels == found.widths[group.name]
+        if method.name.endswith("round8"):
+            assert all(w % 8 == 0 for w in found.widths.values())
+        assert sum(found.widths.values()) < 0.8 * sum(g.channels for g in cutter.groups)
+    assert all(torch.equal(v, cutter.model.state_dict()[k]) for k, v in before.items())
+
+
+def test_uniform_widths_are_rounded_and_never_over_full(cutter, orders):
+    method = uniform(cutter, orders, rounding=8)
+    assert method.at(0.0).widths == {g.name: g.channels for g in cutter.groups}
+    assert all(w % 8 == 0 and w >= 8 for w in method.at(1.0).widths.values())
+
+
+class _Fixed(Rig):
+    """A rig whose device answers by formula."""
+
+    def __init__(self, ratio_of) -> None:
+        self.ratios, self._ratio_of, self.timed = {}, ratio_of, 0
+
+    def measure(self, structures):
+        for widths in structures:
+            self.timed += 1
+            self.ratios[tuple(sorted(widths.items()))] = self._ratio_of(widths["a"])
+
+
+def test_the_least_pruned_net_within_the_budget_is_found():
+    rig = _Fixed(lambda width: width / 1000)
+    method = Method("m", "m", lambda knob: Candidate({"a": round(1000 - 900 * knob)}, nn.Identity))
+    found = dict(rig.fit(method, (0.5, 0.25)))
+    for asked, candidate in found.items():
+        assert 0.985 * asked <= candidate.widths["a"] / 1000 <= asked
+    assert rig.timed < 40
+
+
+def test_a_budget_that_no_knob_reaches_is_said():
+    rig = _Fixed(lambda _: 0.9)
+    method = Method("m", "m", lambda knob: Candidate({"a": round(100 * knob)}, nn.Identity))
+    assert dict(rig.fit(method, (0.5,))) == {0.5: None}
+
+
+def test_ours_against_theirs_counts_images_that_one_alone_got_right():
+    ours = [np.array([1, 1, 1, 0], bool), np.array([1, 1, 0, 0], bool)]
+    theirs = [np.array([1, 0, 0, 0], bool), np.array([1, 0, 0, 1], bool)]
+    found = versus(ours, theirs)
+    assert (found.only_ours, found.only_theirs) == (3, 1)
+    assert found.margin == pytest.approx(0.25)
+    assert found.margin_low is None
+    assert found.p == mcnemar(3, 1) == 0.625
+
+
+def test_geometric_limits_end_at_the_last():
+    assert geometric(8, 1, 3) == pytest.approx([4, 2, 1])
