@@ -32,12 +32,13 @@ def compare_block(results: CompareResults, table: Table, stamp: str) -> str:
             cells += _cells(by_place.get((method, budget)), results)
         rows.append(cells)
     dense = results.dense_test["int8"]
+    cpu, dense_ms = printable(results.fingerprint.cpu_model), results.dense_ms
     intro = (
         f"**{results.net}**, Fashion-MNIST, target `{results.target}` timed on `{results.device}`"
-        f" ({printable(results.fingerprint.cpu_model)}, {results.fingerprint.threads} thread): **{stamp}**. Dense INT8: {dense:.2%} of"
-        f" {results.test_n} test images, {results.dense_ms['int8']:.3g} ms (FP32 {results.dense_test['fp32']:.2%}, {results.dense_ms['fp32']:.3g} ms)."
-        f" Every net was distilled for {results.epochs:g} epochs of {results.train_images} images at rate {results.learning_rate:g},"
-        " the same INT8 recipe for all; the test split was read once for each file."
+        f" ({cpu}, {results.fingerprint.threads} thread): **{stamp}**. Dense INT8: {dense:.2%} of {results.test_n} test images,"
+        f" {dense_ms['int8']:.3g} ms (FP32 {results.dense_test['fp32']:.2%}, {dense_ms['fp32']:.3g} ms). Every net was distilled"
+        f" for {results.epochs:g} epochs of {results.train_images} images at rate {results.learning_rate:g}, the same INT8 recipe for"
+        " all; the test split was read once for each file."
     )
     parts = [
         intro,
