@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.version import VERSION
 
 __version__ = VERSION
 __all__ = ["deploy", "load", "load_pruned", "verify"]
+
+# Threads that spin while they wait for each other take the processors from whatever else runs here, and then wait all the longer. Read by
+# OpenMP when torch is first loaded; whoever set it otherwise keeps what they set.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from edgeprune.api import deploy
