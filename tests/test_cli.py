@@ -107,6 +107,22 @@ def test_doctor_names_versions_and_devices(tmp_path):
     assert "this-machine" in text
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("targets", "list", "--json"),
+        ("deploy", "--target", "this-machine", "--latency", "15"),
+        ("deploy", "--target", "iphone"),
+        ("report", "gone"),
+    ],
+)
+def test_a_command_in_the_process_of_the_tests_is_the_same_command(tmp_path, args):
+    home = tinynet.project(tmp_path / "project")
+    apart, here = tinynet.edgeprune(home, *args), tinynet.edgeprune_here(home, *args)
+    assert (here.returncode, here.stdout) == (apart.returncode, apart.stdout)
+    assert here.stderr == apart.stderr
+
+
 def test_the_report_is_shown_again_and_as_json(deployed):
     text = printed(deployed.project, "report", "run")
     assert text == deployed.done.stdout.partition("\nbundle  run/bundle and")[0] + "\n"
