@@ -60,8 +60,7 @@ for line in sys.stdin:
 
 def project(folder: Path, **changes: object) -> Path:
     """A project of the tiny net with both devices; ``changes`` as for :func:`tinynet.settings`."""
-    recovery = {"epochs": 3, "batch_size": 64, "augment": {"shift_pixels": 1}}
-    home = tinynet.project(folder, **{"recovery": recovery, **changes})
+    home = tinynet.project(folder, **changes)
     target = yaml.safe_load((tinynet.REPO / "targets" / "this-machine.yaml").read_text())
     (home / "targets").mkdir()
     (home / "targets" / "desk.yaml").write_text(yaml.safe_dump({**target, "name": "desk"}))

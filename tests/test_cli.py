@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -106,6 +107,22 @@ def test_doctor_names_versions_and_devices(tmp_path):
     assert "this-machine" in text
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("targets", "list", "--json"),
+        ("deploy", "--target", "this-machine", "--latency", "15"),
+        ("deploy", "--target", "iphone"),
+        ("report", "gone"),
+    ],
+)
+def test_a_command_in_the_process_of_the_tests_is_the_same_command(tmp_path, args):
+    home = tinynet.project(tmp_path / "project")
+    apart, here = tinynet.edgeprune(home, *args), tinynet.edgeprune_here(home, *args)
+    assert (here.returncode, here.stdout) == (apart.returncode, apart.stdout)
+    assert here.stderr == apart.stderr
+
+
 def test_the_report_is_shown_again_and_as_json(deployed):
     text = printed(deployed.project, "report", "run")
     assert text == deployed.done.stdout.partition("\nbundle  run/bundle and")[0] + "\n"
@@ -146,7 +163,14 @@ def test_a_quiet_run_says_nothing_but_the_json_result(deployed, tmp_path):
     assert done.stderr == "" or not found.passed
 
 
-def test_init_writes_settings_that_a_dry_run_takes(deployed, tmp_path):
+def set_as_trained(found: re.Match[str]) -> str:
+    """The tiny net is trained on pixels in [0, 1], as they are."""
+    return f"  {found[1]}: [{0.0 if found[1] == 'mean' else 1.0}]"
+
+
+# As the file asks, mean and std are made those of the training: then nothing is measured anew. As written, everything is.
+@pytest.mark.parametrize("is_checked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_init_writes_settings_that_a_dry_run_takes(deployed, tmp_path, is_checked):
     home = tinynet.project(tmp_path / "project")
     (home / "edgeprune.yaml").unlink()
     (home / "data.npz").rename(home / "pixels.npz")
@@ -155,11 +179,19 @@ def test_init_writes_settings_that_a_dry_run_takes(deployed, tmp_path):
     written = read_yaml(Workload, home / "edgeprune.yaml")
     assert (written.model, written.data) == ("net.py:build", "pixels.npz")
     assert written.target == "this-machine"
+    if is_checked:
+        text = (home / "edgeprune.yaml").read_text()
+        text, n = re.subn(r"(?m)^  (mean|std): .*$", set_as_trained, text)
+        assert n == 2
+        (home / "edgeprune.yaml").write_text(text)
     tinynet.copied_run(deployed.folder, home / "run")
+    measured = set(tinynet.stage_folders(home / "run").values())
     dry = tinynet.edgeprune(
         home, "deploy", "--dry-run", "--json", "--run", "run", "--latency", "80%"
     )
     assert dry.returncode == 0, dry.stderr
+    if is_checked:
+        assert set(tinynet.stage_folders(home / "run").values()) == measured
     plan = PlanResult.model_validate_json(dry.stdout).plan
     assert any(c.widths == plan.widths() for c in PlanResult.model_validate_json(dry.stdout).checks)
     assert not (home / "run" / "bundle").exists()
@@ -172,7 +204,7 @@ def test_a_dry_run_prints_the_plan_and_stops(deployed, tmp_path):
         if name in earlier:
             shutil.copytree(stage, home / "run" / "stages" / stage.name)
     flags = ("--target", "this-machine", "--latency", "80%", "--run", "run", "--dry-run")
-    done = tinynet.edgeprune(home, "deploy", *flags)
+    done = tinynet.edgeprune_here(home, "deploy", *flags)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:3] == ["group", "channels", "kept"]
@@ -194,7 +226,7 @@ def test_a_dry_run_prints_the_plan_and_stops(deployed, tmp_path):
 )
 def test_a_flag_wins_over_the_settings_file(tmp_path, yaml_target, flags, code):
     tinynet.project(tmp_path, target=yaml_target)
-    assert tinynet.edgeprune(tmp_path, "deploy", *flags).returncode == code
+    assert tinynet.edgeprune_here(tmp_path, "deploy", *flags).returncode == code
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def deployed(server: Sshd, tmp_path_factory: pytest.TempPathFactory) -> tinynet.
     home = tinynet.project(tmp_path_factory.mktemp("ssh") / "project")
     write_devices(home, server)
     args = ("deploy", "--target", "this-machine", "--latency", "1000ms", "--run", "run")
-    return tinynet.Run(home, home / "run", tinynet.edgeprune(home, *args))
+    return tinynet.Run(home, home / "run", tinynet.edgeprune_here(home, *args))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_the_last_line_of_the_ledger_is_what_the_board_answered(report):
 
 
 def test_the_bundle_runs_its_golden_samples_on_the_board(deployed):
-    done = tinynet.edgeprune(
+    done = tinynet.edgeprune_here(
         deployed.project, "verify", "run/bundle.zip", "--device", BOARD, "--json"
     )
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,7 @@ def test_the_bundle_runs_its_golden_samples_on_the_board(deployed):
 def test_a_board_that_is_the_real_thing_is_stamped_measured(server, tmp_path):
     home = tinynet.project(tmp_path / "project")
     write_devices(home, server, stand_in=False, max_foreign_cpu_ratio=1.0)
-    done = tinynet.edgeprune(
+    done = tinynet.edgeprune_here(
         home, "profile", "--target", "this-machine", "--device", BOARD, "--json"
     )
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_a_board_that_is_the_real_thing_is_stamped_measured(server, tmp_path):
 def test_a_board_without_the_runtime_fails_before_anything_is_exported(server, tmp_path):
     home = tinynet.project(tmp_path / "project")
     write_devices(home, server, python="/usr/bin/python3")
-    done = tinynet.edgeprune(home, "deploy", "--target", "this-machine", "--run", "run")
+    done = tinynet.edgeprune_here(home, "deploy", "--target", "this-machine", "--run", "run")
     assert done.returncode == 4, done.stderr
     assert done.stderr.splitlines()[-2].startswith("error:")
     assert "pip install" in done.stderr.splitlines()[-1]

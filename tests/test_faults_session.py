@@ -127,7 +127,8 @@ def test_a_quiet_client_keeps_even_a_short_lease(server):
         assert agent_pid(board) == before
 
 
-@pytest.mark.parametrize("way", ["up", "down"])
+# Both ways are flipped in the tests of links; here it is what comes after.
+@pytest.mark.parametrize("way", [pytest.param("up", marks=pytest.mark.slow), "down"])
 def test_a_flipped_bit_within_a_measurement_costs_a_reconnect_and_nothing_else(
     server, proxy, monkeypatch, way
 ):

@@ -124,7 +124,7 @@ def test_an_edited_plan_is_what_is_deployed(searched):
     (home / "mine.json").write_text(json.dumps(plan))
     tinynet.copied_run(home / "run", home / "other")
     args = ("--target", "this-machine", "--latency", "80%", "--plan", "mine.json", "--run", "other")
-    planned = tinynet.edgeprune(home, "deploy", *args, "--dry-run", "--json")
+    planned = tinynet.edgeprune_here(home, "deploy", *args, "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
     kept = {g["name"]: len(g["kept"]) for g in json.loads(planned.stdout)["plan"]["groups"]}
     assert kept.pop(group) == narrowest
@@ -164,7 +164,7 @@ def test_a_wrong_plan_is_one_line(searched, tmp_path, text, says, code):
         path.write_text(edited)
     tinynet.copied_run(home / "run", home / f"run-{tmp_path.name}")
     args = ("--latency", "80%", "--plan", "mine.json", "--run", f"run-{tmp_path.name}")
-    failed = tinynet.edgeprune(home, "deploy", "--target", "this-machine", *args, "--dry-run")
+    failed = tinynet.edgeprune_here(home, "deploy", "--target", "this-machine", *args, "--dry-run")
     assert failed.returncode == code, failed.stderr
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,8 @@ import yaml
 from safetensors.torch import save_file
 from sshd import QUICK_REPORT
 from torch import nn
+
+from edgeprune.cli import main
 
 REPO = Path(__file__).parents[1]
 SIZE, CLASSES = 24, 4
@@ -112,7 +117,8 @@ def settings(**changes: object) -> dict[str, object]:
         "preprocess": {"color": "grey"},
         "labels": ["flat", "rising", "upright", "falling"],
         "max_drop": "20%",
-        "recovery": {"epochs": 1, "batch_size": 64, "augment": {"shift_pixels": 0}},
+        # Several epochs, so that there is a checkpoint to be killed after, with something random to be taken up again.
+        "recovery": {"epochs": 3, "batch_size": 64, "augment": {"shift_pixels": 1}},
     }
     merged = {**record, **changes}
     return {key: value for key, value in merged.items() if value is not None}
@@ -171,6 +177,46 @@ def edgeprune(
         timeout=timeout_s,
         stdin=subprocess.DEVNULL,
     )
+
+
+def edgeprune_here(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, without the start of another Python: for tests whose claim is what a command says and leaves behind.
+
+    An exception that the command line does not turn into a message is raised. What is written past Python, to the file descriptors, is
+    not seen, and neither is what only a fresh process shows: those tests take :func:`edgeprune`.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    before = dict(os.environ)
+    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    os.environ.update(environment(cwd))
+    torch.set_num_threads(1)  # as the variable does where torch is imported later
+    try:
+        with (
+            _inside(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            main(args)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        torch.set_rng_state(random_state)
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """``contextlib.chdir``, which Python 3.10 lacks."""
+    earlier = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(earlier)
 
 
 def stage_folders(run: Path) -> dict[str, Path]:
