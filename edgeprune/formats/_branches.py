@@ -36,10 +36,15 @@ class Branch(Generic[Name]):
 
 @dataclass
 class Bypass(Generic[Name]):
-    """How a file without a branch is written: operators that go, and which tensor is read in the place of another."""
+    """How a file without a branch is written.
+
+    Operators ``gone``; for a tensor that is not written any more the one to read ``instead``; and what is ``changed``: an addition that
+    becomes the named operator on the skip alone.
+    """
 
     gone: set[int] = field(default_factory=set)
     instead: dict[Name, Name] = field(default_factory=dict)
+    changed: dict[int, tuple[str, Name]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, bypasses: Mapping[str, Bypass[Name]], widths: Mapping[str, int]) -> Bypass[Name]:
@@ -56,6 +61,7 @@ class Bypass(Generic[Name]):
                 raise FormatError(f"group {group} is no block that could be left out of the file")
             joined.gone |= bypasses[group].gone
             joined.instead.update(bypasses[group].instead)
+            joined.changed.update(bypasses[group].changed)
         return joined
 
     def read(self, name: Name) -> Name:
