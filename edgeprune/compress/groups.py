@@ -188,7 +188,9 @@ def _problem_together(
         g.name: generator.permutation(g.channels)[: int(generator.integers(1, g.channels))].tolist()
         for g in groups
     }
-    return mask_identity(model, groups, last, example) or mask_identity(model, groups, drawn, _noise(example))
+    return mask_identity(model, groups, last, example) or mask_identity(
+        model, groups, drawn, _noise(example)
+    )
 
 
 def _proven_block(model: nn.Module, group: ChannelGroup, example: torch.Tensor) -> ChannelGroup:

@@ -128,8 +128,6 @@ class Graph(Generic[Name]):
         return set() if leaving else inside
 
 
-def branch_of(
-    branches: Sequence[Branch[Name]], touched: Collection[int]
-) -> Branch[Name] | None:
+def branch_of(branches: Sequence[Branch[Name]], touched: Collection[int]) -> Branch[Name] | None:
     """The smallest branch that holds all the operators that a channel group touches."""
     return next((b for b in branches if touched and b.steps.issuperset(touched)), None)

@@ -31,7 +31,9 @@ def find_bypasses(
     plain = {n.output[0]: n.input[0] for n in view.nodes if n.op_type == DEQUANTIZE}
     branches = graph.branches(adds, plain)
     found = {group: branch_of(branches, {*nodes} - fixed) for group, nodes in touched.items()}
-    bypasses = {g: _bypass(view, graph, branch) for g, branch in found.items() if branch is not None}
+    bypasses = {
+        g: _bypass(view, graph, branch) for g, branch in found.items() if branch is not None
+    }
     for bypass in bypasses.values():
         read = {n for i in bypass.gone for n in view.nodes[i].input}
         bypass.gone |= {i for i in fixed if read.issuperset(view.nodes[i].output)}
@@ -64,7 +66,12 @@ def _bypass(view: GraphView, graph: Graph[str], branch: Branch[str]) -> Bypass[s
         bypass.instead[total] = branch.skip
         after = graph.sole_reader(total)
     source = graph.maker.get(branch.skip)
-    if after is not None and op(after) == QUANTIZE and source is not None and op(source) == DEQUANTIZE:
+    if (
+        after is not None
+        and op(after) == QUANTIZE
+        and source is not None
+        and op(source) == DEQUANTIZE
+    ):
         bypass.gone.add(after)
         bypass.instead[str(view.nodes[after].output[0])] = str(view.nodes[source].input[0])
     return bypass

@@ -145,7 +145,7 @@ class OnnxResizable:
             self._describe(index, unit, layers) for index, unit in enumerate(self._units)
         )
         self._bypasses = find_bypasses(self._graph, self._touched())
-        self.blocks: dict[str, frozenset[int]] = {
+        self.blocks: Mapping[str, frozenset[int]] = {
             group: frozenset(i for i, unit in enumerate(self._units) if unit.main in bypass.gone)
             for group, bypass in self._bypasses.items()
         }

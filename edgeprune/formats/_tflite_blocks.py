@@ -19,9 +19,9 @@ from edgeprune.formats._tflite_graph import (
 )
 
 # Operators that take int8 inputs of any scale to outputs of another: what reads a sum may read the skip in its place.
-RESCALING = frozenset(
-    "ADD CONV_2D DEPTHWISE_CONV_2D DEQUANTIZE FULLY_CONNECTED MEAN MUL QUANTIZE SUB TRANSPOSE_CONV".split()
-)
+RESCALING = frozenset({
+    "ADD", "CONV_2D", "DEPTHWISE_CONV_2D", "DEQUANTIZE", "FULLY_CONNECTED", "MEAN", "MUL", "QUANTIZE", "SUB", "TRANSPOSE_CONV",
+})  # fmt: skip
 ACTIVATIONS = ("NONE", "RELU", "RELU_N1_TO_1", "RELU6")  # ActivationFunctionType, by number
 
 

@@ -74,7 +74,7 @@ class TfliteResizable:
         self._units = _fuse_padding(self._model)
         self.kernels = tuple(_named(self._describe(layers)))
         self._bypasses = find_bypasses(self._model, self._touched())
-        self.blocks: dict[str, frozenset[int]] = {
+        self.blocks: Mapping[str, frozenset[int]] = {
             group: frozenset(
                 i for i, u in enumerate(self._units) if u[-1] in bypass.gone | bypass.changed.keys()
             )
