@@ -29,6 +29,7 @@ CHECK_ROUNDS = 6
 # A plan must fit into this much of the budget: the last measurement is another session.
 PLAN_SHARE = 0.995
 TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %
+BLOCK_REMOVED = "block removed"
 CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
 
 
@@ -301,10 +302,10 @@ def _plan(chosen: PlanCheck, basis: Basis, stand: Stand, limit_ms: float) -> Pru
                 name=group.name,
                 channels=group.channels,
                 kept=kept_channels(basis.orders[group.name], width),
-                layers=group.layers(),
+                layers=group.block.layers if group.block and not width else group.layers(),
                 saved_ms_predicted=max(0.0, back),
                 cost_nats=basis.cost_nats(group.name, width),
-                note=group.kind,
+                note=group.kind if width else BLOCK_REMOVED,
             )
         )
     return PruningPlan(

@@ -136,8 +136,8 @@ def given_widths(options: Options, target: str) -> dict[str, int] | None:
             hint=f"run: edgeprune search --target {target}",
         )
     widths = plan.widths
-    if any(width < 1 for width in widths.values()):
-        raise SpecError(f"the widths of {options.plan} must be at least 1")
+    if any(width < 0 for width in widths.values()):
+        raise SpecError(f"the widths of {options.plan} must be at least 0")
     return widths
 
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.devices.board import Board
 from edgeprune.devices.decide import Decision, decide
@@ -151,11 +153,19 @@ def measure_table(
     )
     return MeasuredTable(
         table=table,
-        grids=grids,
+        grids=_with_removal(grids, groups, file),
         staircases=staircases,
         kernels_measured=len(probes.times),
         kernels_taken=probes.taken,
     )
+
+
+def _with_removal(
+    grids: Mapping[str, tuple[int, ...]], groups: Sequence[ChannelGroup], file: Resizable
+) -> dict[str, tuple[int, ...]]:
+    """The grids, with width 0 in front where both the model and the file can do without the group's block; it is timed in whole nets."""
+    removable = {g.name for g in groups if g.block is not None} & file.blocks.keys()
+    return {g: (0, *widths) if g in removable else widths for g, widths in grids.items()}
 
 
 def _class_of(kernel: Kernel, full: Mapping[str, int]) -> str:
@@ -243,17 +253,41 @@ class Probes:
 
 
 def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, int]) -> LatencyModel:
-    """The uncorrected model: the sum of the kernels' fitted tables over the admissible grid."""
+    """The uncorrected model: the sum of the kernels' fitted tables over the admissible grid.
+
+    Where a group's width is 0, the kernels of its block take no time, those included whose shape does not follow the group.
+    """
     factors, constant_ms = [], 0.0
     for kernel in file.kernels:
         table = measured.table.kernel(_class_of(kernel, full))
-        for slots, ns in table.arrays([measured.grids[v] for v in kernel.variables]):
-            if slots:
-                variables = tuple(kernel.variables[s] for s in slots)
-                factors.append(Factor(variables, ns / 1e6, kernel.op))
+        blocks = [
+            g
+            for g, inside in file.blocks.items()
+            if kernel.index in inside and 0 in measured.grids[g]
+        ]
+        timed = [[w for w in measured.grids[v] if w] for v in kernel.variables]
+        for slots, ns in table.arrays(timed):
+            variables = tuple(kernel.variables[s] for s in slots)
+            factor = Factor(variables, ns / 1e6, kernel.op)
+            for group in blocks:
+                factor = _removable(factor, group, len(measured.grids[group]))
+            if factor.variables:
+                factors.append(factor)
             else:
-                constant_ms += float(ns) / 1e6
+                constant_ms += float(factor.cost_ms)
     return LatencyModel(grids=measured.grids, factors=tuple(factors), constant_ms=constant_ms)
+
+
+def _removable(factor: Factor, group: str, choices: int) -> Factor:
+    """The factor with one more choice of the group in front, at which it takes no time."""
+    if group not in factor.variables:
+        is_there = np.arange(choices) > 0
+        return Factor(
+            (group, *factor.variables), np.multiply.outer(is_there, factor.cost_ms), factor.op
+        )
+    axis = factor.variables.index(group)
+    front = [(int(i == axis), 0) for i in range(len(factor.variables))]
+    return Factor(factor.variables, np.pad(factor.cost_ms, front), factor.op)
 
 
 def measure_nets(

@@ -286,7 +286,7 @@ class Comparison(Record):
 
 
 class GroupPlan(Record):
-    """One channel group: what it couples and which channels stay. ``kept`` is sorted."""
+    """One channel group: what it couples and which channels stay. ``kept`` is sorted; without any, the group's block is removed."""
 
     name: str
     channels: int

@@ -52,6 +52,7 @@ class Net:
         Kernel(i, f"k{i}", "Conv", f"layer{i}", f"sig{i}", variables, (1, 8), (1, 8))
         for i, variables in enumerate(CHAIN)
     )
+    blocks: Mapping[str, frozenset[int]] = {}
 
     def resized(self, widths: Mapping[str, int]) -> bytes:
         return json.dumps({"net": dict(widths)}).encode()

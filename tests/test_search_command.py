@@ -139,7 +139,8 @@ def test_an_edited_plan_is_what_is_deployed(searched):
         ("no json", "mine.json", 2),
         ({"nowhere": 8}, "unknown group 'nowhere'", 2),
         ("narrow", "must be one of", 2),
-        ("zero", "must be at least 1", 2),
+        ("zero", "must be one of", 2),
+        ("negative", "must be at least 0", 2),
         ({}, "the given plan was measured at", 6),
         ("target", "was made for the target rpi4", 2),
     ],
@@ -152,7 +153,7 @@ def test_a_wrong_plan_is_one_line(searched, tmp_path, text, says, code):
     path = home / "mine.json"
     path.unlink(missing_ok=True)
     edited = (
-        {"narrow": {group: 3}, "zero": {group: 0}}.get(text, text)
+        {"narrow": {group: 3}, "zero": {group: 0}, "negative": {group: -8}}.get(text, text)
         if isinstance(text, str)
         else text
     )

@@ -8,6 +8,7 @@ check, for whatever reason, stays whole.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeprune.compress.blocks import with_blocks
 from edgeprune.compress.coupling import (
     SLICEABLE,
     WEIGHTED,
@@ -68,6 +70,7 @@ def find_groups(
         else:
             groups.append(group)
     groups, refused = _keep_proven(model, groups, example)
+    groups = [_proven_block(model, g, example) for g in with_blocks(groups, graph, names)]
     frozen.extend(refused)
     frozen.extend(_unseen(model, groups, frozen))
     if not groups:
@@ -180,14 +183,31 @@ def _problem_together(
 ) -> str | None:
     """``None`` if two removals, the last quarter and a random one, keep the mask identity on the example and on noise."""
     generator = np.random.default_rng(PROOF_SEED)
-    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(PROOF_SEED))
-    noise = noise.to(example) if example.is_floating_point() else example
     last = {g.name: range(g.channels - max(1, g.channels // 4), g.channels) for g in groups}
     drawn = {
         g.name: generator.permutation(g.channels)[: int(generator.integers(1, g.channels))].tolist()
         for g in groups
     }
-    return mask_identity(model, groups, last, example) or mask_identity(model, groups, drawn, noise)
+    return mask_identity(model, groups, last, example) or mask_identity(
+        model, groups, drawn, _noise(example)
+    )
+
+
+def _proven_block(model: nn.Module, group: ChannelGroup, example: torch.Tensor) -> ChannelGroup:
+    """The group, without its block where removing that is not the same as adding zeros."""
+    if group.block is None:
+        return group
+    everything = {group.name: range(group.channels)}
+    for x in (example, _noise(example)):
+        if mask_identity(model, [group], everything, x) is not None:
+            return dataclasses.replace(group, block=None)
+    return group
+
+
+def _noise(example: torch.Tensor) -> torch.Tensor:
+    """Noise in the shape of a sample; the sample itself where it holds whole numbers."""
+    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(PROOF_SEED))
+    return noise.to(example) if example.is_floating_point() else example
 
 
 def mask_identity(

@@ -232,6 +232,9 @@ def cost_curves(
     is really evaluated twice, at its middle and its smallest width: channels zeroed, BatchNorm recalibrated, KL divergence from the
     dense model. The curve is scaled through both points (in between, the scale is interpolated over the logarithm of the raw cost).
 
+    Width 0 (the group's block is removed) is a point of its own: the divergence with the branch bypassed. A narrow branch can learn to
+    add nothing, so no width is taken to cost more than that.
+
     Args:
         model: the dense model in eval mode; not changed.
         groups: what to score.
@@ -246,25 +249,40 @@ def cost_curves(
     half = len(x) // 2
     reference = logits(model, x[half:])
     by_name = {group.name: group for group in groups}
+
+    def divergence(group: ChannelGroup, removed: np.ndarray) -> float:
+        masked = zero_channels(model, by_name, {group.name: removed.tolist()})
+        masked = recalibrate_batchnorm(masked, x[:half])
+        found = kl_nats(reference, logits(masked, x[half:]))
+        return found if math.isfinite(found) else UNUSABLE_NATS
+
     curves: dict[str, np.ndarray] = {}
     with (progress or Silent()).bar("calibrating importance", len(groups)) as bar:
         for group in groups:
             order = np.argsort(scores[group.name], kind="stable")
             cumulative = np.concatenate([[0.0], np.cumsum(scores[group.name][order])])
-            grid = list(grids[group.name])
+            grid = [w for w in grids[group.name] if w]
             raw = np.array([cumulative[group.channels - w] for w in grid])
             anchors = sorted({grid[0], grid[len(grid) // 2]} - {group.channels})
             measured = []
             for width in anchors:
-                removed = [int(c) for c in order[: group.channels - width]]
-                masked = zero_channels(model, by_name, {group.name: removed})
-                masked = recalibrate_batchnorm(masked, x[:half])
-                found = kl_nats(reference, logits(masked, x[half:]))
-                found = found if math.isfinite(found) else UNUSABLE_NATS
+                found = divergence(group, order[: group.channels - width])
                 measured.append((cumulative[group.channels - width], found))
             curves[group.name] = _scaled(raw, measured)
+            if 0 in grids[group.name]:
+                bypassed = divergence(group, order)
+                curves[group.name] = _with_bypass(curves[group.name], bypassed)
             bar.advance(1, group.name)
     return curves
+
+
+def _with_bypass(curve: np.ndarray, nats: float) -> np.ndarray:
+    """The curve with the cost of the bypass in front, and nowhere above it; strictly decreasing still."""
+    steps = FLOOR_NATS * np.arange(len(curve) + 1)[::-1]
+    capped = np.minimum(np.concatenate([[max(nats, 0.0)], curve]), max(nats, 0.0))
+    capped[-1] = 0.0
+    lowered: np.ndarray = capped + steps
+    return lowered
 
 
 def _scaled(raw: np.ndarray, measured: Sequence[tuple[float, float]]) -> np.ndarray:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgeprune import records
+from edgeprune.compress.surgery import Removed, remove_block
 from edgeprune.errors import IntegrityError, ModelError, SpecError
 from edgeprune.factories import call_factory
 from edgeprune.intake import prepare
@@ -34,12 +35,14 @@ Width = Annotated[int, Field(ge=1, le=1 << 24)]
 class PrunedSpec(records.Record):
     """The widths of every layer that has any: layer -> attribute -> value.
 
+    ``removed`` are the layers of removed blocks.
     ``dense`` is what the dense model's modules say of themselves (their ``extra_repr``), by name: it tells the factory from others.
     """
 
     schema_version: Literal[1] = 1
     layers: dict[str, dict[str, Width]]
     dense: dict[str, str] = {}
+    removed: tuple[str, ...] = ()
 
 
 def save_pruned(model: nn.Module, path: Path, dense: nn.Module | None = None) -> None:
@@ -54,7 +57,8 @@ def save_pruned(model: nn.Module, path: Path, dense: nn.Module | None = None) ->
         SpecError, NoSpace: it cannot be written.
     """
     spec = PrunedSpec(
-        layers={name: found for name, m in model.named_modules() if (found := _widths(m))}
+        layers={name: found for name, m in model.named_modules() if (found := _widths(m))},
+        removed=tuple(name for name, m in model.named_modules() if isinstance(m, Removed)),
     )
     if dense is not None:
         spec = spec.model_copy(update={"dense": _descriptions(dense)})
@@ -91,6 +95,7 @@ def load_pruned(factory: Callable[[], nn.Module] | str, file: Path | str) -> nn.
         )
     model, _ = prepare(built, None, where=str(factory))
     _check_dense(model, spec, path)
+    _take_out(model, spec, path)
     _set_widths(model, spec, path)
     _set_tensors(model, tensors, path)
     return model.eval()
@@ -141,6 +146,19 @@ def _read(path: Path) -> tuple[PrunedSpec, dict[str, Tensor]]:
             return spec, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, ValidationError, OSError) as error:
         raise IntegrityError(f"{path} is damaged, or not the file of a pruned model") from error
+
+
+def _take_out(model: nn.Module, spec: PrunedSpec, path: Path) -> None:
+    modules = dict(model.named_modules())
+    problems = [f"the layer {name!r} is missing" for name in spec.removed if name not in modules]
+    problems += [
+        f"the layer {name!r} is another"
+        for name in spec.removed
+        if name == "" or next(modules.get(name, model).children(), None) is not None
+    ]
+    if problems:
+        raise _other_model(path, problems)
+    remove_block(model, spec.removed)
 
 
 def _set_widths(model: nn.Module, spec: PrunedSpec, path: Path) -> None:

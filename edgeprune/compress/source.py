@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import operator
 import re
 import types
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from edgeprune.compress.surgery import Removed
 from edgeprune.errors import ModelError
 from edgeprune.factories import one_line
 
@@ -53,6 +55,7 @@ def build():
     """The model, without its weights, in eval mode."""
     return Pruned().eval()
 '''
+_SUMS = (operator.add, operator.iadd, torch.add)
 _BUILTINS = {"abs", "float", "getattr", "int", "len", "max", "min", "slice", "sum"}
 _WORDS = re.compile(r"(?<==)(same|valid)(?=[,)])")  # torch prints padding=same without quotes
 
@@ -68,9 +71,10 @@ def model_source(model: nn.Module, title: str) -> str:
         ModelError: the model cannot be traced, or has a layer that plain source cannot state; names it.
     """
     try:
-        graph = fx.symbolic_trace(model).graph
+        graph = _Tracer().trace(model)
     except Exception as error:  # the model's forward may raise anything under a tracer
         raise ModelError(f"the model cannot be written as source: {one_line(error)}") from error
+    _drop_removed(graph, model)
     for node in graph.nodes:
         node.type = None  # an annotation may name what only the user's code has
     lines = [f"        self._put({name!r}, {value})" for name, value in _parts(model, graph)]
@@ -83,6 +87,44 @@ def model_source(model: nn.Module, title: str) -> str:
         layers="\n".join(lines) or "        pass",
         forward=forward,
     )
+
+
+class _Tracer(fx.Tracer):
+    """Keeps what stands for removed layers in one piece."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is not looked into."""
+        return isinstance(m, Removed) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _drop_removed(graph: fx.Graph, model: nn.Module) -> None:
+    """Take removed blocks out of the traced graph: ``x + removed`` is ``x``, and what only led there goes."""
+    modules = dict(model.named_modules())
+    dead = [n for n in graph.nodes if isinstance(modules.get(str(n.target)), Removed)]
+    dead = [node for node in dead if node.op == "call_module"]
+    for node in dead:
+        for user in list(node.users):
+            others = [a for a in user.args if a is not node]
+            if (
+                user.target in _SUMS
+                and len(user.args) == 2
+                and len(others) == 1
+                and not user.kwargs
+            ):
+                assert isinstance(others[0], fx.Node)
+                user.replace_all_uses_with(others[0])
+                graph.erase_node(user)
+    led = set(dead)
+    for node in graph.nodes:
+        if any(given in led for given in node.all_input_nodes):
+            led.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in led and not node.users:
+            graph.erase_node(node)
+            led.discard(node)
+    for node in led.intersection(dead):  # a layer that the block's sum does not read directly
+        node.op, node.target = "call_function", torch.zeros_like
+        node.args = node.args[:1]
 
 
 def _parts(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:

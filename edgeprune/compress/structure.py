@@ -8,19 +8,25 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from edgeprune.compress.surgery import Removed
 from edgeprune.cost import LayerShape, macs
 from edgeprune.results import LayerWidth
 
 
 def layer_widths(before: nn.Module, after: nn.Module) -> tuple[LayerWidth, ...]:
-    """Input and output channels of every convolution and linear layer, before and after, in the order of the model."""
+    """Input and output channels of every convolution and linear layer, before and after, in the order of the model.
+
+    A layer of a removed block has none after.
+    """
     later = dict(after.named_modules())
     found = []
     for name, layer in before.named_modules():
         if not isinstance(layer, (_ConvNd, nn.Linear)):
             continue
         now = later[name]
-        (in_before, out_before), (in_after, out_after) = _channels(layer), _channels(now)
+        (in_before, out_before), (in_after, out_after) = _channels(layer), (0, 0)
+        if not isinstance(now, Removed):
+            in_after, out_after = _channels(now)
         found.append(
             LayerWidth(
                 layer=name,

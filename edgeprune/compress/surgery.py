@@ -30,12 +30,32 @@ class Coupling:
 
 
 @dataclass(frozen=True)
+class Block:
+    """The branch of a residual block ``y = x + branch(x)`` whose skip hands ``x`` on as it is: without the branch, ``y = x``.
+
+    ``layers`` are all its layers that have weights or statistics, in the order of the model; ``end`` is the one whose output is added.
+    """
+
+    layers: tuple[str, ...]
+    end: str
+
+
+class Removed(nn.Module):
+    """Stands where a layer of a removed block was: zeros in the shape of what comes in, so that the block adds nothing."""
+
+    def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+        """Zeros like ``x``; a tensor of its own, which may be written to in place."""
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
 class ChannelGroup:
     """Channels that live and die together.
 
     ``channels`` counts what can go on its own: where channels are tied, each of the group's channels is several of the layer's.
     ``root`` is the first layer that writes them; ``step``: widths must be multiples of it; ``kind`` is ``spine`` where several layers
-    write the same channels (residual additions), else ``inner``.
+    write the same channels (residual additions), else ``inner``. ``block`` is the residual branch that the group lies in alone, where
+    removing all its channels means to remove that branch; ``None`` where at least one channel has to stay.
     """
 
     name: str
@@ -44,6 +64,7 @@ class ChannelGroup:
     step: int
     kind: str
     couplings: tuple[Coupling, ...]
+    block: Block | None = None
 
     def layers(self) -> tuple[str, ...]:
         """All layers of the group, producers first, each once."""
@@ -88,6 +109,8 @@ def zero_channels(
 ) -> nn.Module:
     """A copy of the model in which nothing reads the removed channels: their input weights are zero.
 
+    Where all channels of a group with a block are removed, what the block's branch adds is zero instead.
+
     Args:
         model: not changed.
         groups: by name.
@@ -97,12 +120,37 @@ def zero_channels(
     layers = dict(masked.named_modules())
     with torch.no_grad():
         for name, channels in removed.items():
+            if block := _whole_block(groups[name], channels):
+                layers[block.end].register_forward_hook(_silence)
+                continue
             for consumer in groups[name].consumers():
                 weights = weights_by_input(layers[consumer.layer])
                 each = weights.shape[2]
                 for index in (i for c in channels for i in consumer.indices[int(c)]):
                     weights[index // each, :, index % each] = 0
     return masked
+
+
+def _silence(layer: nn.Module, given: object, output: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(output)
+
+
+def _whole_block(group: ChannelGroup, channels: Sequence[int]) -> Block | None:
+    """The block that goes when these channels go."""
+    return group.block if len({int(c) for c in channels}) == group.channels else None
+
+
+def remove_block(model: nn.Module, layers: Sequence[str]) -> None:
+    """Put :class:`Removed` in the place of these layers, in place.
+
+    Raises:
+        AttributeError: the model has no such layer.
+    """
+    for path in layers:
+        parent, _, name = path.rpartition(".")
+        removed = Removed()
+        removed.train(model.get_submodule(path).training)
+        setattr(model.get_submodule(parent), name, removed)
 
 
 def remove_channels(
@@ -124,22 +172,27 @@ def remove_channels(
     """
     smaller = copy.deepcopy(model).eval()
     gone: dict[tuple[str, str], set[int]] = defaultdict(set)
+    blocks: list[str] = []
     for name, channels in removed.items():
         group = groups[name]
         chosen = {int(c) for c in channels}
+        if block := _whole_block(group, channels):
+            blocks.extend(block.layers)
+            continue
         if not chosen <= set(range(group.channels)) or len(chosen) == group.channels:
             raise ModelError(
                 f"channels to remove from {name!r} must be some of its {group.channels}, but are {sorted(chosen)[:8]}"
             )
         for coupling in group.couplings:
             gone[coupling.layer, coupling.side] |= {i for c in chosen for i in coupling.indices[c]}
+    remove_block(smaller, blocks)
     layers = dict(smaller.named_modules())
     # Read before anything is cut: a convolution with fewer inputs may look as if it moved whole groups.
     whole = {name for name, layer in layers.items() if moves_whole_groups(layer)}
     for (name, side), indices in gone.items():
-        if indices and name in layers:
+        if indices and name in layers and name not in blocks:
             _cut(layers[name], side, indices, whole_groups=name in whole)
-        elif indices:
+        elif indices and name not in blocks:
             _cut_parameter(smaller, name, indices)
     try:
         with torch.no_grad():

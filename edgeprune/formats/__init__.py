@@ -57,9 +57,11 @@ class Resizable(Protocol):
     """
 
     kernels: tuple[Kernel, ...]
+    # Group -> kernels that are not there at width 0 of it, for each group that is alone in a residual block with an identity skip.
+    blocks: Mapping[str, frozenset[int]]
 
     def resized(self, widths: Mapping[str, int]) -> bytes:
-        """The whole file at these widths (groups not named keep their full width)."""
+        """The whole file at these widths (groups not named keep their full width); width 0 leaves the group's block out."""
         ...
 
     def kernel(self, index: int, widths: Mapping[str, int]) -> bytes:

@@ -15,6 +15,8 @@ import numpy as np
 
 from edgeprune.errors import FormatError
 from edgeprune.formats import Kernel
+from edgeprune.formats._branches import Bypass
+from edgeprune.formats._onnx_blocks import find_bypasses
 from edgeprune.formats._onnx_links import (
     DEQUANTIZE,
     QUANTIZE,
@@ -142,16 +144,35 @@ class OnnxResizable:
         self.kernels: tuple[Kernel, ...] = tuple(
             self._describe(index, unit, layers) for index, unit in enumerate(self._units)
         )
+        self._bypasses = find_bypasses(self._graph, self._touched())
+        self.blocks: Mapping[str, frozenset[int]] = {
+            group: frozenset(i for i, unit in enumerate(self._units) if unit.main in bypass.gone)
+            for group, bypass in self._bypasses.items()
+        }
+
+    def _touched(self) -> dict[str, set[int]]:
+        """Nodes whose tensors or attributes follow each group."""
+        touched: dict[str, set[int]] = {}
+        for index, node in enumerate(self._graph.nodes):
+            names = [n for n in [*node.input, *node.output] if n]
+            found = [r for n in names for r in self._shapes[n]]
+            found += [r for rules in self._attributes[index].values() for r in rules]
+            for rule in found:
+                for group in rule.groups():
+                    touched.setdefault(group, set()).add(index)
+        return touched
 
     def resized(self, widths: Mapping[str, int]) -> bytes:
-        """The whole file at these widths (groups not named keep their full width).
+        """The whole file at these widths (groups not named keep their full width); width 0 leaves the group's block out.
 
         Raises:
-            FormatError: a width is larger than the dense one, or gives no whole dimension.
+            FormatError: a width is larger than the dense one, gives no whole dimension, or is 0 without a block.
         """
         graph = self._graph.model.graph
         inputs, outputs = [v.name for v in graph.input], [v.name for v in graph.output]
-        return self._write(range(len(self._graph.nodes)), inputs, outputs, widths)
+        bypass: Bypass[str] = Bypass.of(self._bypasses, widths)
+        nodes = [i for i in range(len(self._graph.nodes)) if i not in bypass.gone]
+        return self._write(nodes, inputs, outputs, widths, bypass)
 
     def kernel(self, index: int, widths: Mapping[str, int]) -> bytes:
         """A file with only kernel ``index``: its activations, quantised or float, are the file's inputs and outputs.
@@ -168,6 +189,7 @@ class OnnxResizable:
         inputs: Sequence[str],
         outputs: Sequence[str],
         widths: Mapping[str, int],
+        bypass: Bypass[str] | None = None,
     ) -> bytes:
         onnx = onnx_package()
         source = self._graph.model
@@ -179,6 +201,8 @@ class OnnxResizable:
         for index in node_indices:
             node = graph.node.add()
             node.CopyFrom(self._graph.nodes[index])
+            if bypass is not None:
+                node.input[:] = [bypass.read(name) for name in node.input]
             for attribute in node.attribute:
                 self._set_attribute(attribute, self._attributes[index], widths)
             used.update(dict.fromkeys(n for n in node.input if n in self._graph.constants))

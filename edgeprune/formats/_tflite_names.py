@@ -146,7 +146,7 @@ def drop_transposed_means(model: Any) -> None:
         reader.inputs = np.asarray([op.inputs[0], _channels_last_axes(model, reader)], np.int32)
         dropped.add(number)
     graph.operators = [op for i, op in enumerate(graph.operators) if i not in dropped]
-    _drop_unused(model)
+    drop_unused(model)
 
 
 def _channels_last_axes(model: Any, reader: Any) -> int:
@@ -162,7 +162,7 @@ def _channels_last_axes(model: Any, reader: Any) -> int:
     return len(graph.tensors) - 1
 
 
-def _drop_unused(model: Any) -> None:
+def drop_unused(model: Any) -> None:
     """Remove tensors and buffers that nothing refers to any more, in place."""
     graph = model.subgraphs[0]
     used = {int(i) for op in graph.operators for i in [*op.inputs, *op.outputs] if i >= 0}

@@ -14,7 +14,9 @@ import numpy as np
 
 from edgeprune.errors import FormatError
 from edgeprune.formats import Kernel
+from edgeprune.formats._branches import Bypass
 from edgeprune.formats._resize import Place, Rules, WidthDecoder, slots
+from edgeprune.formats._tflite_blocks import bypassed, find_bypasses
 from edgeprune.formats._tflite_graph import (
     DTYPES,
     WEIGHT,
@@ -28,6 +30,7 @@ from edgeprune.formats._tflite_graph import (
     write_model,
 )
 from edgeprune.formats._tflite_links import Twins, both_sides, find_links
+from edgeprune.formats._tflite_names import drop_unused
 
 SHAPE_VALUE_LIMIT = 16  # constants with at most this many integers may hold dimensions
 
@@ -70,6 +73,24 @@ class TfliteResizable:
             self._options[place.number][place.kind] = found[place]
         self._units = _fuse_padding(self._model)
         self.kernels = tuple(_named(self._describe(layers)))
+        self._bypasses = find_bypasses(self._model, self._touched())
+        self.blocks: Mapping[str, frozenset[int]] = {
+            group: frozenset(
+                i for i, u in enumerate(self._units) if u[-1] in bypass.gone | bypass.changed.keys()
+            )
+            for group, bypass in self._bypasses.items()
+        }
+
+    def _touched(self) -> dict[str, set[int]]:
+        """Operators whose tensors or options follow each group."""
+        touched: dict[str, set[int]] = {}
+        for index, op in enumerate(self._model.subgraphs[0].operators):
+            found = [r for i in both_sides(op) if i >= 0 for r in self._shapes[i]]
+            found += [r for rules in self._options[index].values() for r in rules]
+            for rule in found:
+                for group in rule.groups():
+                    touched.setdefault(group, set()).add(index)
+        return touched
 
     def _describe(self, layers: Collection[str]) -> Iterator[tuple[Kernel, str]]:
         graph = self._model.subgraphs[0]
@@ -112,14 +133,20 @@ class TfliteResizable:
         yield ",".join(options)
 
     def resized(self, widths: Mapping[str, int]) -> bytes:
-        """The whole file at these widths (groups not named keep their full width).
+        """The whole file at these widths (groups not named keep their full width); width 0 leaves the group's block out.
 
         Raises:
-            FormatError: a width is larger than the dense one, or gives no whole dimension.
+            FormatError: a width is larger than the dense one, gives no whole dimension, or is 0 without a block.
         """
         model = self._copy()
-        graph = self._subgraph(model, range(len(self._options)), widths)
+        bypass: Bypass[int] = Bypass.of(self._bypasses, widths)
+        ops = [i for i in range(len(self._options)) if i not in bypass.gone]
+        graph = self._subgraph(model, ops, widths, bypass)
         graph.tensors = [copy.copy(tensor) for tensor in graph.tensors]
+        if bypass.gone:
+            model.subgraphs, model.metadata = [graph], None
+            model.signatureDefs = copy.deepcopy(model.signatureDefs)
+            drop_unused(model)
         return _packed(model, graph)
 
     def kernel(self, index: int, widths: Mapping[str, int]) -> bytes:
@@ -151,7 +178,13 @@ class TfliteResizable:
         model.buffers = list(self._model.buffers)
         return model
 
-    def _subgraph(self, model: Any, ops: Iterable[int], widths: Mapping[str, int]) -> Any:
+    def _subgraph(
+        self,
+        model: Any,
+        ops: Iterable[int],
+        widths: Mapping[str, int],
+        bypass: Bypass[int] | None = None,
+    ) -> Any:
         """The graph with only these operators, its tensors at new widths; new buffers go to ``model``."""
         graph = copy.copy(self._model.subgraphs[0])
         graph.tensors = list(graph.tensors)
@@ -159,6 +192,8 @@ class TfliteResizable:
         done: set[int] = set()
         for op_index in ops:
             op = copy.copy(graph.operators[op_index])
+            if bypass is not None:
+                op = bypassed(model, op, op_index, bypass)
             self._set_options(op, self._options[op_index], widths)
             operators.append(op)
             for index in sorted({i for i in both_sides(op) if i >= 0} - done):

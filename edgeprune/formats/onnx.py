@@ -21,6 +21,7 @@ from edgeprune import records
 from edgeprune.errors import FormatError, MissingTool
 from edgeprune.formats import Format, FormatInfo
 from edgeprune.formats._inputs import check_calibration
+from edgeprune.formats._onnx_blocks import drop_zero_additions
 from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
 from edgeprune.formats._onnx_resize import OnnxResizable, encode
 from edgeprune.formats._resize import WidthDecoder
@@ -50,6 +51,7 @@ class OnnxFormat:
         _require_exporter()
         proto = _export(model, example)
         _drop_notes(proto)
+        drop_zero_additions(proto.graph)
         _fold_batch_norms(proto.graph)
         _use_global_pooling(proto.graph)
         _tidy_constants(proto.graph)

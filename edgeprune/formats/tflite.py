@@ -23,6 +23,7 @@ from edgeprune.errors import FormatError, MissingTool
 from edgeprune.formats import Format, FormatInfo
 from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._resize import WidthDecoder
+from edgeprune.formats._tflite_blocks import drop_zero_additions
 from edgeprune.formats._tflite_graph import (
     DTYPES,
     is_constant,
@@ -32,7 +33,12 @@ from edgeprune.formats._tflite_graph import (
     text,
     write_model,
 )
-from edgeprune.formats._tflite_names import drop_transposed_means, labelled, rename_tensors
+from edgeprune.formats._tflite_names import (
+    drop_transposed_means,
+    drop_unused,
+    labelled,
+    rename_tensors,
+)
 from edgeprune.formats._tflite_resize import TfliteResizable
 from edgeprune.results import Artifact, TensorSpec
 
@@ -144,6 +150,8 @@ class TfliteFormat:
                 hint="replace that operation, or try a target with another format",
             ) from error
         converted = read_model(content)
+        if drop_zero_additions(converted):
+            drop_unused(converted)
         drop_transposed_means(converted)
         rename_tensors(converted, paths)
         records.write_bytes(path, write_model(converted))

@@ -95,6 +95,7 @@ def render_plan(plan: PlanResult) -> str:
         lines.append(
             f"{group.name:40} {group.channels:8} {len(group.kept):6}"
             f" {group.saved_ms_predicted * 1000:15.1f} us {group.cost_nats:12.2g}"
+            + ("" if group.kept else "  block removed")
         )
     last = plan.chosen()
     lines.append(
@@ -205,7 +206,8 @@ def _panel(
     ]
     for choice, at in zip(choices, points, strict=True):
         is_chosen = choice.width == width
-        hint = f"{choice.width} channels: saves {time_text(choice.saved_ms)}, costs {significant(choice.cost_nats)} nats"
+        what = f"{choice.width} channels" if choice.width else "block removed"
+        hint = f"{what}: saves {time_text(choice.saved_ms)}, costs {significant(choice.cost_nats)} nats"
         parts.append(
             dot(at, 4.5 if is_chosen else 1.8, "chosen" if is_chosen else "mark pruned-int8", hint)
         )

@@ -77,7 +77,7 @@ def cuts(report: facts.Planned) -> Markup:
     rows = [
         (
             g.name,
-            f"{g.channels} → {len(g.kept)}",
+            f"{g.channels} → {len(g.kept) or 'block removed'}",
             in_unit(g.saved_ms_predicted, unit),
             charts.small_bar(g.saved_ms_predicted / most if most > 0 else 0, "fill pruned-int8"),
             significant(g.cost_nats),

@@ -286,7 +286,7 @@ def say_cuts(page: Page, plan: PruningPlan) -> None:
         rows = [
             (
                 g.name,
-                f"{g.channels} -> {len(g.kept)}",
+                f"{g.channels} -> {len(g.kept) or 'block removed'}",
                 in_unit(g.saved_ms_predicted, unit),
                 significant(g.cost_nats),
             )
