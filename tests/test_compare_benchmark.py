@@ -212,7 +212,9 @@ def made(*rows: CompareRow) -> CompareResults:
         fingerprint=make_fingerprint(), epochs=0.3, learning_rate=0.02, batch_size=128, train_images=100, development_n=50, test_n=1000,
         seeds=2, dense_development={"int8": 0.95, "fp32": 0.95}, dense_test={"int8": 0.95, "fp32": 0.95},
         dense_ms={"int8": 1.0, "fp32": 2.0}, versions={}, rows=rows, seconds=90.0,
-        latency_model=LatencyModelQuality(kernels_measured=1, nets_fitted=1, nets_held_out=1, mean_error_ratio=0.01, worst_error_ratio=0.02),
+        latency_model=LatencyModelQuality(
+            kernels_measured=1, nets_fitted=1, nets_held_out=1, mean_error_ratio=0.01, worst_error_ratio=0.02
+        ),
     )  # fmt: skip
 
 
