@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from board_blocks import BoardResults, boards_block, matrix_block
+from compare_blocks import compare_block
+from compare_plot import compare_plot
+from compare_records import CompareResults
 
 from edgeprune import records
 from edgeprune.report import charts, facts
@@ -33,6 +36,7 @@ from edgeprune.results import Fingerprint, LatencyModelQuality, Report
 from edgeprune.specs import Precision
 
 RESULTS = Path(__file__).parent / "results"
+NETS = ("example", "resnet20-wide", "mobilenetv2-half")
 
 
 class Check(records.Record):
@@ -138,6 +142,11 @@ class MeasurementResults(records.Record):
     chain_ms: dict[str, float]
     versions: dict[str, str]
     trials: tuple[Trial, ...]
+
+
+def block_name(net: str) -> str:
+    """The block of figures that compares pruners on a net."""
+    return f"compare-{net}"
 
 
 def stamp_text(fingerprint: Fingerprint) -> str:
@@ -428,7 +437,8 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     """Every block by name; ``None`` while its results file is not there.
 
     Args:
-        results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json`` and ``emulated-setup.json``.
+        results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json``, ``emulated-setup.json`` and
+            ``compare-NET.json``.
 
     Raises:
         IntegrityError: a results file is damaged.
@@ -436,7 +446,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     demo, budgets = results / "demo.json", results / "budgets.json"
     measurement = results / "measurement.json"
     boards, setup = results / "boards.json", results / "emulated-setup.json"
-    names = ("demo", "budgets", "prediction", "measurement", "boards")
+    names = ("demo", "budgets", "prediction", "measurement", "boards", *map(block_name, NETS))
     found: dict[str, str | None] = dict.fromkeys(names)
     found["failures"] = matrix_block()
     if demo.is_file():
@@ -446,7 +456,25 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         found |= {"budgets": budgets_block(read), "prediction": prediction_block(read)}
     if measurement.is_file():
         found["measurement"] = measurement_block(records.read_json(MeasurementResults, measurement))
+    for net in NETS:
+        path = results / f"compare-{net}.json"
+        if path.is_file():
+            compared = records.read_json(CompareResults, path)
+            found[block_name(net)] = compare_block(
+                compared, table, stamp_text(compared.fingerprint)
+            )
     if boards.is_file():
         costs = json.loads(setup.read_bytes()) if setup.is_file() else None
         found["boards"] = boards_block(records.read_json(BoardResults, boards), costs)
+    return found
+
+
+def load_plots(results: Path) -> dict[str, str]:
+    """Pictures by their place in the checkout. Raises as :func:`load_blocks`."""
+    found = {}
+    for net in NETS:
+        path = results / f"compare-{net}.json"
+        drawn = compare_plot(records.read_json(CompareResults, path)) if path.is_file() else None
+        if drawn is not None:
+            found[f"docs/compare-{net}.svg"] = drawn.decode()
     return found

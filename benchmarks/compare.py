@@ -8,10 +8,11 @@ a run that is cut off keeps what it has, and a second run with the same ``--run`
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -272,18 +273,22 @@ def structures(
     comparison: Comparison,
     budgets: Mapping[str, float],
     wanted: Callable[[str], bool],
+    ablated: Collection[str],
     say: Callable[[str], None],
 ) -> list[Entry]:
-    """Every wanted method at every budget, measured; no training yet."""
+    """Every wanted method at every budget, measured; ours with parts taken away at the ``ablated`` budgets only. No training yet."""
     entries = []
     for budget, ratio in budgets.items():
-        entries += _ours(comparison, budget, ratio, wanted, say)
+        whole = wanted if budget in ablated else chooser(OURS)
+        entries += _ours(comparison, budget, ratio, whole, say)
     for maker in comparison.baselines(wanted):
         for method in maker():
-            if not wanted(method.name):
+            is_part = method.name.startswith(f"{OURS}-")
+            asked = {r: b for b, r in budgets.items() if b in ablated or not is_part}
+            if not wanted(method.name) or not asked:
                 continue
-            for ratio, candidate in comparison.rig.fit(method, tuple(budgets.values())):
-                budget = next(b for b, r in budgets.items() if r == ratio)
+            for ratio, candidate in comparison.rig.fit(method, tuple(asked)):
+                budget = asked[ratio]
                 entries.append(
                     _entry(comparison, method.name, method.family, budget, ratio, candidate, say)
                 )
@@ -541,9 +546,11 @@ def _results(comparison: Comparison, net: str, seeds: int) -> CompareResults:
 
 
 def chooser(patterns: str) -> Callable[[str], bool]:
-    """Whether a method is wanted: by the start of its name, separated by commas; empty means all."""
-    starts = [p for p in patterns.split(",") if p]
-    return lambda name: not starts or name == OURS or any(name.startswith(s) for s in starts)
+    """Whether a method is wanted: by its name, or by a start of it that ends in a star, separated by commas; empty means all."""
+    asked = [p for p in patterns.split(",") if p]
+    return lambda name: (
+        not asked or name == OURS or any(fnmatch.fnmatchcase(name, p) for p in asked)
+    )
 
 
 @click.command()
@@ -552,12 +559,15 @@ def chooser(patterns: str) -> Callable[[str], bool]:
 )
 @click.option("--budgets", default="2x,3x,4x", show_default=True)
 @click.option(
-    "--methods", default="", help="Starts of method names, separated by commas; default: all."
+    "--methods",
+    default="",
+    help="Names or patterns such as tp-*, separated by commas; default: all.",
+)
+@click.option(
+    "--ablate", default="", help="Budgets at which parts are taken away from ours; default: all."
 )
 @click.option("--seeds", type=click.IntRange(1, 10), default=1, show_default=True)
-@click.option(
-    "--seeded", default="", help="Starts of the methods that get more than one seed; default: all."
-)
+@click.option("--seeded", default="", help="Methods that get more than one seed; default: all.")
 @click.option("--epochs", type=click.FloatRange(0, 100), default=0.3, show_default=True)
 @click.option("--rate", type=click.FloatRange(0, 1), default=0.02, show_default=True)
 @click.option("--target", default="rpi4", show_default=True)
@@ -573,6 +583,7 @@ def main(
     net: str,
     budgets: str,
     methods: str,
+    ablate: str,
     seeds: int,
     seeded: str,
     epochs: float,
@@ -609,7 +620,8 @@ def main(
         )
         kept.mkdir(exist_ok=True)
         comparison = Comparison(context, ready, kept, recovery)
-        entries = structures(comparison, asked, chooser(methods), progress.say)
+        ablated = ablate.split(",") if ablate else list(asked)
+        entries = structures(comparison, asked, chooser(methods), ablated, progress.say)
         results = _results(comparison, net, seeds)
         runner = Runner(comparison, entries, results, out or RESULTS / f"compare-{net}.json")
         runner.train(seeds, chooser(seeded), until)

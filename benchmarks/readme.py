@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import click
-from blocks import RESULTS, load_blocks
+from blocks import RESULTS, load_blocks, load_plots
 
 from edgeprune import records
 from edgeprune.errors import EdgepruneError, SpecError, UnknownName
@@ -61,7 +61,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def stale(root: Path, results: Path) -> dict[Path, str]:
-    """The pages whose blocks are not what the results say, with what they should be. Raises as :func:`filled`."""
+    """The pages whose blocks, and the pictures that, are not what the results say; what they should be. Raises as :func:`filled`."""
     blocks = load_blocks(results)
     found = {}
     for path in pages(root):
@@ -69,6 +69,10 @@ def stale(root: Path, results: Path) -> dict[Path, str]:
         wanted = filled(text, blocks, where=path.name)
         if wanted != text:
             found[path] = wanted
+    for place, drawn in load_plots(results).items():
+        path = root / place
+        if not path.is_file() or path.read_text(encoding="utf-8") != drawn:
+            found[path] = drawn
     return found
 
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from report_fixture import make_fingerprint
 from torch import nn
 
 from edgeprune.compress.groups import find_groups
 from edgeprune.compress.importance import l2, removal_order
 from edgeprune.compress.structure import work
 from edgeprune.latency.predictor import Factor, LatencyModel
+from edgeprune.results import LatencyModelQuality
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import blocks  # noqa: E402
 from compare import versus  # noqa: E402
+from compare_blocks import compare_block  # noqa: E402
+from compare_plot import compare_plot  # noqa: E402
+from compare_records import CompareResults, CompareRow, OneShot, Trained, Versus  # noqa: E402
 from methods import torch_pruning as with_torch_pruning  # noqa: E402
 from methods.candidate import Candidate, Method  # noqa: E402
 from methods.paths import _carried, _knapsack, halp, path_method  # noqa: E402
@@ -197,3 +204,65 @@ def test_ours_against_theirs_counts_images_that_one_alone_got_right():
 
 def test_geometric_limits_end_at_the_last():
     assert geometric(8, 1, 3) == pytest.approx([4, 2, 1])
+
+
+def made(*rows: CompareRow) -> CompareResults:
+    return CompareResults(
+        edgeprune_version="0", created="now", command="c", net="example", target="rpi4", device="d", precision="int8",
+        fingerprint=make_fingerprint(), epochs=0.3, learning_rate=0.02, batch_size=128, train_images=100, development_n=50, test_n=1000,
+        seeds=2, dense_development={"int8": 0.95, "fp32": 0.95}, dense_test={"int8": 0.95, "fp32": 0.95},
+        dense_ms={"int8": 1.0, "fp32": 2.0}, versions={}, rows=rows, seconds=90.0,
+        latency_model=LatencyModelQuality(
+            kernels_measured=1, nets_fitted=1, nets_held_out=1, mean_error_ratio=0.01, worst_error_ratio=0.02
+        ),
+    )  # fmt: skip
+
+
+def row(method: str, budget: str, *test: float, low: float | None = None) -> CompareRow:
+    trained = tuple(Trained(seed=i, development=t, test=t, seconds=1) for i, t in enumerate(test))
+    found = (
+        Versus(margin=0.004, only_ours=30, only_theirs=22, p=0.3) if method != "edgeprune" else None
+    )
+    return CompareRow(
+        method=method, family=method, budget=budget, asked_ratio=0.5, status="done", structure_ratio=0.49, ratio=0.495, low=low,
+        one_shot=OneShot(naive=0.3, recalibrated=0.8, compensated=None), trained=trained, versus=found,
+    )  # fmt: skip
+
+
+def test_the_table_names_drops_margins_and_what_was_not_reached():
+    missed = CompareRow(
+        method="uniform", family="uniform", budget="4x", asked_ratio=0.25, status="not reached"
+    )
+    rows = (
+        row("edgeprune", "2x", 0.949, 0.951),
+        row("netadapt", "2x", 0.94, 0.942),
+        row("edgeprune-minus-tiles", "2x", 0.9495),
+        missed,
+    )
+    text = compare_block(made(*rows), blocks.table, "stand-in: x86-64")
+    assert "| edgeprune | 49.5 % | 0.00 | 2 |" in text.replace("+0.00", "0.00").replace(
+        "±0.00", "0.00"
+    )
+    assert "best other, `netadapt` (2 seeds; 30 images right by it alone, 22 by the other" in text
+    assert "Missed: uniform at 4x: not reached." in text
+
+
+def test_a_file_that_is_surely_over_the_budget_says_so():
+    text = compare_block(made(row("edgeprune", "2x", 0.949, low=0.51)), blocks.table, "s")
+    assert "over the budget" in text
+
+
+def test_the_picture_has_a_line_for_each_family_and_the_dense_net():
+    rows = (
+        row("edgeprune", "2x", 0.949),
+        row("edgeprune", "4x", 0.94),
+        row("netadapt", "2x", 0.93),
+        row("edgeprune-minus-tiles", "2x", 0.9),
+    )
+    drawn = compare_plot(made(*rows))
+    assert drawn is not None
+    root = ElementTree.fromstring(drawn)
+    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"edgeprune", "netadapt", "dense INT8"} <= set(texts)
+    assert "edgeprune-minus-tiles" not in texts
+    assert compare_plot(made()) is None

@@ -63,7 +63,8 @@ def solver_method(
 ) -> Method:
     """The solver over any cost and any idea of latency; the knob moves the limit from dense to the fastest, geometrically."""
     dense = problem.model.predict({})
-    fastest = search.fastest(problem).predicted_ms
+    # A simplified latency can fall below zero where it was never measured.
+    fastest = max(search.fastest(problem).predicted_ms, 0.02 * dense)
 
     def at(knob: float) -> Candidate:
         limit = dense * (fastest / dense) ** min(max(knob, 0.0), 1.0)
