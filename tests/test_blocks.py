@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from zoo import ZOO, conv_bn, head, make
 
 from edgeprune import formats, planning, search
-from edgeprune.compress.compensate import recalibrate_batchnorm
+from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
 from edgeprune.compress.evaluate import kl_nats, logits
 from edgeprune.compress.groups import ChannelGroup, find_groups, mask_identity, remove_channels
 from edgeprune.compress.importance import cost_curves, l2
@@ -220,6 +220,19 @@ def test_layers_of_a_removed_block_have_no_channels_after() -> None:
     after = {w.layer: w for w in layer_widths(model, without(model, x, "b1.0"))}
     assert {n for n, w in after.items() if w.out_after == 0} == {"b1.0", "b2"}
     assert (after["b2"].in_before, after["b2"].in_after) == (20, 0)
+
+
+def test_layers_behind_a_removed_block_are_fitted_to_what_they_said_before() -> None:
+    model = random_statistics(build())
+    x = torch.rand(160, 1, 28, 28)
+    pruned = without(model, x, "stage3.1.expand")
+    repaired, report = compensate(pruned, model, {}, x, progress=Silent())
+    assert {f.name for f in report.fitted} == {"stage3.2.expand", "stage3.2.project"}
+    skipped = [name for name, _ in report.skipped]
+    assert skipped == ["stage3.2.depthwise", "classifier"]  # has groups; too few samples for it
+    assert report.used
+    assert report.kl_compensated < report.kl_recalibrated
+    assert isinstance(repaired.get_submodule("stage3.1.expand"), Removed)
 
 
 # Files

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from edgeprune.compress.evaluate import device_of, kl_nats, logits, run_once
 from edgeprune.compress.inputs import batches
 from edgeprune.compress.least_squares import Layer, LayerFit, as_positions, input_rows, refit
+from edgeprune.compress.surgery import Removed
 from edgeprune.errors import ModelError
 from edgeprune.progress import Progress
 
@@ -130,7 +131,7 @@ def compensate(
 ) -> tuple[nn.Module, CompensationReport]:
     """The pruned model with repaired weights and fresh batch-norm statistics, if that beats fresh statistics alone.
 
-    Each convolution without groups and each linear layer that lost inputs solves
+    Each convolution without groups and each linear layer that lost inputs, or runs behind a removed block, solves
     ``min |X W' - Y|^2 + l |W - W_now|^2`` with ``l = ridge * mean diag(X'X)``: ``X`` its inputs in the pruned model, repaired so far, and
     ``Y`` the dense layer's outputs at the same places. Means are left out where a bias or a batch norm takes them up.
 
@@ -215,11 +216,12 @@ def _sites(
     max_inputs: int,
     positions: int,
 ) -> tuple[list[_Site], list[tuple[str, str]]]:
-    """Layers that lost inputs, in execution order, and those left alone with the reason."""
+    """Layers that lost inputs or read others, in execution order, and those left alone with the reason."""
     seen = _probe(pruned, x[:2])
+    behind = _behind_removed(pruned, x[:2])
     chosen: list[_Site] = []
     skipped: list[tuple[str, str]] = []
-    for name, layer, original in _narrowed(pruned, dense, list(seen)):
+    for name, layer, original in _narrowed(pruned, dense, list(seen), behind):
         reason = _reason_to_skip(layer, seen.get(name), max_inputs)
         rows = 0 if reason else _rows_wanted(layer, seen[name].positions, len(x), positions)
         if not reason and rows < 2 * _taps(layer):
@@ -240,10 +242,30 @@ def _sites(
     return _within_cache(chosen, len(x)), skipped
 
 
+def _behind_removed(model: nn.Module, x: Tensor) -> set[str]:
+    """Layers that run after a removed block: what they read is not what it was."""
+    removed = [m for m in model.modules() if isinstance(m, Removed)]
+    if not removed:
+        return set()
+    passed: list[nn.Module] = []
+    behind: set[str] = set()
+
+    def note_layer(name: str) -> None:
+        if passed:
+            behind.add(name)
+
+    handles = [m.register_forward_hook(lambda m, _, out: passed.append(m)) for m in removed]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            handles.append(module.register_forward_hook(lambda *_, n=name: note_layer(n)))
+    run_once(model, x, handles)
+    return behind
+
+
 def _narrowed(
-    pruned: nn.Module, dense: nn.Module, ran: list[str]
+    pruned: nn.Module, dense: nn.Module, ran: list[str], behind: set[str]
 ) -> Iterator[tuple[str, Layer, Layer]]:
-    """Layers with fewer inputs than in the dense model: first those that ran, in that order, then the others."""
+    """Layers with fewer inputs than in the dense model, or in ``behind``: first those that ran, in that order, then the others."""
     layers, originals = dict(pruned.named_modules()), dict(dense.named_modules())
     for name in dict.fromkeys([*ran, *layers]):
         layer, original = layers[name], originals.get(name)
@@ -251,7 +273,7 @@ def _narrowed(
             continue
         if not isinstance(original, nn.Conv2d | nn.Linear):
             continue
-        if layer.weight.shape[1] != original.weight.shape[1]:
+        if name in behind or layer.weight.shape[1] != original.weight.shape[1]:
             yield name, layer, original
 
 
