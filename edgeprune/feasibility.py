@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from edgeprune import planning, stages
@@ -56,8 +55,9 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
         lambda _: planning.measure_nets(stand, file, table.result.grids, seed=context.job.seed),
     )
     planning.check_budget(context.job.budget, nets.result)
-    plan = _plan(context, run, stand, file, table, nets)
-    return Planned(dense, latency, table, plan)
+    scores = _scores(context, run, table)
+    plan = _plan(context, run, stand, file, table, nets, scores)
+    return Planned(dense, latency, table, nets, scores, plan, stand, file)
 
 
 def _check_times(context: Context) -> None:
@@ -227,10 +227,22 @@ def _share_times(
     write_times(job.tables, earlier, new)
 
 
-def _score(context: Context, table: MeasuredTable, folder: Path) -> ScoresResult:
+def _score(context: Context, table: MeasuredTable) -> ScoresResult:
     """Work on this machine, while others may use the board."""
     with context.board.rested():
-        return stages.score(context, table.grids, folder)
+        return stages.score(context, table.grids, context.model, context.groups[0])
+
+
+def _scores(context: Context, run: RunFolder, table: Stage[MeasuredTable]) -> Stage[ScoresResult]:
+    job = context.job
+    context.progress.say(f"[4/8] importance of every channel ({job.importance})")
+    return run.stage(
+        "importance",
+        "other",
+        {"kernels": table.digest, "importance": job.importance, "data": job.loaded.dataset.digest},
+        ScoresResult,
+        lambda _: _score(context, table.result),
+    )
 
 
 def _plan(
@@ -240,16 +252,9 @@ def _plan(
     file: Resizable,
     table: Stage[MeasuredTable],
     nets: Stage[MeasuredNets],
+    scores: Stage[ScoresResult],
 ) -> Stage[PlanResult]:
     job, say = context.job, context.progress.say
-    say(f"[4/8] importance of every channel ({job.importance})")
-    scores = run.stage(
-        "importance",
-        "other",
-        {"kernels": table.digest, "importance": job.importance, "data": job.loaded.dataset.digest},
-        ScoresResult,
-        lambda f: _score(context, table.result, f),
-    )
     how = "search" if job.widths is None else "the given plan"
     say(f"[5/8] {how}: {job.budget.text}, checked on the device")
     plan = run.stage(
@@ -263,13 +268,21 @@ def _plan(
         },
         PlanResult,
         lambda _: stages.plan_structure(
-            context, stand, file, table.result, nets.result, scores.result
+            context,
+            stand,
+            file,
+            stages.plan_basis(context, file, table.result, nets.result, scores.result),
         ),
     )
-    widths = plan.result.plan.widths()
-    chosen = min((c for c in plan.result.checks if c.widths == widths), key=lambda c: c.ratio_high)
-    say(
+    say_plan(context, plan.result)
+    return plan
+
+
+def say_plan(context: Context, plan: PlanResult) -> None:
+    """One line about the measurement of a plan."""
+    widths = plan.plan.widths()
+    chosen = min((c for c in plan.checks if c.widths == widths), key=lambda c: c.ratio_high)
+    context.progress.say(
         f"      {chosen.ratio_to_dense:.1%} of dense measured;"
         f" predicted {chosen.predicted_ms:.4g} ms, measured {chosen.measured_ms:.4g} ms"
     )
-    return plan
