@@ -494,5 +494,5 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
         record["preprocess"] = {**record.get("preprocess", {}), **preprocess}
     if schedule := schedule_settings(flags):
         record["recovery"] = {**record.get("recovery", {}), **schedule}
-    where = str(file) if record and not given else "the command line"
-    return records.parse(Workload, {**record, **given}, where=where), base
+    # The file was checked when it was read.
+    return records.parse(Workload, {**record, **given}, where="the command line"), base

@@ -28,4 +28,8 @@ def schedule_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: flags[key] for key in names if flags.get(key) is not None}
     if given.get("steps", "").isdecimal():
         given["steps"] = int(given["steps"])
+    if given.get("start", "rewound") != "rewound":
+        given.setdefault(
+            "rewind_weights", None
+        )  # a file named in edgeprune.yaml is for another start
     return given
