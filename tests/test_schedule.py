@@ -165,6 +165,26 @@ def test_two_cuts_after_another_equal_one(name: str) -> None:
         assert torch.equal(twice(x), once(x))
 
 
+def test_a_grouped_convolution_with_few_inputs_left_is_cut_as_before() -> None:
+    """Four groups of eight inputs give up the same positions; of four inputs they would look as if they went as a whole."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    groups, _ = find_groups(net, x[:1])
+    assert {g.name: g.channels for g in groups} == {"0": 8, "2": 8}
+    by_name = {g.name: g for g in groups}
+    first = {"0": (1, 3, 5, 7), "2": (0, 1, 2, 3, 4, 5)}
+    narrow = remove_channels(net, by_name, {"0": (0, 2, 4, 6), "2": (6, 7)}, x[:1])
+    later = {g.name: g for g in narrowed_groups(groups, first)}
+    twice = remove_channels(narrow, later, {"0": (0, 3), "2": (1,)}, x[:1])
+    once = remove_channels(net, by_name, {"0": (0, 1, 2, 4, 6, 7), "2": (1, 6, 7)}, x[:1])
+    assert twice[2].weight.shape == (20, 2, 3, 3)
+    with torch.no_grad():
+        assert torch.equal(twice(x), once(x))
+
+
 def test_groups_of_a_net_that_was_cut_can_be_scored() -> None:
     model, x = make(ZOO["residual"])
     groups, _ = find_groups(model, x[:1])
