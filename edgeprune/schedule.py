@@ -159,6 +159,8 @@ def earlier_steps(context: Context, run: RunFolder, planned: Planned) -> LastSte
     job, recovery = context.job, context.job.loaded.workload.recovery
     full = {g.name: tuple(range(g.channels)) for g in context.groups[0]}
     current = Current(context.model, full)
+    if recovery.steps == 1:
+        return LastStep(planned, current, _training(recovery, recovery.epochs))
     basis = stages.plan_basis(
         context,
         planned.file,
@@ -231,6 +233,7 @@ class _Step:
             "importance": job.importance,
             "data": job.loaded.dataset.digest,
             "weights": current.weights,
+            "kept": dict(current.kept),
         }
         return self.run.stage(f"step-{self.number}-importance", "other", inputs, ScoresResult, work)
 
