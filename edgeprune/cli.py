@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeprune.cli_devices import devices
+from edgeprune.cli_options import schedule_options, schedule_settings
 from edgeprune.console import plain, print_list
 from edgeprune.errors import BudgetError, EdgepruneError, SpecError
 from edgeprune.version import VERSION
@@ -150,6 +151,7 @@ def _budget_options(command: Command) -> Command:
 @cli.command()
 @_model_options
 @_budget_options
+@schedule_options
 @click.option(
     "--dry-run", is_flag=True, help="Stop after the measured plan: feasibility without training."
 )
@@ -490,5 +492,7 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
         preprocess["color"] = flags["color"]
     if preprocess:
         record["preprocess"] = {**record.get("preprocess", {}), **preprocess}
-    where = str(file) if record and not given else "the command line"
-    return records.parse(Workload, {**record, **given}, where=where), base
+    if schedule := schedule_settings(flags):
+        record["recovery"] = {**record.get("recovery", {}), **schedule}
+    # The file was checked when it was read.
+    return records.parse(Workload, {**record, **given}, where="the command line"), base

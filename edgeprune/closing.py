@@ -26,6 +26,8 @@ from edgeprune.compress.source import model_source
 from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
 from edgeprune.errors import ModelError
+from edgeprune.formats import Resizable
+from edgeprune.planning import Stand
 from edgeprune.results import Artifact, PruningPlan, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
@@ -33,11 +35,13 @@ from edgeprune.stage_records import (
     DenseLatency,
     FinalLatency,
     FinalQuality,
+    MeasuredNets,
     MeasuredTable,
     PlanResult,
     PrunedFiles,
     PrunedResult,
     RecoveredResult,
+    ScoresResult,
     TestQuality,
 )
 from edgeprune.version import VERSION
@@ -51,12 +55,25 @@ PACKAGES = (
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What is known before any training: dense figures, the plan, and how it was found."""
+class Prepared:
+    """What every budget shares: the dense files and their latency, the kernel table, whole nets.
+
+    ``file`` is the dense file in the precision of the search, as one that takes any widths, on ``stand``.
+    """
 
     dense: Stage[DenseFiles]
     latency: Stage[DenseLatency]
+    stand: Stand
+    file: Resizable
     table: Stage[MeasuredTable]
+    nets: Stage[MeasuredNets]
+
+
+@dataclass(frozen=True)
+class Planned(Prepared):
+    """What is known before any training: how every channel was scored, and the plan that was found."""
+
+    scores: Stage[ScoresResult]
     plan: Stage[PlanResult]
 
 
@@ -81,6 +98,7 @@ class Closing:
     four: Mapping[str, tuple[Path, Artifact]]
     final: Stage[FinalLatency]
     model: nn.Module
+    earlier_epochs: float = 0.0  # of the steps before the last
 
     def judge_and_write(self) -> Outcome:
         """Decide what ships, write the report and the bundle."""
@@ -212,7 +230,7 @@ class Closing:
             stages=tuple(self.run.costs),
             peak_memory_bytes=peak_memory_bytes(),
             versions=versions(),
-            settings=_settings(job, self.recovered.result),
+            settings=_settings(job, self.recovered.result, self.earlier_epochs),
             notes=(*job.loaded.notes, *job.notes, *self.run.notes, *self._notes()),
             bundle="bundle",
         )
@@ -345,7 +363,9 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _settings(job: Job, recovered: RecoveredResult) -> dict[str, str | int | float | bool | None]:
+def _settings(
+    job: Job, recovered: RecoveredResult, earlier_epochs: float
+) -> dict[str, str | int | float | bool | None]:
     recovery = job.loaded.workload.recovery
     return {
         "seed": job.seed,
@@ -354,10 +374,12 @@ def _settings(job: Job, recovered: RecoveredResult) -> dict[str, str | int | flo
         "threads on the device": job.target.runtime.threads,
         "calibration samples": job.target.quantization.calibration_samples,
         "recovery epochs": recovery.epochs,
-        "recovery epochs run": recovered.epochs_run,
+        "recovery epochs run": earlier_epochs + recovered.epochs_run,
         "recovery epoch kept": recovered.best_epoch,
         "recovery learning rate": recovery.learning_rate,
         "recovery batch size": recovery.batch_size,
+        "pruning steps": recovery.steps,
+        "training starts from": recovery.start,
         "training threads": torch.get_num_threads(),
     }
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from edgeprune import planning, stages
-from edgeprune.closing import Planned, chance_note, versions
+from edgeprune.closing import Planned, Prepared, chance_note, versions
 from edgeprune.context import Context, Job
 from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
@@ -32,18 +31,6 @@ from edgeprune.stage_records import (
     ScoresResult,
     VariantFile,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What every budget shares: the dense files and their latency, the file that takes any widths, the kernel table, whole nets."""
-
-    dense: Stage[DenseFiles]
-    latency: Stage[DenseLatency]
-    stand: Stand
-    file: Resizable
-    table: Stage[MeasuredTable]
-    nets: Stage[MeasuredNets]
 
 
 def prepare(context: Context, run: RunFolder) -> Prepared:
@@ -78,8 +65,9 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
     """
     ready = prepare(context, run)
     planning.check_budget(context.job.budget, ready.nets.result)
-    plan = _plan(context, run, ready.stand, ready.file, ready.table, ready.nets)
-    return Planned(ready.dense, ready.latency, ready.table, plan)
+    scores = _scores(context, run, ready.table)
+    plan = _plan(context, run, ready, scores)
+    return Planned(**vars(ready), scores=scores, plan=plan)
 
 
 def _check_times(context: Context) -> None:
@@ -249,49 +237,58 @@ def _share_times(
     write_times(job.tables, earlier, new)
 
 
-def _score(context: Context, table: MeasuredTable, folder: Path) -> ScoresResult:
+def _score(context: Context, table: MeasuredTable) -> ScoresResult:
     """Work on this machine, while others may use the board."""
     with context.board.rested():
-        return stages.score(context, table.grids, folder)
+        return stages.score(context, table.grids, context.model, context.groups[0])
 
 
-def _plan(
-    context: Context,
-    run: RunFolder,
-    stand: Stand,
-    file: Resizable,
-    table: Stage[MeasuredTable],
-    nets: Stage[MeasuredNets],
-) -> Stage[PlanResult]:
-    job, say = context.job, context.progress.say
-    say(f"[4/8] importance of every channel ({job.importance})")
-    scores = run.stage(
+def _scores(context: Context, run: RunFolder, table: Stage[MeasuredTable]) -> Stage[ScoresResult]:
+    job = context.job
+    context.progress.say(f"[4/8] importance of every channel ({job.importance})")
+    return run.stage(
         "importance",
         "other",
         {"kernels": table.digest, "importance": job.importance, "data": job.loaded.dataset.digest},
         ScoresResult,
-        lambda f: _score(context, table.result, f),
+        lambda _: _score(context, table.result),
     )
+
+
+def _plan(
+    context: Context, run: RunFolder, ready: Prepared, scores: Stage[ScoresResult]
+) -> Stage[PlanResult]:
+    job, say = context.job, context.progress.say
     how = "search" if job.widths is None else "the given plan"
     say(f"[5/8] {how}: {job.budget.text}, checked on the device")
     plan = run.stage(
         "plan",
         "measuring",
         {
-            "nets": nets.digest,
+            "nets": ready.nets.digest,
             "importance": scores.digest,
             "budget": job.budget,
             **({} if job.widths is None else {"widths": dict(job.widths)}),
         },
         PlanResult,
         lambda _: stages.plan_structure(
-            context, stand, file, table.result, nets.result, scores.result
+            context,
+            ready.stand,
+            ready.file,
+            stages.plan_basis(
+                context, ready.file, ready.table.result, ready.nets.result, scores.result
+            ),
         ),
     )
-    widths = plan.result.plan.widths()
-    chosen = min((c for c in plan.result.checks if c.widths == widths), key=lambda c: c.ratio_high)
-    say(
+    say_plan(context, plan.result)
+    return plan
+
+
+def say_plan(context: Context, plan: PlanResult) -> None:
+    """One line about the measurement of a plan."""
+    widths = plan.plan.widths()
+    chosen = min((c for c in plan.checks if c.widths == widths), key=lambda c: c.ratio_high)
+    context.progress.say(
         f"      {chosen.ratio_to_dense:.1%} of dense measured;"
         f" predicted {chosen.predicted_ms:.4g} ms, measured {chosen.measured_ms:.4g} ms"
     )
-    return plan

@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -38,7 +38,8 @@ class Basis:
     """What a plan is made from: the groups, what their widths cost in ms and nats, and in which order their channels go.
 
     ``model`` predicts ms and is ``quality`` good; ``nets`` are the whole nets that it was fitted on. ``curves[group][i]`` is the cost in
-    nats of keeping ``model.grids[group][i]`` channels; ``orders[group]`` has the least important channel first.
+    nats of keeping ``model.grids[group][i]`` channels; ``orders[group]`` has the least important channel first. ``at_least`` and
+    ``at_most`` bound the widths of the groups that they name: what is gone does not come back.
     """
 
     groups: Sequence[ChannelGroup]
@@ -49,11 +50,17 @@ class Basis:
     curves: Mapping[str, np.ndarray]
     orders: Mapping[str, np.ndarray]
     importance: str
+    at_least: Mapping[str, int] = field(default_factory=dict)
+    at_most: Mapping[str, int] = field(default_factory=dict)
 
     def problem(self) -> Problem:
         """What the solver is asked."""
-        grids = self.model.grids
-        return Problem(grids=grids, cost_nats=dict(self.curves), model=self.model)
+        model = self.model.between(self.at_least, self.at_most)
+        curves = {
+            name: np.asarray([self.cost_nats(name, width) for width in grid])
+            for name, grid in model.grids.items()
+        }
+        return Problem(grids=model.grids, cost_nats=curves, model=model)
 
     def cost_nats(self, group: str, width: int) -> float:
         """Cost of keeping a width that is on the group's grid."""

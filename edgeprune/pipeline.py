@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from edgeprune import formats, records, stages
+from edgeprune import formats, records, schedule, stages
 from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
@@ -23,8 +23,8 @@ from edgeprune.devices.store import MeasurementStore
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import check_format
 from edgeprune.progress import Progress
-from edgeprune.results import Artifact, PruningPlan
-from edgeprune.runfolder import RunFolder
+from edgeprune.results import Artifact
+from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.specs import Device
 from edgeprune.stage_records import (
     FinalLatency,
@@ -56,6 +56,7 @@ def run_digest(job: Job) -> str:
             "sustained": job.sustained,
             # Only where it is given, so that runs without one keep their folder.
             **({} if job.widths is None else {"widths": dict(sorted(job.widths.items()))}),
+            **({"earlier": job.loaded.earlier_digest} if job.loaded.earlier_digest else {}),
         }
     )
 
@@ -177,33 +178,23 @@ def request(job: Job) -> Request:
 
 def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
     job, say = context.job, context.progress.say
-    plan = planned.plan.result.plan
     say("[6/8] prune, compensate, heal by distillation")
+    last = schedule.earlier_steps(context, run, planned)
+    planned = last.planned
     pruned = run.stage(
         "prune",
         "other",
-        {"plan": planned.plan.digest},
+        schedule.prune_inputs(context, last),
         PrunedResult,
-        lambda f: stages.prune(context, plan, f),
+        lambda f: schedule.prune(context, last, f),
     )
     _say_ledger(context, pruned.result.entries)
-    recovered = run.stage(
-        "recover",
-        "training",
-        {
-            "prune": pruned.digest,
-            "recovery": job.loaded.workload.recovery,
-            "seed": job.seed,
-            "threads": torch.get_num_threads(),
-        },
-        RecoveredResult,
-        lambda f: _heal(context, plan, pruned.path("compensated.safetensors"), f),
-        final=lambda result: not result.interrupted,
-    )
+    recovered = _recover(context, run, last, pruned)
     _say_ledger(context, (recovered.result.entry,))
+    run.notes.extend(filter(None, [schedule.note(last, job.loaded.workload.recovery)]))
     say("[7/8] export, quantise, measure on the device")
     model = stages.with_weights(
-        stages.pruned_model(context, plan), recovered.path("recovered.safetensors")
+        stages.pruned_model(context, last.kept), recovered.path("recovered.safetensors")
     )
     files = run.stage(
         "export",
@@ -234,14 +225,44 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
         FinalLatency,
         lambda _: stages.final_latency(context, four),
     )
-    closing = Closing(context, run, planned, pruned, recovered, files, four, final, model)
+    closing = Closing(
+        context,
+        run,
+        planned,
+        pruned,
+        recovered,
+        files,
+        four,
+        final,
+        model,
+        earlier_epochs=last.earlier_epochs,
+    )
     return closing.judge_and_write()
 
 
-def _heal(context: Context, plan: PruningPlan, start: Path, folder: Path) -> RecoveredResult:
-    """Train while others may use the boards."""
-    with context.board.rested(), context.proof.rested():
-        return stages.heal(context, plan, start, folder)
+def _recover(
+    context: Context, run: RunFolder, last: schedule.LastStep, pruned: Stage[PrunedResult]
+) -> Stage[RecoveredResult]:
+    job = context.job
+
+    def work(folder: Path) -> RecoveredResult:
+        start = pruned.path("compensated.safetensors")
+        student = stages.with_weights(stages.pruned_model(context, last.kept), start)
+        return schedule.heal(context, student, folder, recovery=last.recovery, seed=job.seed)
+
+    return run.stage(
+        "recover",
+        "training",
+        {
+            "prune": pruned.digest,
+            "recovery": job.loaded.workload.recovery,
+            "seed": job.seed,
+            "threads": torch.get_num_threads(),
+        },
+        RecoveredResult,
+        work,
+        final=lambda result: not result.interrupted,
+    )
 
 
 def _say_ledger(context: Context, entries: tuple[Any, ...]) -> None:

@@ -45,12 +45,16 @@ UNKNOWN_NS = 1.0
 
 @dataclass(frozen=True)
 class Stand:
-    """Where and how the candidate files run. Single kernels may be timed on other boards of the class too: those of ``pool``."""
+    """Where and how the candidate files run. Single kernels may be timed on other boards of the class too: those of ``pool``.
+
+    ``phase`` goes before the purpose of whole files, so that a second search of one run has purposes of its own.
+    """
 
     board: Board
     runtime: Runtime
     precision: Precision
     pool: Pool | None = None
+    phase: str = ""
 
     def measure(self, files: Mapping[str, bytes], purpose: str) -> dict[str, Measurement]:
         """Interleaved measurements of whole files, by name. ``purpose`` is used once in a run; see :meth:`Board.time`."""
@@ -61,7 +65,7 @@ class Stand:
             runtime=self.runtime.name,
             threads=self.runtime.threads,
             plan=SEARCH,
-            purpose=purpose,
+            purpose=self.phase + purpose,
         )
         return {m.name: m for m in found}
 
@@ -78,7 +82,7 @@ class Stand:
             threads=self.runtime.threads,
             budget_ratio=budget_ratio,
             looks=CONFIRM_LOOKS,
-            purpose=purpose,
+            purpose=self.phase + purpose,
         )
 
     def kernels(

@@ -6,9 +6,16 @@ Precedence of every setting: flag, then ``edgeprune.yaml``, then the target file
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from edgeprune.records import Record
 
@@ -235,14 +242,52 @@ class Augment(Record):
     mirror: bool = False
 
 
+MOST_STEPS = 5  # each step before the last takes its share of the epochs
+
+
 class Recovery(Record):
-    """The distillation that heals the pruned model."""
+    """The distillation that heals the pruned model, in how many steps channels go, and which weights it starts from.
+
+    ``steps`` prune to budgets that are geometric in latency, with a short healing after each; the ``epochs`` are those of all steps
+    together. ``auto`` takes 1, 2 or 3 by the budget. ``start`` is where the last training begins: ``kept`` weights of the channels that
+    stay, ``rewound`` to those of an earlier checkpoint of the dense model, the file ``rewind_weights``, or ``fresh`` random ones.
+    """
 
     epochs: Annotated[float, Field(ge=0, le=1000)] = 5.0
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 128
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.02
     augment: Augment = Augment()
+    steps: int | Literal["auto"] = 1
+    start: Literal["kept", "rewound", "fresh"] = "kept"
+    rewind_weights: Annotated[str | None, Field(validate_default=True)] = None
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _check_steps(cls, steps: Any) -> Any:
+        is_number = isinstance(steps, int) and not isinstance(steps, bool)
+        if steps != "auto" and not (is_number and 1 <= steps <= MOST_STEPS):
+            raise ValueError(f"it must be 1 to {MOST_STEPS}, or auto")
+        return steps
+
+    @field_validator("rewind_weights")
+    @classmethod
+    def _check_rewind_weights(cls, file: str | None, info: ValidationInfo) -> str | None:
+        start = info.data.get("start")
+        if start == "rewound" and file is None:
+            raise ValueError("with start rewound it must name a file of earlier weights")
+        if start in ("kept", "fresh") and file is not None:
+            raise ValueError(f"it goes with start rewound only, not with start {start}")
+        return file
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data; the schedule only where it is not the default, so that digests of runs without one stay."""
+        plain: dict[str, Any] = handler(self)
+        for key in ("steps", "start", "rewind_weights"):
+            if key in plain and plain[key] == type(self).model_fields[key].default:
+                del plain[key]
+        return plain
 
 
 class Workload(Record):

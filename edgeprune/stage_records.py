@@ -58,6 +58,16 @@ class PrunedResult(Record):
     compensation: str
 
 
+class StepResult(Record):
+    """A step before the last: the limit that it was solved for, the dense channels of each group that it left, and how good that was."""
+
+    limit_ms: float
+    predicted_ms: float
+    cost_nats: float
+    kept: dict[str, tuple[int, ...]]
+    pruned: PrunedResult
+
+
 class RecoveredResult(Record):
     """What the distillation did."""
 

@@ -7,7 +7,7 @@ The order stands in :mod:`edgeprune.pipeline`. Nothing here prints; nothing here
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,8 @@ from torch import nn
 
 from edgeprune import guarantee, planning, records
 from edgeprune.compress import importance as importances
-from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import logits, quality
-from edgeprune.compress.groups import remove_channels
+from edgeprune.compress.groups import ChannelGroup, remove_channels
 from edgeprune.compress.recover import recover
 from edgeprune.compress.silent import rescue_silent
 from edgeprune.context import Context
@@ -31,8 +30,8 @@ from edgeprune.devices.sustained import sustained
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats import Resizable
 from edgeprune.formats._resize import distinct_widths
-from edgeprune.results import Artifact, LedgerEntry, PruningPlan, SustainedRun
-from edgeprune.specs import Precision
+from edgeprune.results import Artifact, LedgerEntry, SustainedRun
+from edgeprune.specs import Precision, Recovery
 from edgeprune.stage_records import (
     DenseFiles,
     DenseLatency,
@@ -42,7 +41,6 @@ from edgeprune.stage_records import (
     MeasuredTable,
     PlanResult,
     PrunedFiles,
-    PrunedResult,
     RecoveredResult,
     ScoresResult,
     TestQuality,
@@ -53,7 +51,6 @@ PARITY_SAMPLES = 64
 PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another order
 SCORE_SAMPLES = 1024
 CURVE_SAMPLES = 1024
-COMPENSATION_SAMPLES = 1024
 EMULATED_SAMPLES = 64  # under qemu one float32 inference of a small net takes about a second
 VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
 
@@ -165,39 +162,40 @@ def resizable(context: Context, dense: Path, variant: Path, widths: Mapping[str,
     return context.form.resizable(dense, variant, context.full, widths, context.model)
 
 
-def score(context: Context, grids: Mapping[str, tuple[int, ...]], _: Path) -> ScoresResult:
-    """Score every channel on training data and calibrate the cost of every width on the selection split."""
-    groups, _frozen = context.groups
+def score(
+    context: Context,
+    grids: Mapping[str, tuple[int, ...]],
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+) -> ScoresResult:
+    """Score every channel of a model on training data and calibrate the cost of every width on the selection split."""
     data = context.job.loaded.dataset
     function = importances.BY_NAME[context.job.importance]
     x = torch.from_numpy(context.inputs(data.train, SCORE_SAMPLES))
     with context.progress.bar("scoring channels", 1) as bar:
-        scores = function(context.model, groups, x, context.job.seed)
+        scores = function(model, groups, x, context.job.seed)
         bar.advance(1)
     held = torch.from_numpy(context.inputs(data.selection, CURVE_SAMPLES))
-    curves = importances.cost_curves(
-        context.model, groups, scores, grids, held, progress=context.progress
-    )
+    curves = importances.cost_curves(model, groups, scores, grids, held, progress=context.progress)
     return ScoresResult(
         scores={g: tuple(float(v) for v in s) for g, s in scores.items()},
         curves={g: tuple(float(v) for v in c) for g, c in curves.items()},
     )
 
 
-def plan_structure(
+def plan_basis(
     context: Context,
-    stand: planning.Stand,
     file: Resizable,
     measured: MeasuredTable,
     nets: MeasuredNets,
     scores: ScoresResult,
-) -> PlanResult:
-    """Solve for the budget and check the solution on the device until it fits; a plan that is given is only checked."""
+) -> guarantee.Basis:
+    """What a plan of the dense model is made from."""
     groups, frozen = context.groups
     model = planning.kernel_model(file, measured, context.full)
     model, fit_quality = planning.fit(model, nets, measured.kernels_measured)
     arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
-    basis = guarantee.Basis(
+    return guarantee.Basis(
         groups=groups,
         frozen=frozen,
         model=model,
@@ -207,18 +205,29 @@ def plan_structure(
         orders=importances.removal_order(arrays),
         importance=context.job.importance,
     )
+
+
+def plan_structure(
+    context: Context, stand: planning.Stand, file: Resizable, basis: guarantee.Basis
+) -> PlanResult:
+    """Solve for the budget and check the solution on the device until it fits; a plan that is given is only checked."""
     budget, widths, progress = context.job.budget, context.job.widths, context.progress
     if widths is not None:
         return guarantee.given_plan(stand, file, basis, widths, budget=budget, progress=progress)
     return guarantee.make_plan(stand, file, basis, budget=budget, progress=progress)
 
 
-def pruned_model(context: Context, plan: PruningPlan) -> nn.Module:
-    """The model of a plan, with the dense weights of the kept channels."""
+def pruned_model(
+    context: Context, kept: Mapping[str, Sequence[int]], source: nn.Module | None = None
+) -> nn.Module:
+    """The model with these channels of each group, and their weights in ``source``, a model as large as the dense one (or that one)."""
     groups, _ = context.groups
-    removed = {g.name: sorted(set(range(g.channels)) - set(g.kept)) for g in plan.groups}
+    removed = {g.name: sorted(set(range(g.channels)) - set(kept[g.name])) for g in groups}
     return remove_channels(
-        context.model, {g.name: g for g in groups}, removed, torch.from_numpy(context.example)
+        context.model if source is None else source,
+        {g.name: g for g in groups},
+        removed,
+        torch.from_numpy(context.example),
     )
 
 
@@ -236,48 +245,24 @@ def with_weights(model: nn.Module, path: Path) -> nn.Module:
     return model.eval()
 
 
-def prune(context: Context, plan: PruningPlan, folder: Path) -> PrunedResult:
-    """Remove the channels, then repair what can be repaired without training."""
-    pruned = pruned_model(context, plan)
-    entries = [context.entry("pruned", logits(pruned, context.development))]
-    layers = {name for name, _ in pruned.named_modules()}
-    kept = {
-        layer: indices for layer, indices in _kept_outputs(context, plan).items() if layer in layers
-    }
-    x = torch.from_numpy(context.inputs(context.job.loaded.dataset.train, COMPENSATION_SAMPLES))
-    repaired, report = compensate(pruned, context.model, kept, x, progress=context.progress)
-    entries.append(
-        context.entry("compensated", logits(repaired, context.development), note=report.note)
-    )
-    save_weights(repaired, folder / "compensated.safetensors")
-    return PrunedResult(entries=tuple(entries), compensation=report.note)
-
-
-def _kept_outputs(context: Context, plan: PruningPlan) -> dict[str, tuple[int, ...]]:
-    """Dense output channels that each layer keeps, by layer."""
-    kept: dict[str, tuple[int, ...]] = {}
-    by_name = {g.name: g for g in plan.groups}
-    for group in context.groups[0]:
-        chosen = by_name[group.name].kept
-        for coupling in group.couplings:
-            if coupling.side == "out":
-                indices = sorted(i for c in chosen for i in coupling.indices[c])
-                kept[coupling.layer] = tuple(indices)
-    return kept
-
-
-def heal(context: Context, plan: PruningPlan, start: Path, folder: Path) -> RecoveredResult:
-    """Distil the dense model into the pruned one."""
-    student = with_weights(pruned_model(context, plan), start)
+def heal(
+    context: Context,
+    student: nn.Module,
+    folder: Path,
+    *,
+    recovery: Recovery,
+    seed: int,
+) -> RecoveredResult:
+    """Distil the dense model into a pruned one."""
     data = context.job.loaded.dataset
     result = recover(
         student,
         context.model,
         data.train,
         data.selection,
-        context.job.loaded.workload.recovery,
+        recovery,
         preprocess=context.job.loaded.preprocess,
-        seed=context.job.seed,
+        seed=seed,
         checkpoint=folder / ".checkpoint",
         progress=context.progress,
     )

@@ -31,7 +31,8 @@ class LoadedWorkload:
     ``model`` is a copy of the user's, in eval mode, float32, on the CPU. ``input_shapes`` has one shape for each input of the model,
     without the batch, as torch sees it, such as ``(1, 28, 28)``. ``model_digest`` identifies weights and code. ``dead_channels`` maps
     a layer to its output channels whose weights and bias are all zero: pruned before, but not yet removed. ``preprocess`` is the
-    recorded one with ``size`` filled in from the data.
+    recorded one with ``size`` filled in from the data. ``earlier`` is the model with the weights to rewind to, where those were named,
+    and ``earlier_digest`` identifies them.
     """
 
     model: nn.Module
@@ -45,6 +46,8 @@ class LoadedWorkload:
     model_digest: str
     dead_channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    earlier: nn.Module | None = None
+    earlier_digest: str = ""
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -70,12 +73,7 @@ def load_workload(workload: Workload, base: Path) -> LoadedWorkload:
     _require_module(made.value, workload.model)
     state: dict[str, torch.Tensor] | None = None
     if workload.weights is not None:
-        path = base / Path(workload.weights).expanduser()
-        if not path.is_file():
-            raise SpecError(
-                f"weights names {workload.weights}, but there is no such file in {base}"
-            )
-        state = intake.read_weights(path)
+        state = _weights_file("weights", workload.weights, base)
     data = imagedata.load_data(
         workload.data, base, preprocess=workload.preprocess, labels=workload.labels
     )
@@ -126,6 +124,30 @@ def from_objects(
     return _assemble(model, None, loaded, workload, base, source=_source_of(model), notes=[])
 
 
+def _weights_file(key: str, name: str, base: Path) -> dict[str, torch.Tensor]:
+    path = base / Path(name).expanduser()
+    if not path.is_file():
+        raise SpecError(f"{key} names {name}, but there is no such file in {base}")
+    return intake.read_weights(path)
+
+
+def _earlier(
+    model: nn.Module, ready: nn.Module, workload: Workload, base: Path
+) -> nn.Module | None:
+    """The model with the weights to rewind to, where those were named; it has the tensors of the model that is ready."""
+    name = workload.recovery.rewind_weights
+    if name is None:
+        return None
+    state = _weights_file("rewind_weights", name, base)
+    earlier, _ = intake.prepare(model, state, where=name)
+    if intake.dead_channels(ready):
+        raise ModelError(
+            f"weights can be rewound to {name} only where no channels are masked, but some of {workload.weights or workload.model} are",
+            hint="remove the masked channels before, or leave start: rewound out",
+        )
+    return earlier
+
+
 def _require_module(value: Any, where: str) -> None:
     if isinstance(value, torch.jit.ScriptModule):
         raise ModelError(
@@ -158,6 +180,7 @@ def _assemble(
     notes: list[str],
 ) -> LoadedWorkload:
     ready, model_notes = intake.prepare(model, state, where=workload.weights or workload.model)
+    earlier = _earlier(model, ready, workload, base)
     first = data.dataset.train.x[:2]
     batch = model_input(np.concatenate([first, first])[:2], data.preprocess)
     n_classes = check_accepts(ready, batch)
@@ -174,6 +197,8 @@ def _assemble(
         model_digest=intake.digest(ready, source),
         dead_channels=intake.dead_channels(ready),
         notes=(*notes, *model_notes, *data.notes),
+        earlier=earlier,
+        earlier_digest="" if earlier is None else intake.digest(earlier, ""),
     )
 
 

@@ -211,6 +211,31 @@ def test_a_model_that_is_wrong_about_whole_nets_is_corrected_until_the_measured_
     assert true_ns <= 0.6 * net_ns({}) * 1.005
 
 
+def test_a_plan_for_a_net_that_was_cut_before_takes_no_channel_back():
+    clock, file = Clock(), Net()
+    table = table_of(clock)
+    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = planning.fit(planning.kernel_model(file, table, FULL), nets, 1)
+    present = {"a": 48, "b": 64, "c": 128}
+    whole = basis_of(table, nets, model, quality)
+    curves = {
+        g: np.array([max(0.0, 1 - w / present[g]) ** 2 for w in grid])
+        for g, grid in table.grids.items()
+    }
+    found = guarantee.make_plan(
+        clock,  # type: ignore[arg-type]
+        file,
+        replace(whole, curves=curves, at_most=present),
+        budget=parse_budget("45%"),
+        progress=Silent(),
+    )
+    assert all(c.widths[g] <= present[g] for c in found.checks for g in present)
+    assert found.plan.widths() != present
+    assert net_ns(found.plan.widths()) <= 0.45 * net_ns({}) * 1.005
+    # The figures of the plan stay those against the dense net.
+    assert [c.choices[-1].width for c in found.curves] == list(FULL.values())
+
+
 def test_no_widths_are_offered_that_save_no_time():
     grids = table_of(Clock(noise_ratio=0)).grids
     assert all(width % TILE == 0 for grid in grids.values() for width in grid)

@@ -22,6 +22,7 @@ from sshd import free_port
 
 DUMP = "EDGEPRUNE_DUMP_WRONG_INPUTS"
 DEPLOY = ("deploy", "--target", "this-machine")
+REWOUND = (*DEPLOY, "--start", "rewound", "--rewind-weights")
 
 
 def nothing(_: Path, __: Path) -> None:
@@ -47,6 +48,11 @@ def take_weights_of_another_model(project: Path, _: Path) -> None:
     state = dict(tinynet.trained_state())
     state["9.weight"] = torch.zeros(64, 128, 3, 3)
     save_file(state, project / "weights.safetensors")
+
+
+def bring_weights_of_another_shape(project: Path, _: Path) -> None:
+    state = {**tinynet.trained_state(), "0.weight": torch.zeros(16, 1, 3, 3)}
+    save_file(state, project / "other.safetensors")
 
 
 def branch_on_the_data(project: Path, _: Path) -> None:
@@ -202,6 +208,17 @@ CASES = (
         6,
         ("below the fastest admissible latency", "of dense"),
         use_the_measured_stages,
+    ),
+    Case("no steps", (*DEPLOY, "--steps", "0"), 2, ("steps", "1 to 5, or auto", "got 0")),
+    Case("misspelt start", (*DEPLOY, "--start", "keept"), 2, ("'kept', 'rewound' or 'fresh'",)),
+    Case("nothing to rewind to", (*DEPLOY, "--start", "rewound"), 2, ("rewind_weights",)),
+    Case("weights to rewind to are not there", (*REWOUND, "gone.pt"), 2, ("gone.pt", "no such")),
+    Case(
+        "weights to rewind to are of another model",
+        (*REWOUND, "other.safetensors"),
+        3,
+        ("0.weight", "other.safetensors"),
+        bring_weights_of_another_shape,
     ),
     Case("unreachable board", (*DEPLOY, "--device", "shed"), 4, ("127.0.0.1",), add_a_silent_board),
     Case(

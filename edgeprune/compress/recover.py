@@ -167,6 +167,11 @@ def recover(
     )
 
 
+def updates_per_epoch(settings: Recovery, samples: int) -> int:
+    """Updates of the weights that one pass over this many training samples makes; what does not fill a batch is left out."""
+    return samples // min(settings.batch_size, samples)
+
+
 def _setup(
     teacher: nn.Module,
     train: Split,
@@ -178,9 +183,8 @@ def _setup(
     if len(train) < 2:
         raise ModelError(f"recovery needs at least 2 training samples, but got {len(train)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    epoch_steps = updates_per_epoch(settings, len(train))
     frozen = _fast_copy(teacher, device).eval().requires_grad_(False)
-    batch = min(settings.batch_size, len(train))
-    epoch_steps = len(train) // batch
     return _Setup(
         teacher=frozen,
         train=train,
@@ -191,7 +195,7 @@ def _setup(
         seed=seed,
         device=device,
         precision=_low_precision(device),
-        batch=batch,
+        batch=min(settings.batch_size, len(train)),
         epoch_steps=epoch_steps,
         total_steps=math.ceil(settings.epochs * epoch_steps),
     )

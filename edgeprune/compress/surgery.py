@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -78,6 +79,43 @@ class ChannelGroup:
     def consumers(self) -> tuple[Coupling, ...]:
         """Layers that read the group's channels."""
         return tuple(c for c in self.couplings if c.side == "in")
+
+
+def narrowed_groups(
+    groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
+) -> tuple[ChannelGroup, ...]:
+    """The same groups, by the same names, in the model that :func:`remove_channels` leaves; those without a channel are left out.
+
+    Args:
+        groups: of the model before.
+        kept: group name -> channels that stayed, ascending: channel ``kept[i]`` of a group becomes its channel ``i``.
+    """
+    gone: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for group in groups:
+        for channel in set(range(group.channels)) - set(kept[group.name]):
+            for coupling in group.couplings:
+                gone[coupling.layer, coupling.side].update(coupling.indices[channel])
+    ordered = {place: sorted(indices) for place, indices in gone.items()}
+    return tuple(
+        replace(
+            group,
+            channels=len(kept[group.name]),
+            couplings=tuple(
+                _renumbered(c, kept[group.name], ordered.get((c.layer, c.side), []))
+                for c in group.couplings
+            ),
+        )
+        for group in groups
+        if kept[group.name]
+    )
+
+
+def _renumbered(coupling: Coupling, kept: Sequence[int], gone: list[int]) -> Coupling:
+    indices = (coupling.indices[channel] for channel in kept)
+    return replace(
+        coupling,
+        indices=tuple(tuple(i - bisect.bisect_left(gone, i) for i in own) for own in indices),
+    )
 
 
 def weights_by_input(layer: nn.Module) -> torch.Tensor:
@@ -163,7 +201,7 @@ def remove_channels(
 
     Args:
         model: the one that the groups were found in (or one of the same shapes); not changed.
-        groups: by name.
+        groups: by name, all that the model has.
         removed: group name -> channels of the group to remove; any order.
         example: one input ``[1, ...]``; the result is run on it once.
 
@@ -187,8 +225,9 @@ def remove_channels(
             gone[coupling.layer, coupling.side] |= {i for c in chosen for i in coupling.indices[c]}
     remove_block(smaller, blocks)
     layers = dict(smaller.named_modules())
-    # Read before anything is cut: a convolution with fewer inputs may look as if it moved whole groups.
-    whole = {name for name, layer in layers.items() if moves_whole_groups(layer)}
+    # A convolution that lost inputs, now or earlier, may look as if it moved whole groups; one that does has no inputs of its own.
+    reading = {c.layer for group in groups.values() for c in group.consumers()}
+    whole = {n for n, layer in layers.items() if moves_whole_groups(layer) and n not in reading}
     for (name, side), indices in gone.items():
         if indices and name in layers and name not in blocks:
             _cut(layers[name], side, indices, whole_groups=name in whole)

@@ -99,6 +99,23 @@ class LatencyModel:
         constant += float(merged.pop((), np.zeros(())))
         return constant, tuple(Factor(names, cost) for names, cost in merged.items())
 
+    def between(self, least: Mapping[str, int], most: Mapping[str, int]) -> LatencyModel:
+        """The same prediction on narrower grids: widths from ``least`` to ``most`` (both in it), where a group is named there."""
+        places = {
+            name: [
+                i for i, w in enumerate(grid) if least.get(name, 0) <= w <= most.get(name, grid[-1])
+            ]
+            for name, grid in self.grids.items()
+        }
+        return replace(
+            self,
+            grids={n: tuple(g[i] for i in places[n]) for n, g in self.grids.items()},
+            factors=tuple(
+                replace(f, cost_ms=np.asarray(f.cost_ms[np.ix_(*(places[v] for v in f.variables))]))
+                for f in self.factors
+            ),
+        )
+
     def _place(self, name: str, width: int) -> int:
         try:
             return self.grids[name].index(width)

@@ -1,0 +1,35 @@
+"""Flags that stand for keys of ``edgeprune.yaml``, under the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def schedule_options(command: Command) -> Command:
+    """Add the flags of the keys under ``recovery`` that say how channels go."""
+    options = [
+        click.option("--steps", help="Prune in 1 to 5 steps, or auto; default 1."),
+        click.option("--start", help="Train kept weights (default), rewound or fresh ones."),
+        click.option("--rewind-weights", help="Earlier weights of the dense model to rewind to."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def schedule_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags say, as keys under ``recovery``; the record checks them."""
+    names = ("steps", "start", "rewind_weights")
+    given = {key: flags[key] for key in names if flags.get(key) is not None}
+    if given.get("steps", "").isdecimal():
+        given["steps"] = int(given["steps"])
+    if given.get("start", "rewound") != "rewound":
+        given.setdefault(
+            "rewind_weights", None
+        )  # a file named in edgeprune.yaml is for another start
+    return given
