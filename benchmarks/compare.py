@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -24,16 +25,28 @@ from methods import torch_pruning
 from methods.candidate import Candidate, Method
 from methods.paths import halp, netadapt, path_method
 from methods.rig import Rig, mcnemar
-from methods.solver import Cutter, additive, mac_model, solver_method, sums, unaligned, uniform
+from methods.solver import (
+    Cutter,
+    additive,
+    for_grids,
+    mac_model,
+    solver_method,
+    sums,
+    unaligned,
+    uniform,
+    without_removal,
+)
 from torch import nn
 
 from edgeprune import api, catalog, guarantee, pipeline, planning, records, stages
-from edgeprune.closing import versions
+from edgeprune.closing import Prepared, versions
 from edgeprune.compress import importance as importances
 from edgeprune.context import Context
 from edgeprune.errors import BudgetError, SpecError
-from edgeprune.feasibility import Prepared, prepare
+from edgeprune.feasibility import prepare
+from edgeprune.formats import Kernel
 from edgeprune.guarantee import Basis
+from edgeprune.latency.predictor import LatencyModel
 from edgeprune.options import Options
 from edgeprune.progress import Terminal
 from edgeprune.results import PruningPlan
@@ -139,7 +152,12 @@ class Comparison:
         macs = mac_model(self.context.model, cut.groups, grids, example)
         raw = {g: np.asarray(s) for g, s in self.scores.scores.items()}
         random = self._scores("random")
+        whole = without_removal(basis.model)
         problems = {
+            "edgeprune-minus-blocks": (
+                Problem(whole.grids, for_grids(curves, whole.grids), whole),
+                basis.orders,
+            ),
             "mac-budget": (Problem(grids, curves, macs), basis.orders),
             "edgeprune-minus-bilinear": (
                 Problem(grids, curves, additive(basis.model)),
@@ -174,16 +192,25 @@ class Comparison:
         return model_input(raw, self.context.job.loaded.preprocess)
 
     def _halp(self) -> Iterator[Method]:
-        model = self.basis.model
-        places = {g.name: set(g.producers()) for g in self.cutter.groups}
-        outputs: dict[str, list[tuple[tuple[str, ...], int]]] = {n: [] for n in places}
-        layers = [k.layer for k in self.ready.file.kernels]
-        for number, (kernel, factor) in enumerate(_matched(self.ready.file.kernels, model.factors)):
-            for name in factor.variables:
-                if layers[kernel] in places[name]:
-                    outputs[name].append((factor.variables, number))
-        path = halp(self.cutter, model, outputs, self._named("taylor"), steps=60)
+        model = without_removal(self.basis.model)
+        writers: dict[str, list[LatencyModel]] = {}
+        for group in self.cutter.groups:
+            layers = set(group.producers())
+            mine = [
+                k
+                for k in self.ready.file.kernels
+                if k.layer in layers and group.name in k.variables
+            ]
+            writers[group.name] = [self._alone(k, model) for k in mine]
+        path = halp(self.cutter, model, writers, self._named("taylor"), steps=60)
         yield path_method("halp-like", path)
+
+    def _alone(self, kernel: Kernel, model: LatencyModel) -> LatencyModel:
+        """What one kernel takes, corrected as the whole is."""
+        file = SimpleNamespace(kernels=(kernel,), blocks=self.ready.file.blocks)
+        measured, full = self.ready.table.result, self.context.full
+        alone = without_removal(planning.kernel_model(file, measured, full))  # type: ignore[arg-type]
+        return dataclasses.replace(alone, scale=model.scale, class_scales=model.class_scales)
 
     def _netadapt(self) -> Iterator[Method]:
         data = self.context.job.loaded.dataset
@@ -201,7 +228,7 @@ class Comparison:
         assert held.y is not None
         path = netadapt(
             self.cutter,
-            self.basis.model,
+            without_removal(self.basis.model),
             importances.removal_order(self._named("l2")),
             batch,
             (torch.from_numpy(self._prepared(held.x)), torch.from_numpy(held.y)),
@@ -217,7 +244,7 @@ class Comparison:
         if not path.exists():
             ready = self.ready
             found = guarantee.make_plan(
-                _Renamed(ready.stand, f"{budget}-"),  # type: ignore[arg-type]
+                dataclasses.replace(ready.stand, phase=f"{budget}-"),
                 ready.file,
                 self.basis,
                 budget=parse_budget(budget),
@@ -235,30 +262,6 @@ class Comparison:
 
         found = search.solve(problem, ratio * self.raw.predict({}))
         return self.cutter.candidate(found.widths, self.basis.orders, repaired=True)
-
-
-def _matched(kernels: Sequence[object], factors: Sequence[object]) -> Iterator[tuple[int, object]]:
-    """Factors with the number of the kernel that each came from: kernels without a group have none; order is kept."""
-    number = 0
-    for factor in factors:
-        while set(kernels[number].variables) != set(factor.variables):  # type: ignore[attr-defined]
-            number += 1
-        yield number, factor
-        number += 1
-
-
-class _Renamed:
-    """A stand whose measurements have a purpose of their own, so that plans of several budgets share one device session."""
-
-    def __init__(self, stand: planning.Stand, prefix: str) -> None:
-        self._stand, self._prefix = stand, prefix
-        self.board, self.runtime, self.precision = stand.board, stand.runtime, stand.precision
-
-    def measure(self, files: Mapping[str, bytes], purpose: str) -> object:
-        return self._stand.measure(files, self._prefix + purpose)
-
-    def judge(self, candidate: bytes, dense: bytes, ratio: float, purpose: str) -> object:
-        return self._stand.judge(candidate, dense, ratio, self._prefix + purpose)
 
 
 @dataclasses.dataclass

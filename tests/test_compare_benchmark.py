@@ -31,7 +31,16 @@ from methods import torch_pruning as with_torch_pruning  # noqa: E402
 from methods.candidate import Candidate, Method  # noqa: E402
 from methods.paths import _carried, _knapsack, halp, path_method  # noqa: E402
 from methods.rig import Rig, mcnemar  # noqa: E402
-from methods.solver import Cutter, additive, geometric, mac_model, uniform  # noqa: E402
+from methods.solver import (  # noqa: E402
+    Cutter,
+    additive,
+    for_grids,
+    geometric,
+    mac_model,
+    unaligned,
+    uniform,
+    without_removal,
+)
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +135,13 @@ def test_halp_walks_down_to_the_budget_of_its_own_table(cutter):
     latency = latency_of(cutter)
     generator = np.random.default_rng(0)
     scores = {g.name: generator.random(g.channels) for g in cutter.groups}
-    outputs = {
+    writers = {
         g.name: [
-            (f.variables, i) for i, f in enumerate(latency.factors) if f.variables[-1] == g.name
+            LatencyModel(latency.grids, (f,)) for f in latency.factors if f.variables[-1] == g.name
         ]
         for g in cutter.groups
     }
-    path = halp(cutter, latency, outputs, scores, steps=12)
+    path = halp(cutter, latency, writers, scores, steps=12)
     ms = [latency.predict(c.widths) for c in path]
     assert ms == sorted(ms, reverse=True)
     assert ms[-1] < 0.5 * ms[0]
@@ -266,3 +275,17 @@ def test_the_picture_has_a_line_for_each_family_and_the_dense_net():
     assert {"edgeprune", "netadapt", "dense INT8"} <= set(texts)
     assert "edgeprune-minus-tiles" not in texts
     assert compare_plot(made()) is None
+
+
+def test_without_removal_only_width_0_is_gone():
+    cost = np.arange(12.0).reshape(3, 4)
+    cost[0] = 0
+    model = LatencyModel({"a": (0, 4, 8), "b": (2, 4, 6, 8)}, (Factor(("a", "b"), cost),))
+    less = without_removal(model)
+    assert less.grids == {"a": (4, 8), "b": (2, 4, 6, 8)}
+    assert less.predict({"a": 4, "b": 6}) == model.predict({"a": 4, "b": 6})
+    curves = {"a": np.array([3.0, 1.0, 0.0]), "b": np.array([3.0, 2.0, 1.0, 0.0])}
+    assert for_grids(curves, less.grids)["a"].tolist() == [1.0, 0.0]
+    smooth = unaligned(model, curves)
+    assert smooth.model.predict({"a": 6, "b": 8}) == pytest.approx((7 + 11) / 2)
+    assert additive(model).predict({"a": 0, "b": 2}) == 0

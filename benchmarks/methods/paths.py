@@ -5,7 +5,6 @@ Both are written from the formulas of the papers; no code of theirs is used.
 
 from __future__ import annotations
 
-import bisect
 import copy
 from collections.abc import Callable, Mapping, Sequence
 
@@ -173,7 +172,7 @@ def _accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 def halp(
     cutter: Cutter,
     latency: LatencyModel,
-    outputs: Mapping[str, Sequence[tuple[tuple[str, ...], int]]],
+    writers: Mapping[str, Sequence[LatencyModel]],
     scores: Mapping[str, np.ndarray],
     *,
     steps: int,
@@ -188,7 +187,7 @@ def halp(
     Args:
         cutter: of the dense net.
         latency: the corrected table; its factors are what layers cost.
-        outputs: for each group the factors (by variables and place among :attr:`LatencyModel.factors`) of the layers that write it.
+        writers: for each group the latency of each kernel that writes it, as a model of its own.
         scores: Taylor scores of each group.
         steps: how often the knapsack is solved.
         buckets: resolution of the budget.
@@ -201,7 +200,7 @@ def halp(
         choices = {}
         for name, grid in latency.grids.items():
             allowed = [w for w in grid if w <= widths[name]]
-            cost = {w: _writers_ms(latency, outputs[name], name, w, widths) for w in allowed}
+            cost = {w: sum(k.predict({**widths, name: w}) for k in writers[name]) for w in allowed}
             order = np.sort(scores[name])
             value = {w: float(order[len(order) - w :].sum()) for w in allowed}
             choices[name] = [(w, cost[w], value[w]) for w in allowed]
@@ -211,25 +210,6 @@ def halp(
         widths = _knapsack(choices, max(room, 0.0), buckets)
         path.append(cutter.candidate(widths, orders, repaired=False))
     return path
-
-
-def _writers_ms(
-    latency: LatencyModel,
-    factors: Sequence[tuple[tuple[str, ...], int]],
-    name: str,
-    width: int,
-    widths: Mapping[str, int],
-) -> float:
-    total = 0.0
-    for variables, place in factors:
-        at = tuple(
-            bisect.bisect_left(latency.grids[v], width if v == name else widths[v])
-            for v in variables
-        )
-        factor = latency.factors[place]
-        weight = latency.scale * latency.class_scales.get(factor.op, 1.0)
-        total += weight * float(factor.cost_ms[at])
-    return total
 
 
 def _knapsack(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgeprune import records
+from edgeprune.closing import Prepared
 from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
 from edgeprune.compress.evaluate import logits
 from edgeprune.compress.recover import recover
@@ -22,7 +23,6 @@ from edgeprune.context import Context
 from edgeprune.datasets import Split, model_input
 from edgeprune.devices.measure import ModelFile, compare, measure
 from edgeprune.devices.plans import SEARCH
-from edgeprune.feasibility import Prepared
 from edgeprune.progress import Silent
 from edgeprune.results import Comparison
 from edgeprune.specs import Recovery

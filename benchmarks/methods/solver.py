@@ -47,7 +47,7 @@ class Cutter:
             c.layer: tuple(sorted(i for k in kept[g.name] for i in c.indices[k]))
             for g in self.groups
             for c in g.couplings
-            if c.side == "out"
+            if c.side == "out" and kept[g.name]
         }
         return Candidate(chosen, build, outputs if repaired else None)
 
@@ -136,20 +136,48 @@ def _macs_by_layer(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
     return found
 
 
+def without_removal(model: LatencyModel) -> LatencyModel:
+    """The same without the choice to remove a block as a whole: no width 0."""
+    factors = []
+    for factor in model.factors:
+        starts = [int(model.grids[v][0] == 0) for v in factor.variables]
+        cost = factor.cost_ms[tuple(slice(s, None) for s in starts)]
+        factors.append(replace(factor, cost_ms=cost))
+    grids = {n: tuple(w for w in grid if w) for n, grid in model.grids.items()}
+    return replace(model, grids=grids, factors=tuple(factors))
+
+
+def for_grids(
+    curves: Mapping[str, np.ndarray], grids: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Cost curves without the point of a removed block, where the grids have none."""
+    return {n: np.asarray(c)[len(c) - len(grids[n]) :] for n, c in curves.items()}
+
+
 def additive(model: LatencyModel) -> LatencyModel:
-    """Every kernel's table as a sum of one term for each side, both taken at the full width of the other: no in x out interaction."""
+    """Every kernel's table as a sum of one term for each side, both taken at the full width of the other: no in x out interaction.
+
+    A removed block (width 0) stays free.
+    """
 
     def flat(factor: Factor) -> Factor:
         if len(factor.variables) != 2:
             return factor
         cost = factor.cost_ms
-        return replace(factor, cost_ms=cost[:, -1:] + cost[-1:, :] - cost[-1, -1])
+        summed = cost[:, -1:] + cost[-1:, :] - cost[-1, -1]
+        for axis, name in enumerate(factor.variables):
+            if model.grids[name][0] == 0:
+                first = tuple(0 if a == axis else slice(None) for a in range(2))
+                summed[first] = cost[first]
+        return replace(factor, cost_ms=summed)
 
     return replace(model, factors=tuple(flat(f) for f in model.factors))
 
 
 def unaligned(model: LatencyModel, curves: Mapping[str, np.ndarray]) -> Problem:
-    """The same latency and costs read off between the tiles: evenly spaced widths, tables interpolated linearly."""
+    """The same latency and costs read off between the tiles: evenly spaced widths, tables interpolated linearly. Blocks are not removed."""
+    model = without_removal(model)
+    curves = for_grids(curves, model.grids)
     grids = {}
     for name, grid in model.grids.items():
         points = np.linspace(grid[0], grid[-1], min(UNALIGNED_POINTS, grid[-1] - grid[0] + 1))
@@ -162,9 +190,8 @@ def unaligned(model: LatencyModel, curves: Mapping[str, np.ndarray]) -> Problem:
             cost = np.apply_along_axis(lambda c, o=old, n=new: np.interp(n, o, c), axis, cost)
         factors.append(replace(factor, cost_ms=cost))
     costs = {n: np.interp(grids[n], model.grids[n], curves[n]) for n in grids}
-    return Problem(
-        grids=grids, cost_nats=costs, model=replace(model, grids=grids, factors=tuple(factors))
-    )
+    smooth = replace(model, grids=grids, factors=tuple(factors))
+    return Problem(grids=grids, cost_nats=costs, model=smooth)
 
 
 def sums(
