@@ -25,6 +25,7 @@ from edgeprune.latency.predictor import Factor, LatencyModel, correct, evaluate,
 from edgeprune.latency.probes import Point
 from edgeprune.latency.sparse import KernelClass
 from edgeprune.latency.table import LatencyTable
+from edgeprune.orderstats import nearest_rank
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_bytes
 from edgeprune.results import (
@@ -278,12 +279,17 @@ def fit(
     samples = [(w, ms, 1.0) for w, ms in zip(nets.widths, nets.ms, strict=True)]
     fitted, held_out = samples[:-NETS_HELD_OUT], samples[-NETS_HELD_OUT:]
     mean, worst = evaluate(correct(model, fitted), [(w, ms) for w, ms, _ in held_out])
+    each = [
+        evaluate(correct(model, samples[:i] + samples[i + 1 :]), [one])[0]
+        for i, one in enumerate(samples)
+    ]
     quality = LatencyModelQuality(
         kernels_measured=kernels_measured,
         nets_fitted=len(fitted),
         nets_held_out=len(held_out),
         mean_error_ratio=mean,
         worst_error_ratio=worst,
+        p95_error_ratio=nearest_rank(each, 0.95),
     )
     return correct(model, samples), quality
 
