@@ -7,6 +7,7 @@ the share of the classes' total time at full widths that its kernels take.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,10 @@ LEAST_WEIGHT = (
     0.01  # lighter ones are neither sniffed nor checked: all their error is less than this
 )
 MISS_RATIO = 0.05  # a middle that is further off than this is looked at more closely
+LEAST_GAIN = 0.001  # ... if it is worth this much of the time of the whole net
+LEAST_VOICE = (
+    0.1  # of the time of all that a group touches: lighter kernels do not make its grid finer
+)
 MOST_DEPTH = 4  # halvings of a grid of 16 widths until no width lies between
 
 Slot = tuple[str, str]  # kind of kernel, and role of the slot
@@ -89,7 +94,7 @@ def probe(
     tiles = _sniff(classes, weights, steps, timer)
     candidates = {}
     for group, n in channels.items():
-        found = [t.step for c in classes for t in _tiles_of(c, group, tiles)]
+        found = _tiles_of(classes, weights, group, tiles)
         candidates[group] = candidate_widths(n, step=common_step(n, steps[group], found))
     grids = [Grid.of(c, candidates, tiles) for c in classes]
     timer.take([(g.kernels, p) for g in grids for p in g.corners()], "kernels-corners")
@@ -167,10 +172,22 @@ def _power(role: str) -> int:
     return 2 if role == "square" else 1
 
 
-def _tiles_of(one: KernelClass, group: str, tiles: Mapping[Slot, Tile]) -> list[Tile]:
-    """Tiles of the slots that a group fills."""
-    slots = {s for groups in one.members for s, g in enumerate(groups) if g == group}
-    return [t for s in slots for t in _of_slot(_slots(one)[s], tiles)]
+def _tiles_of(
+    classes: Sequence[KernelClass],
+    weights: Mapping[str, float],
+    group: str,
+    tiles: Mapping[Slot, Tile],
+) -> list[Tile]:
+    """Tiles of the slots that a group fills, without those of light kernels that have no cliffs."""
+    touched = [c for c in classes if any(group in groups for groups in c.members)]
+    least = LEAST_VOICE * sum(weights[c.name] for c in touched)
+    found = []
+    for one in touched:
+        slots = sorted({s for groups in one.members for s, g in enumerate(groups) if g == group})
+        for tile in (t for s in slots for t in _of_slot(_slots(one)[s], tiles)):
+            if tile.has_cliffs or weights[one.name] >= least:
+                found.append(tile)
+    return found
 
 
 def _of_slot(slot: Slot, tiles: Mapping[Slot, Tile]) -> list[Tile]:
@@ -199,9 +216,10 @@ class Grid:
         widths, sizes = [], []
         for slot, key in enumerate(_slots(one)):
             grid = sorted({w for groups in one.members for w in candidates[groups[slot]]})
-            step = max((t.step for t in _of_slot(key, tiles)), default=1)
+            found = [t.step for t in _of_slot(key, tiles)] or [1]
+            sides = (found * 2)[:2] if key[1] == "square" else found
             widths.append(tuple(grid))
-            sizes.append(tuple(float(padded(w, step)) ** _power(key[1]) for w in grid))
+            sizes.append(tuple(float(math.prod(padded(w, s) for s in sides)) for w in grid))
         return cls(one, tuple(widths), tuple(sizes))
 
     def corners(self) -> list[Point]:
@@ -287,7 +305,7 @@ def _refine(grids: Sequence[Grid], weights: Mapping[str, float], timer: Timer) -
             before = {p: ns for p, ns in times.items() if (name, p) not in new}
             guess = predict_point(before, grid.widths, point, grid.sizes)
             miss = abs(guess / times[point] - 1)
-            if miss > MISS_RATIO:
+            if miss > MISS_RATIO and weights[name] * miss > LEAST_GAIN:
                 missed.append((weights[name] * miss, grid, cell, middle))
         missed.sort(key=lambda entry: -entry[0])
         timer.take(

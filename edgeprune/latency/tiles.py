@@ -17,17 +17,23 @@ from edgeprune.latency.leastsquares import nonnegative_least_squares
 FINEST_STEP = 4  # no kernel library rounds channels to less than 4 (MLAS and NEON fp32 vectors)
 STEPS = (4, 8, 16, 32)  # XNNPACK and MLAS tiles, see their kernel configurations
 TOP = 64  # narrower, a step of 4 channels stands out of the noise: it is 6 % of 64 and 1 % of 512
+CLIFF_RATIO = 0.05
 FLAT_RATIO = 0.05  # a slot that moves the time by less than this over its window shows no step
 CLEAR_RATIO, CLEAN_RATIO = 0.015, 0.03  # of the time; kernels repeat to 0.6-1.7 %
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What was found. ``is_clean``: the time is a staircase of this step. ``is_clear``: no other step comes near it."""
+    """What was found.
+
+    ``is_clean``: the time is a staircase of this step. ``is_clear``: no other step comes near it. ``has_cliffs``: widths off the step are
+    slower than the multiple above them.
+    """
 
     step: int
     is_clean: bool
     is_clear: bool
+    has_cliffs: bool
 
 
 def padded(width: int, step: int) -> int:
@@ -75,7 +81,7 @@ def read_tile(
     found = np.array([times[w] for w in widths])
     if len(widths) < 3 or found.max() < (1 + FLAT_RATIO) * found.min():
         return None
-    errors = {}
+    errors, cliffs = {}, {}
     for step in steps:
         x = np.array([padded(w, step) for w in widths], dtype=float) ** power
         whole = np.array([w % step == 0 for w in widths])
@@ -85,6 +91,7 @@ def read_tile(
         line = nonnegative_least_squares(rows[whole], np.ones(int(whole.sum())))
         off = 1 / np.maximum(rows @ line, 1e-12) - 1
         counted = np.where(whole, off, np.minimum(off, 0))
+        cliffs[step] = bool((off[~whole] > CLIFF_RATIO).any())
         errors[step] = math.sqrt(float((counted**2).mean()))
     if not errors:
         return None
@@ -92,19 +99,23 @@ def read_tile(
     step = min(s for s, error in errors.items() if error <= 1.25 * least + 0.003)
     rest = [error for s, error in errors.items() if s != step]
     is_clear = errors[step] <= CLEAR_RATIO and all(e > 2 * least + CLEAR_RATIO for e in rest)
-    return Tile(step, errors[step] <= CLEAN_RATIO, is_clear)
+    return Tile(step, errors[step] <= CLEAN_RATIO, is_clear, cliffs[step])
 
 
-def common_step(channels: int, own: int, steps: Sequence[int]) -> int:
-    """The step for the widths of a group: a multiple of its own and of every kernel's, as long as 4 widths remain.
+def common_step(channels: int, own: int, tiles: Sequence[Tile]) -> int:
+    """The step for the widths of a group, as long as 4 widths remain.
+
+    It is the finest that any kernel gains by, since what one kernel pads away another one may still save; but a multiple of every tile
+    with cliffs: there a table of padded widths is wrong about all others.
 
     Args:
         channels: full width of the group.
         own: step that the network asks for (a grouped convolution).
-        steps: those of the kernels that the group touches, powers of 2.
+        tiles: those of the kernels that the group touches.
     """
     finest = math.lcm(FINEST_STEP, own)
-    step = math.lcm(finest, *steps)
+    gained = min((t.step for t in tiles), default=FINEST_STEP)
+    step = math.lcm(finest, gained, *(t.step for t in tiles if t.has_cliffs))
     while step > finest and channels < 4 * step and step % 2 == 0 and (step // 2) % finest == 0:
         step //= 2
     return step
