@@ -104,7 +104,8 @@ class Comparison:
             return records.read_json(ScoresResult, path)
         job = dataclasses.replace(self.context.job, importance=importance)
         context = dataclasses.replace(self.context, job=job)
-        found = stages.score(context, self.ready.table.result.grids, self.rig.folder)
+        grids, groups = self.ready.table.result.grids, context.groups[0]
+        found = stages.score(context, grids, context.model, groups)
         records.write_json(found, path)
         return found
 

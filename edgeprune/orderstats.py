@@ -22,6 +22,15 @@ class Centre:
     coverage: float
 
 
+def nearest_rank(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` (above 0, at most 1) of the values do not exceed.
+
+    >>> nearest_rank([3.0, 1.0, 2.0], 0.95)
+    3.0
+    """
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
 def centre(values: Sequence[float], confidence: float = CONFIDENCE) -> Centre:
     """Where values that scatter evenly about something have their centre: the median of all means of two of them.
 

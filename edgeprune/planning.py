@@ -7,7 +7,7 @@ file's own leading channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,14 @@ from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.pool import Pool
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
-from edgeprune.latency.grid import admissible, candidate_widths, thin
+from edgeprune.latency import sparse
+from edgeprune.latency.grid import admissible, thin
 from edgeprune.latency.kernel_times import KernelKey
 from edgeprune.latency.predictor import Factor, LatencyModel, correct, evaluate, sample_nets
-from edgeprune.latency.table import LatencyTable, probe_points, tabulate
+from edgeprune.latency.probes import Point
+from edgeprune.latency.sparse import KernelClass
+from edgeprune.latency.table import LatencyTable
+from edgeprune.orderstats import nearest_rank
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_bytes
 from edgeprune.results import (
@@ -33,13 +37,12 @@ from edgeprune.results import (
 from edgeprune.specs import Budget, FormatName, Precision, Runtime
 from edgeprune.stage_records import MeasuredNets, MeasuredTable, Staircase
 
-FINEST_STEP = 4  # no kernel library rounds channels to less than 4 (MLAS and NEON fp32 vectors)
+MOST_KERNELS = 250  # timed for one table
 WIDTH_TOLERANCE = (
     0.02  # kernels repeat to 0.6-1.7 % (measured by this project); closer widths count as equal
 )
 NETS_FITTED, NETS_HELD_OUT = 8, 4
 CONFIRM_LOOKS = (12, 24)  # pairs; enough to find what is over the budget for sure
-PROBE_SEED = 0
 UNKNOWN_NS = 1.0
 
 
@@ -104,25 +107,25 @@ def measure_table(
     format_name: FormatName,
     progress: Progress,
     known: dict[KernelKey, float] | None = None,
+    most: int = MOST_KERNELS,
 ) -> MeasuredTable:
     """Time the kernels of a file at the widths that may matter, and keep the widths that pay.
 
-    First every kernel is timed along each of its groups alone: that shows the staircase, and the dominance filter leaves the widths
-    that are faster than every larger one. Then the corners and some inner points of the remaining grid are added. What is in ``known``
-    is not timed again; what is timed is added to it.
+    How few are enough is :func:`edgeprune.latency.sparse.probe`'s; the dominance filter then leaves the widths that are predicted to be
+    faster than every larger one. What is in ``known`` is not timed again; what is timed is added to it, ``most`` kernels at the most
+    (but every kernel at full width).
     """
     full = {g.name: g.channels for g in groups}
-    candidates = {
-        g.name: candidate_widths(g.channels, step=math.lcm(FINEST_STEP, g.step)) for g in groups
-    }
-    probes = Probes(stand, file, full, progress, {} if known is None else known)
-    probes.measure(
-        ((k, p) for k in file.kernels for p in _marginals([candidates[v] for v in k.variables])),
-        "kernels-alone",
-    )
+    probes = Probes(stand, file, progress, {} if known is None else known, most)
+    classes = _classes(file, full)
+    found = sparse.probe(classes, full, {g.name: g.step for g in groups}, probes)
+    by_name = {k.signature: k for k in found.kernels}
+    tables = [(c, by_name[c.name]) for c in classes]
     staircases = {
-        group: Staircase(widths=widths, ns=tuple(probes.touched_ns(group, w) for w in widths))
-        for group, widths in candidates.items()
+        group: Staircase(
+            widths=widths, ns=tuple(sparse.touched_ns(tables, full, group, w) for w in widths)
+        )
+        for group, widths in found.candidates.items()
     }
     grids = {
         group: thin(
@@ -130,30 +133,11 @@ def measure_table(
         )
         for group, s in staircases.items()
     }
-    classes: dict[str, list[Kernel]] = {}
-    for kernel in file.kernels:
-        classes.setdefault(_class_of(kernel, full), []).append(kernel)
-    points = {}
-    slots_of = {}
-    for name, members in classes.items():
-        slots = [
-            sorted({w for k in members for w in grids[k.variables[slot]]})
-            for slot in range(len(members[0].variables))
-        ]
-        slots_of[name] = slots
-        points[name] = probe_points(slots, seed=PROBE_SEED)
-    probes.measure(
-        ((classes[name][0], p) for name, wanted in points.items() for p in wanted), "kernels-grid"
-    )
-    kernels = tuple(
-        tabulate(name, k[0].op, slots_of[name], probes.on_grid(k[0], slots_of[name]))
-        for name, k in classes.items()
-    )
     table = LatencyTable(
         fingerprint_key=fingerprint_key,
         precision=stand.precision,
         format=format_name,
-        kernels=kernels,
+        kernels=tuple(by_name[c.name] for c in classes),
     )
     return MeasuredTable(
         table=table,
@@ -177,54 +161,87 @@ def _class_of(kernel: Kernel, full: Mapping[str, int]) -> str:
     return f"{kernel.signature}@{','.join(str(full[v]) for v in kernel.variables)}"
 
 
-def _marginals(candidates: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    full = tuple(c[-1] for c in candidates)
-    points = {full}
-    for slot, widths in enumerate(candidates):
-        points.update((*full[:slot], w, *full[slot + 1 :]) for w in widths)
-    return sorted(points)
+def _classes(file: Resizable, full: Mapping[str, int]) -> list[KernelClass]:
+    """The kernels of a file by class, in order."""
+    found: dict[str, list[Kernel]] = {}
+    for kernel in file.kernels:
+        found.setdefault(_class_of(kernel, full), []).append(kernel)
+    return [
+        KernelClass(
+            name=name,
+            op=first.op,
+            kind=first.kind or first.op,
+            roles=first.roles or tuple(f"slot {i}" for i in range(len(first.variables))),
+            full=tuple(full[v] for v in first.variables),
+            members=tuple(k.variables for k in (first, *rest)),
+            key=first.index,
+        )
+        for name, (first, *rest) in found.items()
+    ]
 
 
 class Probes:
-    """Kernels timed so far, by computation and widths: nothing is timed twice."""
+    """Kernels timed so far, by computation and widths: nothing is timed twice, and no more than ``most`` in all."""
 
     def __init__(
         self,
         stand: Stand,
         file: Resizable,
-        full: Mapping[str, int],
         progress: Progress,
         known: dict[KernelKey, float],
+        most: int,
     ) -> None:
         self.times: dict[KernelKey, float] = {}
-        self._known = known
         self.taken = 0  # times that were known before
-        self._stand, self._file, self._full, self._progress = stand, file, full, progress
+        self._silent: set[KernelKey] = set()
+        self._known, self._left = known, most
+        self._stand, self._file, self._progress = stand, file, progress
+        self._kernels = {k.index: k for k in file.kernels}
 
-    def measure(self, wanted: Iterable[tuple[Kernel, tuple[int, ...]]], purpose: str) -> None:
-        """Time these kernels at these widths, except what is known."""
-        missing = {
-            (k.signature, p): (k, p) for k, p in wanted if (k.signature, p) not in self.times
-        }
-        taken = {key: self._known[key] for key in missing if key in self._known}
-        self.times.update(taken)
-        self.taken += len(taken)
-        missing = {key: at for key, at in missing.items() if key not in self._known}
-        keys = {str(i): key for i, key in enumerate(missing)}
-        files = {}
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing more may be timed."""
+        return self._left <= 0
+
+    def known(self, one: KernelClass) -> dict[Point, float]:
+        """All times of a class so far."""
+        signature = self._kernels[one.key].signature
+        return {point: ns for (other, point), ns in self.times.items() if other == signature}
+
+    def silent(self, one: KernelClass) -> set[Point]:
+        """Widths at which a class did not run alone."""
+        signature = self._kernels[one.key].signature
+        return {point for other, point in self._silent if other == signature}
+
+    def take(self, wanted: Sequence[tuple[KernelClass, Point]], purpose: str) -> None:
+        """Time these kernels at these widths, except what is known; the first ones where not all may be. Full widths always are."""
+        files: dict[str, bytes] = {}
+        keys: dict[str, KernelKey] = {}
+        for one, point in wanted:
+            kernel = self._kernels[one.key]
+            key = (kernel.signature, point)
+            if key in self.times or key in keys.values():
+                continue
+            if key in self._known:
+                self.times[key] = self._known[key]
+                self.taken += 1
+            elif self._left > len(keys) or point == one.full:
+                name = str(len(keys))
+                keys[name] = key
+                files[name] = self._file.kernel(
+                    kernel.index, dict(zip(kernel.variables, point, strict=True))
+                )
+        if not files:
+            return
+        self._left -= len(files)
+        found = self._stand.kernels(files, self._progress, purpose)
+        timed = {key: found[name] for name, key in keys.items() if name in found}
+        self.times.update(timed)
+        self._known.update(timed)
         for name, key in keys.items():
-            kernel, point = missing[key]
-            files[name] = self._file.kernel(
-                kernel.index, dict(zip(kernel.variables, point, strict=True))
-            )
-        if files:
-            found = self._stand.kernels(files, self._progress, purpose)
-            timed = {key: found[name] for name, key in keys.items() if name in found}
-            self.times.update(timed)
-            self._known.update(timed)
-            for name, key in keys.items():
-                if name not in found:
-                    self.times[key] = self._unknown_ns(key[0])
+            if name not in found:
+                self._silent.add(key)
+                self.times[key] = self._unknown_ns(key[0])
 
     def _unknown_ns(self, signature: str) -> float:
         """For a kernel that does not run alone.
@@ -234,26 +251,6 @@ class Probes:
         """
         known = (ns for (other, _), ns in self.times.items() if other == signature)
         return max(known, default=UNKNOWN_NS)
-
-    def touched_ns(self, group: str, width: int) -> float:
-        """Time of every kernel that a group touches, at one width of it."""
-        total = 0.0
-        for kernel in self._file.kernels:
-            if group in kernel.variables:
-                point = tuple(width if v == group else self._full[v] for v in kernel.variables)
-                total += self.times[kernel.signature, point]
-        return total
-
-    def on_grid(
-        self, kernel: Kernel, slots: Sequence[Sequence[int]]
-    ) -> dict[tuple[int, ...], float]:
-        """All known times of a computation whose widths lie on the grid of every slot."""
-        return {
-            point: ns
-            for (signature, point), ns in self.times.items()
-            if signature == kernel.signature
-            and all(w in slot for w, slot in zip(point, slots, strict=True))
-        }
 
 
 def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, int]) -> LatencyModel:
@@ -320,12 +317,17 @@ def fit(
     samples = [(w, ms, 1.0) for w, ms in zip(nets.widths, nets.ms, strict=True)]
     fitted, held_out = samples[:-NETS_HELD_OUT], samples[-NETS_HELD_OUT:]
     mean, worst = evaluate(correct(model, fitted), [(w, ms) for w, ms, _ in held_out])
+    each = [
+        evaluate(correct(model, samples[:i] + samples[i + 1 :]), [one])[0]
+        for i, one in enumerate(samples)
+    ]
     quality = LatencyModelQuality(
         kernels_measured=kernels_measured,
         nets_fitted=len(fitted),
         nets_held_out=len(held_out),
         mean_error_ratio=mean,
         worst_error_ratio=worst,
+        p95_error_ratio=nearest_rank(each, 0.95),
     )
     return correct(model, samples), quality
 

@@ -28,6 +28,7 @@ FULL = {"a": 64, "b": 96, "c": 128}
 TILE = 8
 # Kernels by the groups that they read or write. ``b`` is a residual stage: it is both sides of its own convolution.
 CHAIN: tuple[tuple[str, ...], ...] = (("a",), ("a", "b"), ("b",), ("b", "c"), ("c",))
+ROLES = (("out",), ("in", "out"), ("square",), ("in", "out"), ("in",))
 NS_PER_TILE = 400.0
 OVERHEAD_NS = 9_000.0  # of a whole net, in no kernel
 FUSED = 0.93  # kernels are faster together than alone
@@ -49,7 +50,18 @@ class Net:
     """A resizable file whose content is just what it was asked to be."""
 
     kernels = tuple(
-        Kernel(i, f"k{i}", "Conv", f"layer{i}", f"sig{i}", variables, (1, 8), (1, 8))
+        Kernel(
+            i,
+            f"k{i}",
+            "Conv",
+            f"layer{i}",
+            f"sig{i}",
+            variables,
+            (1, 8),
+            (1, 8),
+            "Conv 3x3",
+            ROLES[i],
+        )
         for i, variables in enumerate(CHAIN)
     )
     blocks: Mapping[str, frozenset[int]] = {}

@@ -36,6 +36,9 @@ class Kernel:
     ``variables`` names the channel groups whose width changes this kernel's shape, in the order the file's tensors show them;
     ``signature`` is equal for two kernels that are the same computation at equal widths. ``layer`` is the torch layer it came from,
     or ``""``.
+
+    ``kind`` is what runs, whatever its shape: the operator and its window, such as ``CONV_2D 3x3``. ``roles`` says for each variable
+    where its channels are: ``in``, ``out``, ``both`` (a depthwise convolution), or ``square`` (both, with weights from each to each).
     """
 
     index: int
@@ -46,6 +49,8 @@ class Kernel:
     variables: tuple[str, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    kind: str = ""
+    roles: tuple[str, ...] = ()
 
 
 class Resizable(Protocol):

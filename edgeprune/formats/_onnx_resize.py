@@ -25,9 +25,17 @@ from edgeprune.formats._onnx_links import (
     find_links,
     onnx_package,
 )
-from edgeprune.formats._resize import Pair, Place, Rules, WidthDecoder, slots
+from edgeprune.formats._resize import (
+    Pair,
+    Place,
+    Rules,
+    WidthDecoder,
+    kind_and_roles,
+    slots,
+)
 
 SHAPE_VALUE_LIMIT = 16  # int64 constants with at most this many entries may hold dimensions
+WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu"})
 
 
@@ -255,6 +263,16 @@ class OnnxResizable:
             parts.append(_attribute_text(graph.nodes[i], self._attributes[i], variables))
         scope = str(main.name).rpartition("/")[0]
         layer = scope if scope in layers else ""
+        weighted = main.op_type in WEIGHTED and len(main.input) > 1
+        weights = self._shapes[main.input[1]] if weighted else ()
+        kind, roles = kind_and_roles(
+            str(main.op_type),
+            variables,
+            [self._shapes[n] for n in unit.inputs],
+            [self._shapes[n] for n in unit.outputs],
+            weights,
+            weights[2:],
+        )
         return Kernel(
             index=index,
             name=layer or str(main.name) or f"{main.op_type.lower()}_{index}",
@@ -264,6 +282,8 @@ class OnnxResizable:
             variables=tuple(variables),
             input_shape=graph.dimensions(unit.inputs[0]) if unit.inputs else (),
             output_shape=graph.dimensions(unit.outputs[0]),
+            kind=kind,
+            roles=roles,
         )
 
 

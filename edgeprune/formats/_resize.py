@@ -93,6 +93,37 @@ def slots(rules: Rules, variables: list[str]) -> str:
     return ",".join(shown)
 
 
+def kind_and_roles(
+    op: str,
+    variables: Sequence[str],
+    inputs: Iterable[Rules],
+    outputs: Iterable[Rules],
+    weights: Rules,
+    window: Rules,
+) -> tuple[str, tuple[str, ...]]:
+    """What a kernel runs whatever its shape, and where each variable's channels are; see :class:`edgeprune.formats.Kernel`.
+
+    Args:
+        op: name of the operator.
+        variables: groups that change the kernel's shape.
+        inputs: dimensions of the activations that it reads.
+        outputs: dimensions of what it writes.
+        weights: dimensions of its weights; empty without any.
+        window: those of them that are the window of a convolution.
+    """
+    read = {g for rules in inputs for rule in rules for g in rule.groups()}
+    written = {g for rules in outputs for rule in rules for g in rule.groups()}
+    sides = [g for rule in weights for g in rule.groups()]
+    roles = tuple(
+        ("square" if sides.count(g) > 1 else "both")
+        if g in read and g in written
+        else "in" if g in read else "out"
+        for g in variables
+    )  # fmt: skip
+    size = "x".join(str(rule.constant) for rule in window)
+    return f"{op} {size}".strip(), roles
+
+
 class WidthDecoder:
     """Finds the :class:`WidthRule` of a pair of dimensions.
 

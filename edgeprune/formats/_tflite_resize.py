@@ -15,7 +15,7 @@ import numpy as np
 from edgeprune.errors import FormatError
 from edgeprune.formats import Kernel
 from edgeprune.formats._branches import Bypass
-from edgeprune.formats._resize import Place, Rules, WidthDecoder, slots
+from edgeprune.formats._resize import Place, Rules, WidthDecoder, kind_and_roles, slots
 from edgeprune.formats._tflite_blocks import bypassed, find_bypasses
 from edgeprune.formats._tflite_graph import (
     DTYPES,
@@ -32,6 +32,7 @@ from edgeprune.formats._tflite_graph import (
 from edgeprune.formats._tflite_links import Twins, both_sides, find_links
 from edgeprune.formats._tflite_names import drop_unused
 
+WEIGHTED = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"})
 SHAPE_VALUE_LIMIT = 16  # constants with at most this many integers may hold dimensions
 
 
@@ -105,15 +106,29 @@ class TfliteResizable:
             scopes = [scope for scope, _, role in own if role.startswith(WEIGHT)]
             scopes.append(text(output.name).rpartition("/")[0])
             layer = next((scope for scope in scopes if scope in layers), "")
+            op = op_name(self._model, main)
+            given = [i for i in main.inputs if i >= 0]
+            held = [i for i in given if is_constant(self._model, graph.tensors[i])]
+            weights = self._shapes[held[0]] if held and op in WEIGHTED else ()
+            kind, roles = kind_and_roles(
+                op,
+                variables,
+                [self._shapes[i] for i in given if i not in held],
+                [self._shapes[i] for i in main.outputs],
+                weights,
+                weights[1:-1],
+            )
             kernel = Kernel(
                 index=index,
                 name=layer or text(output.name),
-                op=op_name(self._model, main),
+                op=op,
                 layer=layer,
                 signature="|".join(parts),
                 variables=tuple(variables),
                 input_shape=shape_of(graph.tensors[first.inputs[0]]),
                 output_shape=shape_of(output),
+                kind=kind,
+                roles=roles,
             )
             yield kernel, text(output.name)
 

@@ -58,7 +58,11 @@ def probe_points(grids: Sequence[Sequence[int]], *, interior: int = 4, seed: int
     return list(dict.fromkeys(points + sorted(inside)))
 
 
-def fit_kernel(points: Mapping[Point, float], grids: Sequence[Sequence[int]]) -> np.ndarray:
+def fit_kernel(
+    points: Mapping[Point, float],
+    grids: Sequence[Sequence[int]],
+    sizes: Sequence[Sequence[float]] = (),
+) -> np.ndarray:
     """The time at every point of the grid, as one dense table that reproduces the measured points.
 
     Measured in full: the table itself. Otherwise a bilinear form in each slot's own measured curve, fitted with non-negative least
@@ -68,6 +72,8 @@ def fit_kernel(points: Mapping[Point, float], grids: Sequence[Sequence[int]]) ->
     Args:
         points: measured times in ns, above 0; the full point must be among them.
         grids: one ascending grid per slot.
+        sizes: what the time of each slot grows with, at every width of its grid: the width rounded up to the tile. Gaps between
+            measured widths are filled in along it; without it, evenly along the grid.
 
     Returns:
         ns, one axis per slot, ``[len(grid) for grid in grids]``.
@@ -85,19 +91,40 @@ def fit_kernel(points: Mapping[Point, float], grids: Sequence[Sequence[int]]) ->
             table[place] = time
         return table
     cells = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=1)
-    return _predict(places, shape, cells).reshape(shape)
+    return _predict(places, shape, cells, sizes).reshape(shape)
 
 
-def fit_terms(points: Mapping[Point, float], grids: Sequence[Sequence[int]]) -> tuple[Term, ...]:
+def fit_terms(
+    points: Mapping[Point, float],
+    grids: Sequence[Sequence[int]],
+    sizes: Sequence[Sequence[float]] = (),
+) -> tuple[Term, ...]:
     """As :func:`fit_kernel`, but a table beyond ``DENSE_ENTRIES`` stays a sum over single slots and pairs (a concat of many groups)."""
     shape = tuple(len(grid) for grid in grids)
     if math.prod(shape) <= DENSE_ENTRIES:
-        return (Term(tuple(range(len(shape))), fit_kernel(points, grids)),)
-    return tuple(_bilinear(_places(points, grids), shape))
+        return (Term(tuple(range(len(shape))), fit_kernel(points, grids, sizes)),)
+    return tuple(_bilinear(_places(points, grids), shape, sizes))
+
+
+def predict_point(
+    points: Mapping[Point, float],
+    grids: Sequence[Sequence[int]],
+    at: Point,
+    sizes: Sequence[Sequence[float]] = (),
+) -> float:
+    """The time at one point of the grid, as :func:`fit_terms` gives it."""
+    shape = tuple(len(grid) for grid in grids)
+    places = _places(points, grids)
+    cell = np.array([[list(g).index(w) for g, w in zip(grids, at, strict=True)]], dtype=int)
+    if math.prod(shape) <= DENSE_ENTRIES:
+        return float(_predict(places, shape, cell, sizes)[0])
+    return float(_evaluate(_bilinear(places, shape, sizes), cell)[0])
 
 
 def leave_out_error(
-    points: Mapping[Point, float], grids: Sequence[Sequence[int]]
+    points: Mapping[Point, float],
+    grids: Sequence[Sequence[int]],
+    sizes: Sequence[Sequence[float]] = (),
 ) -> tuple[float, float]:
     """Mean and worst relative error at the measured points inside the grid, each predicted by a fit that has not seen it.
 
@@ -106,14 +133,10 @@ def leave_out_error(
     inside = [p for p in points if _is_inside(p, grids)]
     if not inside or len(points) == math.prod(len(grid) for grid in grids):
         return 0.0, 0.0
-    shape = tuple(len(grid) for grid in grids)
-    dense = math.prod(shape) <= DENSE_ENTRIES
     errors = []
     for left_out in inside:
-        rest = _places({p: time for p, time in points.items() if p != left_out}, grids)
-        cell = np.array([[list(g).index(w) for g, w in zip(grids, left_out, strict=True)]])
-        guess = _predict(rest, shape, cell) if dense else _evaluate(_bilinear(rest, shape), cell)
-        errors.append(abs(float(guess[0]) / points[left_out] - 1))
+        rest = {p: time for p, time in points.items() if p != left_out}
+        errors.append(abs(predict_point(rest, grids, left_out, sizes) / points[left_out] - 1))
     return sum(errors) / len(errors), max(errors)
 
 
@@ -143,9 +166,11 @@ def _places(
 
 
 def _curve(
-    places: Mapping[tuple[int, ...], float], shape: tuple[int, ...], slot: int
+    places: Mapping[tuple[int, ...], float], shape: tuple[int, ...], slot: int, size: np.ndarray
 ) -> np.ndarray:
-    """Times over one slot's grid, the others full, shifted and scaled to [0, 1]; gaps are interpolated; zeros where nothing changes.
+    """Times over one slot's grid, the others full, shifted and scaled to [0, 1]; zeros where nothing changes.
+
+    Gaps are filled in along ``size``, which never falls over the grid.
 
     The shift to zero matters: in this basis every coefficient of the tile-padded form is a difference of times that grow with width,
     so that "non-negative" holds for it; in the unshifted curves it does not.
@@ -157,7 +182,8 @@ def _curve(
         if p[:slot] + p[slot + 1 :] == full[:slot] + full[slot + 1 :]
     }
     at = sorted(known)
-    curve = np.interp(np.arange(shape[slot]), at, [known[i] for i in at])
+    curve = np.interp(size, size[at], [known[i] for i in at])
+    curve[at] = [known[i] for i in at]
     spread = float(np.ptp(curve))
     if spread <= 1e-9 * float(curve.max()):
         return np.zeros(shape[slot])
@@ -165,9 +191,14 @@ def _curve(
     return scaled
 
 
-def _bilinear(places: Mapping[tuple[int, ...], float], shape: tuple[int, ...]) -> list[Term]:
+def _bilinear(
+    places: Mapping[tuple[int, ...], float],
+    shape: tuple[int, ...],
+    sizes: Sequence[Sequence[float]] = (),
+) -> list[Term]:
     """``c0 + sum c_i b_i + sum c_ij b_i b_j`` with b the slots' curves and all c >= 0; errors count relative to the time."""
-    curves = [_curve(places, shape, slot) for slot in range(len(shape))]
+    along = [np.asarray(s, dtype=float) for s in sizes] or [np.arange(float(n)) for n in shape]
+    curves = [_curve(places, shape, slot, along[slot]) for slot in range(len(shape))]
     scopes: list[tuple[int, ...]] = [()]
     scopes += [(slot,) for slot in range(len(shape))]
     scopes += list(itertools.combinations(range(len(shape)), 2))
@@ -197,13 +228,16 @@ def _evaluate(terms: Sequence[Term], cells: np.ndarray) -> np.ndarray:
 
 
 def _predict(
-    places: Mapping[tuple[int, ...], float], shape: tuple[int, ...], cells: np.ndarray
+    places: Mapping[tuple[int, ...], float],
+    shape: tuple[int, ...],
+    cells: np.ndarray,
+    sizes: Sequence[Sequence[float]] = (),
 ) -> np.ndarray:
     """The bilinear fit at ``cells``, times a factor that is exact at the measured points and blends by inverse distance between them.
 
     Source: D. Shepard, A two-dimensional interpolation function for irregularly-spaced data, 1968; here on log ratios.
     """
-    terms = _bilinear(places, shape)
+    terms = _bilinear(places, shape, sizes)
     known = np.array(list(places), dtype=int)
     times = np.array(list(places.values()))
     least = 0.05 * float(times.min())  # a fit may reach 0 where nothing was measured

@@ -52,7 +52,8 @@ class TableTerm(Record):
 class KernelTable(Record):
     """One kernel signature: what was measured, and the sum of ``terms`` that gives the time at every point of its grids.
 
-    ``error_ratio`` is the mean relative error at measured points that the fit was not shown (0 when everything was measured).
+    ``error_ratio`` is the mean relative error at measured points that the fit was not shown (0 when everything was measured). ``sizes``
+    is what the time grows with, at every width of each slot's grid (see :func:`.probes.fit_kernel`); empty where that is not known.
     """
 
     signature: str
@@ -62,6 +63,7 @@ class KernelTable(Record):
     points: tuple[ProbeTime, ...]
     terms: tuple[TableTerm, ...]
     error_ratio: float
+    sizes: tuple[tuple[float, ...], ...] = ()
 
     def arrays(self, widths: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], np.ndarray]]:
         """The terms at the given widths of each slot: ``(slots, ns)`` with one axis per slot of the term.
@@ -91,10 +93,14 @@ class KernelTable(Record):
 
 
 def tabulate(
-    signature: str, op: str, grids: Sequence[Sequence[int]], points: Mapping[Point, float]
+    signature: str,
+    op: str,
+    grids: Sequence[Sequence[int]],
+    points: Mapping[Point, float],
+    sizes: Sequence[Sequence[float]] = (),
 ) -> KernelTable:
     """The table of one kernel from its measured points (ns); ``grids`` ascend and end with the full width of each slot."""
-    terms = fit_terms(points, grids)
+    terms = fit_terms(points, grids, sizes)
     return KernelTable(
         signature=signature,
         op=op,
@@ -102,7 +108,8 @@ def tabulate(
         grids=tuple(tuple(grid) for grid in grids),
         points=tuple(ProbeTime(widths=p, ns=float(points[p])) for p in sorted(points)),
         terms=tuple(TableTerm(slots=t.slots, ns=tuple(t.ns.ravel().tolist())) for t in terms),
-        error_ratio=leave_out_error(points, grids)[0],
+        error_ratio=leave_out_error(points, grids, sizes)[0],
+        sizes=tuple(tuple(float(v) for v in s) for s in sizes),
     )
 
 
@@ -156,7 +163,11 @@ def _joined(first: KernelTable, second: KernelTable) -> KernelTable:
         raise ValueError(f"{first.signature} has {first.slots} slots and {second.slots}")
     grids = [tuple(sorted({*a, *b})) for a, b in zip(first.grids, second.grids, strict=True)]
     points = {probe.widths: probe.ns for probe in (*first.points, *second.points)}
-    return tabulate(first.signature, first.op, grids, points)
+    sizes = []
+    for slot, (grid, mine) in enumerate(zip(grids, first.sizes, strict=False)):
+        # Between the known widths as far as is known; the other table's widths lie among them or repeat its ends.
+        sizes.append(np.interp(grid, first.grids[slot], mine).tolist())
+    return tabulate(first.signature, first.op, grids, points, sizes)
 
 
 def slot_grids(
