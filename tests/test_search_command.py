@@ -11,7 +11,7 @@ import tinynet
 from report_fixture import make_report
 
 from edgeprune import records
-from edgeprune.report.explain import other_budgets, render_search, render_search_html
+from edgeprune.report.explain import other_budgets, render_plan, render_search, render_search_html
 from edgeprune.report.figures import significant
 from edgeprune.search_results import (
     GroupCurve,
@@ -20,6 +20,7 @@ from edgeprune.search_results import (
     SearchResult,
     WidthChoice,
 )
+from edgeprune.stage_records import PlanResult
 
 SEARCH = ("search", "--target", "this-machine", "--latency", "80%", "--run", "run")
 
@@ -81,6 +82,29 @@ def test_the_page_and_the_text_say_the_same_and_escape_names():
     for _, point in other_budgets(result):
         assert significant(point.cost_nats) in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_removed_block_is_called_one_in_text_page_and_dry_run():
+    plan = found().plan
+    first, *others = plan.groups
+    cut = plan.model_copy(update={"groups": (first.model_copy(update={"kept": ()}), *others)})
+    curves = tuple(
+        c.model_copy(
+            update={"choices": (WidthChoice(width=0, saved_ms=0.1, cost_nats=1.0), *c.choices)}
+        )
+        if c.group == first.name
+        else c
+        for c in found().curves
+    )
+    check = found().checks[-1].model_copy(update={"widths": cut.widths()})
+    result = found(plan=cut, curves=curves, checks=(check,))
+    assert "-> block removed" in render_search(result)
+    page = render_search_html(result).decode()
+    assert "→ block removed" in page
+    assert "block removed: saves" in page
+    dry = PlanResult(plan=cut, checks=(check,), quality=result.latency_model, pareto=())
+    lines = [line for line in render_plan(dry).splitlines() if line.endswith("block removed")]
+    assert [line.split()[0] for line in lines] == [first.name]
 
 
 def test_a_search_without_a_faster_structure_has_no_empty_tables():

@@ -72,6 +72,8 @@ def _branch(add: Any, skip: Any, operand: Any) -> set[Any]:
         node = pending.pop()
         if node is skip or node in seen:
             continue
+        if _is_weight_view(node):
+            continue
         if not node.inputs or isinstance(node.module, nn.Parameter):
             return set()
         seen.add(node)
@@ -79,3 +81,8 @@ def _branch(add: Any, skip: Any, operand: Any) -> set[Any]:
     if any(reader is not add and reader not in seen for node in seen for reader in node.outputs):
         return set()
     return {node.module for node in seen}
+
+
+def _is_weight_view(node: Any) -> bool:
+    """Whether a node is the transposed weight of a linear layer: it comes out of nothing, and no free parameter."""
+    return not node.inputs and type(node.grad_fn).__name__.startswith("TBackward")
