@@ -465,7 +465,8 @@ def test_a_run_in_steps_goes_on_from_its_stages(stepped: tinynet.Run, tmp_path: 
         shutil.rmtree(folders[name])
     before = {n: (folders[n] / "stage.json").read_bytes() for n in STEP_STAGES[:3]}
     done = deploy(home)
-    assert all(f"{name}: done earlier, kept" in done.stderr for name in STEP_STAGES[:3])
+    for name in STEP_STAGES[:3]:
+        assert f"{name}: done earlier, kept" in done.stderr, done.stderr
     assert "step-2-plan: done earlier" not in done.stderr
     folders = tinynet.stage_folders(home / "run")
     assert before == {n: (folders[n] / "stage.json").read_bytes() for n in STEP_STAGES[:3]}
