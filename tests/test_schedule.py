@@ -435,6 +435,7 @@ def result(run: Path, stage: str, cls: type[records.R]) -> records.R:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_in_two_steps_keeps_fewer_and_fewer_channels_within_its_epochs(
     stepped: tinynet.Run,
 ) -> None:
@@ -457,6 +458,7 @@ def test_a_run_in_two_steps_keeps_fewer_and_fewer_channels_within_its_epochs(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_in_steps_goes_on_from_its_stages(stepped: tinynet.Run, tmp_path: Path) -> None:
     home = tmp_path / "project"
     shutil.copytree(stepped.project, home)
@@ -476,6 +478,7 @@ def test_a_run_in_steps_goes_on_from_its_stages(stepped: tinynet.Run, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_dry_run_of_steps_trains_nothing_and_a_control_shares_all_before_the_cut(
     stepped: tinynet.Run, tmp_path: Path
 ) -> None:
