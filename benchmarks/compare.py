@@ -65,6 +65,10 @@ SCRATCH = "edgeprune-from-scratch"
 UNREPAIRED = "edgeprune-minus-compensation"
 UNVERIFIED = "edgeprune-minus-verification"
 TAYLOR_IMAGES, NETADAPT_IMAGES = 1024, 2000
+NETADAPT_STEPS, NETADAPT_SHORT = (
+    12,
+    6,
+)  # latencies on the way down; SGD steps of each short training
 
 
 def load_net(name: str, recovery: Recovery) -> LoadedWorkload:
@@ -233,8 +237,8 @@ class Comparison:
             importances.removal_order(self._named("l2")),
             batch,
             (torch.from_numpy(self._prepared(held.x)), torch.from_numpy(held.y)),
-            steps=24,
-            short_steps=8,
+            steps=NETADAPT_STEPS,
+            short_steps=NETADAPT_SHORT,
             progress=self.context.progress,
         )
         yield path_method("netadapt", path)

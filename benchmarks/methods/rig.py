@@ -44,20 +44,27 @@ class Rig:
     folder: Path
     recovery: Recovery
     ratios: dict[Key, float] = field(default_factory=dict)
-    calls: int = 0
 
     def measure(self, structures: Sequence[Mapping[str, int]]) -> None:
         """Time the structures that were not timed yet, interleaved with dense."""
+        if not self.ratios and self._measured.exists():
+            kept = json.loads(self._measured.read_text(encoding="utf-8"))
+            self.ratios.update({tuple(sorted(w.items())): ratio for w, ratio in kept})
         missing = {tuple(sorted(w.items())): w for w in structures}
         missing = {key: w for key, w in missing.items() if key not in self.ratios}
         if not missing:
             return
-        file, number = self.ready.file, self.calls
-        self.calls += 1
+        file, number = self.ready.file, len(self.ratios)
         files = {str(i): file.resized(w) for i, w in enumerate(missing.values())}
         found = self.ready.stand.measure({"dense": file.resized({}), **files}, f"compare-{number}")
         for i, key in enumerate(missing):
             self.ratios[key] = compare(found[str(i)], found["dense"]).ratio
+        plain = [[dict(key), ratio] for key, ratio in self.ratios.items()]
+        records.write_bytes(self._measured, json.dumps(plain).encode())
+
+    @property
+    def _measured(self) -> Path:
+        return self.folder / "measured.json"
 
     def fit(
         self, method: Method, asked: Sequence[float]
@@ -178,7 +185,6 @@ class Rig:
             )
             for n, p in ({f"dense-{k}": v for k, v in dense.items()} | dict(files)).items()
         ]
-        self.calls += 1
         found = {
             m.name: m
             for m in measure(
@@ -187,7 +193,6 @@ class Rig:
                 runtime=runtime.name,
                 threads=runtime.threads,
                 plan=SEARCH,
-                purpose=f"final-{self.calls}",
             )
         }
         ratios = {n: compare(found[n], found["dense-int8"]) for n in files}
