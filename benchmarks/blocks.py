@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from board_blocks import BoardResults, boards_block, matrix_block
-from compare_blocks import compare_block
+from compare_blocks import compare_block, compare_summary
 from compare_plot import compare_plot
 from compare_records import CompareResults
 
@@ -142,11 +142,6 @@ class MeasurementResults(records.Record):
     chain_ms: dict[str, float]
     versions: dict[str, str]
     trials: tuple[Trial, ...]
-
-
-def block_name(net: str) -> str:
-    """The block of figures that compares pruners on a net."""
-    return f"compare-{net}"
 
 
 def stamp_text(fingerprint: Fingerprint) -> str:
@@ -446,7 +441,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     demo, budgets = results / "demo.json", results / "budgets.json"
     measurement = results / "measurement.json"
     boards, setup = results / "boards.json", results / "emulated-setup.json"
-    names = ("demo", "budgets", "prediction", "measurement", "boards", *map(block_name, NETS))
+    names = ("demo", "budgets", "prediction", "measurement", "boards")
     found: dict[str, str | None] = dict.fromkeys(names)
     found["failures"] = matrix_block()
     if demo.is_file():
@@ -458,11 +453,12 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         found["measurement"] = measurement_block(records.read_json(MeasurementResults, measurement))
     for net in NETS:
         path = results / f"compare-{net}.json"
+        found |= {f"compare-{net}": None, f"compare-{net}-short": None}
         if path.is_file():
             compared = records.read_json(CompareResults, path)
-            found[block_name(net)] = compare_block(
-                compared, table, stamp_text(compared.fingerprint)
-            )
+            stamp = stamp_text(compared.fingerprint)
+            found[f"compare-{net}"] = compare_block(compared, table, stamp)
+            found[f"compare-{net}-short"] = compare_summary(compared, stamp)
     if boards.is_file():
         costs = json.loads(setup.read_bytes()) if setup.is_file() else None
         found["boards"] = boards_block(records.read_json(BoardResults, boards), costs)

@@ -31,27 +31,44 @@ def compare_block(results: CompareResults, table: Table, stamp: str) -> str:
         for budget in budgets:
             cells += _cells(by_place.get((method, budget)), results)
         rows.append(cells)
-    dense = results.dense_test["int8"]
-    cpu, dense_ms = printable(results.fingerprint.cpu_model), results.dense_ms
-    intro = (
-        f"**{results.net}**, Fashion-MNIST, target `{results.target}` timed on `{results.device}`"
-        f" ({cpu}, {results.fingerprint.threads} thread): **{stamp}**. Dense INT8: {dense:.2%} of {results.test_n} test images,"
-        f" {dense_ms['int8']:.3g} ms (FP32 {results.dense_test['fp32']:.2%}, {dense_ms['fp32']:.3g} ms). Every net was distilled"
-        f" for {results.epochs:g} epochs of {results.train_images} images at rate {results.learning_rate:g}, the same INT8 recipe for"
-        " all; the test split was read once for each file."
-    )
-    parts = [
-        intro,
-        table(head, rows),
-        _one_shot(results, budgets, table),
-        *_margins(results, budgets),
-    ]
+    parts = [_intro(results, stamp), table(head, rows), _one_shot(results, budgets, table)]
+    parts += _margins(results, budgets)
     parts += [
         f"Missed: {r.method} at {r.budget}: {printable(r.message) or r.status}."
         for r in results.rows
         if r.status != "done"
     ]
     return "\n\n".join(p for p in parts if p)
+
+
+def compare_summary(results: CompareResults, stamp: str) -> str:
+    """The same in a few lines: ours at each budget, and the margin over the best other."""
+    budgets = list(dict.fromkeys(r.budget for r in results.rows))
+    ours = {r.budget: r for r in results.rows if r.method == OURS and r.trained}
+    lines = []
+    for budget, row in ours.items():
+        share, drop, seeds = _cells(row, results)
+        plural = "s" if seeds != "1" else ""
+        lines.append(
+            f"- {budget}: {share} of dense INT8 measured ({stamp}), {drop} points ({seeds} seed{plural})"
+        )
+    lines += [f"- {line}" for line in _margins(results, budgets)]
+    return _intro(results, stamp) + "\n\n" + "\n".join(lines)
+
+
+def _intro(results: CompareResults, stamp: str) -> str:
+    cpu, dense_ms, dense = (
+        printable(results.fingerprint.cpu_model),
+        results.dense_ms,
+        results.dense_test,
+    )
+    return (
+        f"**{results.net}**, Fashion-MNIST, target `{results.target}` timed on `{results.device}`"
+        f" ({cpu}, {results.fingerprint.threads} thread): **{stamp}**. Dense INT8: {dense['int8']:.2%} of {results.test_n} test images,"
+        f" {dense_ms['int8']:.3g} ms (FP32 {dense['fp32']:.2%}, {dense_ms['fp32']:.3g} ms). Every net was distilled"
+        f" for {results.epochs:g} epochs of {results.train_images} images at rate {results.learning_rate:g}, the same INT8 recipe for"
+        " all; the test split was read once for each file."
+    )
 
 
 def _rank(

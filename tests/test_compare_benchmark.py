@@ -24,7 +24,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import blocks  # noqa: E402
 from compare import versus  # noqa: E402
-from compare_blocks import compare_block  # noqa: E402
+from compare_blocks import compare_block, compare_summary  # noqa: E402
 from compare_plot import compare_plot  # noqa: E402
 from compare_records import CompareResults, CompareRow, OneShot, Trained, Versus  # noqa: E402
 from methods import torch_pruning as with_torch_pruning  # noqa: E402
@@ -289,3 +289,11 @@ def test_without_removal_only_width_0_is_gone():
     smooth = unaligned(model, curves)
     assert smooth.model.predict({"a": 6, "b": 8}) == pytest.approx((7 + 11) / 2)
     assert additive(model).predict({"a": 0, "b": 2}) == 0
+
+
+def test_the_summary_has_a_line_for_each_budget_and_the_margin():
+    rows = (row("edgeprune", "2x", 0.949, 0.951), row("netadapt", "2x", 0.94, 0.942))
+    text = compare_summary(made(*rows), "stand-in: x86-64")
+    assert "- 2x: 49.5 % of dense INT8 measured (stand-in: x86-64)" in text
+    assert "(2 seeds)" in text
+    assert "- At 2x, edgeprune is" in text
