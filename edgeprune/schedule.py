@@ -21,11 +21,10 @@ from edgeprune import search, stages
 from edgeprune.closing import Planned
 from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
 from edgeprune.compress.evaluate import logits
-from edgeprune.compress.groups import ChannelGroup
 from edgeprune.compress.importance import kept_channels
 from edgeprune.compress.initial import reinitialised
 from edgeprune.compress.recover import updates_per_epoch
-from edgeprune.compress.surgery import narrowed_groups, remove_channels
+from edgeprune.compress.surgery import kept_outputs, narrowed_groups, remove_channels
 from edgeprune.context import Context
 from edgeprune.errors import BudgetError
 from edgeprune.feasibility import say_plan
@@ -394,7 +393,7 @@ def cut_and_compensate(
     )
     entries = [context.entry("pruned", logits(pruned, context.development))]
     layers = {name for name, _ in pruned.named_modules()}
-    outputs = {n: own for n, own in _kept_outputs(groups, places).items() if n in layers}
+    outputs = {n: own for n, own in kept_outputs(groups, places).items() if n in layers}
     repaired, report = compensate(
         pruned, current.model, outputs, _training_samples(context), progress=context.progress
     )
@@ -408,18 +407,6 @@ def cut_and_compensate(
 def _training_samples(context: Context) -> torch.Tensor:
     train = context.job.loaded.dataset.train
     return torch.from_numpy(context.inputs(train, COMPENSATION_SAMPLES))
-
-
-def _kept_outputs(
-    groups: Sequence[ChannelGroup], places: Mapping[str, Sequence[int]]
-) -> dict[str, tuple[int, ...]]:
-    """Output channels that each layer keeps, by layer, given the channels that each group keeps."""
-    return {
-        coupling.layer: tuple(sorted(i for c in places[g.name] for i in coupling.indices[c]))
-        for g in groups
-        for coupling in g.couplings
-        if coupling.side == "out"
-    }
 
 
 def note(last: LastStep, recovery: Recovery) -> str:

@@ -21,6 +21,7 @@ from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import ChannelGroup, remove_channels
 from edgeprune.compress.recover import recover
 from edgeprune.compress.silent import rescue_silent
+from edgeprune.compress.structure import work
 from edgeprune.context import Context
 from edgeprune.datasets import model_input
 from edgeprune.devices.measure import compare, measure
@@ -50,7 +51,10 @@ from edgeprune.stage_records import (
 PARITY_SAMPLES = 64
 PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another order
 SCORE_SAMPLES = 1024
-CURVE_SAMPLES = 1024
+CURVE_SAMPLES, FEWEST_CURVE_SAMPLES = 1024, 192
+# Multiply-accumulates that all evaluations of all curves may take together: some minutes on two cores. A group has about two of them, and
+# each runs about three times through the net.
+CURVE_MACS = 4e12
 EMULATED_SAMPLES = 64  # under qemu one float32 inference of a small net takes about a second
 VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
 
@@ -175,12 +179,19 @@ def score(
     with context.progress.bar("scoring channels", 1) as bar:
         scores = function(model, groups, x, context.job.seed)
         bar.advance(1)
-    held = torch.from_numpy(context.inputs(data.selection, CURVE_SAMPLES))
+    held = torch.from_numpy(context.inputs(data.selection, curve_samples(model, groups, x[:1])))
     curves = importances.cost_curves(model, groups, scores, grids, held, progress=context.progress)
     return ScoresResult(
         scores={g: tuple(float(v) for v in s) for g, s in scores.items()},
         curves={g: tuple(float(v) for v in c) for g, c in curves.items()},
     )
+
+
+def curve_samples(model: nn.Module, groups: Sequence[ChannelGroup], example: torch.Tensor) -> int:
+    """How many samples the cost curves are calibrated on: fewer for a net that is large or has many groups, so that it takes minutes."""
+    _, macs = work(model, example)
+    fitting = CURVE_MACS / max(1, 2 * len(groups) * 3 * macs)
+    return int(min(CURVE_SAMPLES, max(FEWEST_CURVE_SAMPLES, fitting)))
 
 
 def plan_basis(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from zoo import ZOO, head, make
 
 from edgeprune.compress.criteria import bn_scale, fpgm, l1, l2, random
+from edgeprune.compress.evaluate import kl_nats, logits
 from edgeprune.compress.groups import ChannelGroup, find_groups, zero_channels
 from edgeprune.compress.importance import (
     BY_NAME,
@@ -24,7 +25,9 @@ from edgeprune.compress.importance import (
     taylor,
 )
 from edgeprune.compress.reconstruct import obs, variance
+from edgeprune.compress.surgery import remove_channels
 from edgeprune.errors import ModelError
+from edgeprune.stages import curve_samples
 
 SEED = 3
 
@@ -388,3 +391,33 @@ def test_scoring_without_a_sample_is_an_error(importance: str) -> None:
     groups, _ = find_groups(model, x[:1])
     with pytest.raises(ModelError, match="at least 1 sample"):
         BY_NAME[importance](model, groups, x[:0], SEED)
+
+
+def test_the_cost_of_a_width_is_what_is_left_after_the_repair():
+    torch.manual_seed(0)
+    # Two channels that say the same: one of them can go for nothing, once its weights are given to the other.
+    first, second = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 5, 1)
+    with torch.no_grad():
+        first.weight[0], first.bias[0] = first.weight[1], first.bias[1]
+        second.weight.mul_(3)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    x = torch.randn(128, 3, 8, 8)
+    groups, _ = find_groups(model, x[:1])
+    (name,) = [g.name for g in groups]
+    score = np.arange(8.0) + 1
+    curves = cost_curves(model, groups, {name: score}, {name: (4, 7, 8)}, x)
+    bare = kl_nats(
+        logits(model, x[64:]),
+        logits(remove_channels(model, {g.name: g for g in groups}, {name: [0]}, x[:1]), x[64:]),
+    )
+    assert curves[name][1] < 0.02 * bare
+    assert curves[name][0] > 10 * curves[name][1]
+
+
+def test_large_nets_with_many_groups_are_calibrated_on_fewer_samples():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1))
+    groups = [object()] * 10
+    small, large = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 512, 512)
+    assert curve_samples(model, groups, small) == 1024
+    assert 192 <= curve_samples(model, groups, large) < 1024
+    assert curve_samples(model, groups * 100, large) == 192

@@ -26,13 +26,14 @@ from edgeprune.compress.inputs import batches
 from edgeprune.compress.least_squares import Layer, LayerFit, as_positions, input_rows, refit
 from edgeprune.compress.surgery import Removed
 from edgeprune.errors import ModelError
-from edgeprune.progress import Progress
+from edgeprune.progress import Progress, Silent
 
 MIN_SAMPLES = 10  # a fifth of them must be enough to judge by
 ROWS_PER_TAP = 16  # beyond this the Gram matrix costs more than its noise is worth
 MIN_ROWS, MAX_ROWS = 4096, 24_576
 MAX_CACHE_BYTES = 500 * 1024**2  # of dense outputs
 MAX_ACTIVATION_BYTES = 1536 * 1024**2  # of the one pass that holds all samples at once
+MAX_INPUTS, POSITIONS, RIDGE = 2304, 64, 1e-2  # see compensate
 LIVE_ACTIVATIONS = 4  # tensors of the largest size that a residual block holds at its widest point
 
 
@@ -125,9 +126,9 @@ def compensate(
     x: Tensor,
     *,
     progress: Progress,
-    max_inputs: int = 2304,
-    positions: int = 64,
-    ridge: float = 1e-2,
+    max_inputs: int = MAX_INPUTS,
+    positions: int = POSITIONS,
+    ridge: float = RIDGE,
 ) -> tuple[nn.Module, CompensationReport]:
     """The pruned model with repaired weights and fresh batch-norm statistics, if that beats fresh statistics alone.
 
@@ -161,15 +162,12 @@ def compensate(
     kl_pruned = kl_nats(reference, logits(pruned, held_out))
     kl_recalibrated = kl_nats(reference, logits(recalibrated, held_out))
 
-    fit = fit[: _samples_that_fit(pruned, fit)]
-    sites, skipped = _sites(pruned, dense, kept_outputs, fit, max_inputs, positions)
-    fitted: tuple[LayerFit, ...] = ()
+    solved, fitted, skipped, n_samples = _solved(
+        pruned, dense, kept_outputs, fit, max_inputs, positions, ridge, progress
+    )
     kl_compensated, repaired = kl_recalibrated, recalibrated
-    if sites:
-        targets = _dense_targets(dense, sites, fit)
-        solved, fitted, unsolved = _solve_in_order(pruned, sites, targets, fit, ridge, progress)
-        skipped += unsolved
-        repaired = recalibrate_batchnorm(solved, x[:cut])
+    if solved is not None:
+        repaired = recalibrate_batchnorm(solved, fit)
         kl_compensated = kl_nats(reference, logits(repaired, held_out))
     used = kl_compensated < kl_recalibrated
     report = CompensationReport(
@@ -179,11 +177,39 @@ def compensate(
         kl_recalibrated=kl_recalibrated,
         kl_compensated=kl_compensated,
         used=used,
-        n_samples=len(fit),
+        n_samples=n_samples,
         seconds=time.monotonic() - started,
         note=_note(bool(fitted), used, kl_recalibrated, kl_compensated),
     )
     return (repaired if used else recalibrated), report
+
+
+def repaired(
+    pruned: nn.Module, dense: nn.Module, kept_outputs: Mapping[str, tuple[int, ...]], x: Tensor
+) -> nn.Module:
+    """The pruned model after the repair of :func:`compensate`, with its defaults, for a caller who judges it on other samples."""
+    solved, *_ = _solved(pruned, dense, kept_outputs, x, MAX_INPUTS, POSITIONS, RIDGE, Silent())
+    return recalibrate_batchnorm(pruned if solved is None else solved, x)
+
+
+def _solved(
+    pruned: nn.Module,
+    dense: nn.Module,
+    kept_outputs: Mapping[str, tuple[int, ...]],
+    x: Tensor,
+    max_inputs: int,
+    positions: int,
+    ridge: float,
+    progress: Progress,
+) -> tuple[nn.Module | None, tuple[LayerFit, ...], list[tuple[str, str]], int]:
+    """The model with its layers refitted (``None`` if none can be), what was fitted, what was skipped and why, and on how many samples."""
+    x = x[: _samples_that_fit(pruned, x)]
+    sites, skipped = _sites(pruned, dense, kept_outputs, x, max_inputs, positions)
+    if not sites:
+        return None, (), skipped, len(x)
+    targets = _dense_targets(dense, sites, x)
+    solved, fitted, unsolved = _solve_in_order(pruned, sites, targets, x, ridge, progress)
+    return solved, fitted, [*skipped, *unsolved], len(x)
 
 
 def _note(any_fitted: bool, used: bool, kl_recalibrated: float, kl_compensated: float) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeprune.compress.compensate import recalibrate_batchnorm
+from edgeprune.compress.compensate import recalibrate_batchnorm, repaired
 from edgeprune.compress.criteria import (
     Importance,
     Places,
@@ -32,7 +32,7 @@ from edgeprune.compress.criteria import (
 )
 from edgeprune.compress.evaluate import BATCH, device_of, kl_nats, logits
 from edgeprune.compress.reconstruct import obs, variance
-from edgeprune.compress.surgery import ChannelGroup, zero_channels
+from edgeprune.compress.surgery import ChannelGroup, kept_outputs, remove_channels
 from edgeprune.errors import ModelError
 from edgeprune.progress import Progress, Silent
 
@@ -229,32 +229,37 @@ def cost_curves(
     """Cost in nats of keeping each width of each group, calibrated by real evaluations.
 
     The raw curve of a group is the sum of the scores of what is removed. Scores of different groups are not comparable, so each group
-    is really evaluated twice, at its middle and its smallest width: channels zeroed, BatchNorm recalibrated, KL divergence from the
-    dense model. The curve is scaled through both points (in between, the scale is interpolated over the logarithm of the raw cost).
+    is really evaluated twice, at its middle and its smallest width: channels removed, the layers that read them repaired by least squares
+    as they will be (:func:`~edgeprune.compress.compensate.repaired`), KL divergence from the dense model. What the dense model itself
+    loses when its BatchNorm is recalibrated on as few samples is taken off: it is no cost of the removal. The curve is scaled through
+    both points (in between, the scale is interpolated over the logarithm of the raw cost).
 
-    Width 0 (the group's block is removed) is a point of its own: the divergence with the branch bypassed. A narrow branch can learn to
-    add nothing, so no width is taken to cost more than that.
+    Width 0 (the group's block is removed) is a point of its own: the divergence with the branch bypassed and the layers behind it
+    repaired. A narrow branch can learn to add nothing, so no width is taken to cost more than that.
 
     Args:
         model: the dense model in eval mode; not changed.
         groups: what to score.
         scores: one array ``[channels]`` a group.
         grids: admissible widths of each group, ascending, ending with the full width.
-        x: calibration inputs ``[N, ...]``; the first half recalibrates BatchNorm, the second half is evaluated.
+        x: calibration inputs ``[N, ...]``; the first half repairs, the second half is evaluated.
         progress: where to show it.
 
     Returns:
         Group -> ``float64 [len(grid)]``, non-increasing, 0 at full width.
     """
     half = len(x) // 2
-    reference = logits(model, x[half:])
+    fit, held_out = x[:half], x[half:]
+    reference = logits(model, held_out)
     by_name = {group.name: group for group in groups}
+    floor = kl_nats(reference, logits(recalibrate_batchnorm(model, fit), held_out))
 
     def divergence(group: ChannelGroup, removed: np.ndarray) -> float:
-        masked = zero_channels(model, by_name, {group.name: removed.tolist()})
-        masked = recalibrate_batchnorm(masked, x[:half])
-        found = kl_nats(reference, logits(masked, x[half:]))
-        return found if math.isfinite(found) else UNUSABLE_NATS
+        kept = sorted(set(range(group.channels)) - set(removed.tolist()))
+        smaller = remove_channels(model, by_name, {group.name: removed.tolist()}, x[:1])
+        outputs = kept_outputs([group], {group.name: kept}) if kept else {}
+        found = kl_nats(reference, logits(repaired(smaller, model, outputs, fit), held_out))
+        return max(found - floor, 0.0) if math.isfinite(found) else UNUSABLE_NATS
 
     curves: dict[str, np.ndarray] = {}
     with (progress or Silent()).bar("calibrating importance", len(groups)) as bar:

@@ -338,3 +338,16 @@ def _select(owner: nn.Module, name: str, dim: int, left: list[int]) -> None:
         setattr(owner, name, nn.Parameter(chosen, requires_grad=old.requires_grad))
     else:
         setattr(owner, name, chosen)
+
+
+def kept_outputs(
+    groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Output channels that each layer keeps, in order, given the channels that each group keeps. Groups not named keep all."""
+    return {
+        coupling.layer: tuple(sorted(i for c in kept[g.name] for i in coupling.indices[c]))
+        for g in groups
+        if g.name in kept
+        for coupling in g.couplings
+        if coupling.side == "out"
+    }
