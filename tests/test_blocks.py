@@ -176,6 +176,8 @@ def test_all_channels_of_a_group_without_a_block_cannot_go() -> None:
 
 def test_width_0_costs_what_the_bypass_diverges_and_no_width_costs_more() -> None:
     model, _ = make(ZOO["residual"])
+    with torch.no_grad():
+        model.b2.weight.mul_(20)  # or the branch would hardly be missed
     x = torch.randn(64, 3, 12, 12)
     groups, _ = find_groups(model, x[:1])
     grids = {g.name: (*((0,) if g.block else ()), 8, g.channels) for g in groups}
@@ -187,6 +189,7 @@ def test_width_0_costs_what_the_bypass_diverges_and_no_width_costs_more() -> Non
     bypass, dense = repaired(without(model, x, "b1.0"), model, {}, x[:32]), logits(model, x[32:])
     floor = kl_nats(dense, logits(recalibrate_batchnorm(model, x[:32]), x[32:]))
     expected = kl_nats(dense, logits(bypass, x[32:])) - floor
+    assert expected > 0.01
     assert curves["b1.0"][0] == pytest.approx(expected, rel=1e-4)
 
 
