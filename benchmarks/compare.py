@@ -477,8 +477,7 @@ class Runner:
             if not mine:
                 continue
             files = {
-                e.row.method: rig.folder
-                / "trained"
+                e.row.method: rig.trained
                 / f"{e.row.method}-{budget}-0.int8{self._comparison.context.form.info.suffix}"
                 for e in mine
             }

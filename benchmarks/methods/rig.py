@@ -63,6 +63,11 @@ class Rig:
         records.write_bytes(self._measured, json.dumps(plain).encode())
 
     @property
+    def trained(self) -> Path:
+        """The folder of the files that were trained with this recipe."""
+        return self.folder / f"trained-{records.digest_of(self.recovery)}"
+
+    @property
     def _measured(self) -> Path:
         return self.folder / "measured.json"
 
@@ -147,7 +152,7 @@ class Rig:
 
     def shipped(self, name: str, seed: int, start: Callable[[], nn.Module]) -> Shipped:
         """Train, export and quantise with the one recipe, and read both splits once; kept in the folder by name and seed."""
-        folder = self.folder / "trained"
+        folder = self.trained
         folder.mkdir(parents=True, exist_ok=True)
         int8 = folder / f"{name}-{seed}.int8{self.context.form.info.suffix}"
         note = int8.with_suffix(".json")
