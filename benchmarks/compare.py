@@ -621,10 +621,9 @@ def main(
     job = dataclasses.replace(job, target=target_spec)
     with RunFolder(path, progress) as folder, pipeline.opened(job, progress, folder) as context:
         ready = prepare(context, folder)
-        # Whatever is kept between runs belongs to these tables and this recipe.
         kept = (
-            path / f"compare-{records.digest_of({'nets': ready.nets.digest, 'recovery': recovery})}"
-        )
+            path / f"compare-{ready.nets.digest}"
+        )  # what is kept between runs belongs to these tables
         kept.mkdir(exist_ok=True)
         comparison = Comparison(context, ready, kept, recovery)
         ablated = ablate.split(",") if ablate else list(asked)

@@ -14,6 +14,7 @@ from torch import nn
 from edgeprune import search
 from edgeprune.compress.groups import ChannelGroup, remove_channels
 from edgeprune.compress.importance import kept_channels
+from edgeprune.compress.surgery import kept_outputs
 from edgeprune.errors import BudgetError
 from edgeprune.latency.predictor import Factor, LatencyModel
 from edgeprune.search import Problem
@@ -43,12 +44,7 @@ class Cutter:
             by_name = {g.name: g for g in self.groups}
             return remove_channels(copy.deepcopy(self.model), by_name, removed, self.example)
 
-        outputs = {
-            c.layer: tuple(sorted(i for k in kept[g.name] for i in c.indices[k]))
-            for g in self.groups
-            for c in g.couplings
-            if c.side == "out" and kept[g.name]
-        }
+        outputs = kept_outputs(self.groups, {n: k for n, k in kept.items() if k})
         return Candidate(chosen, build, outputs if repaired else None)
 
 
