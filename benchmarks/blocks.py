@@ -15,6 +15,7 @@ from board_blocks import BoardResults, boards_block, matrix_block
 from compare_blocks import compare_block, compare_summary
 from compare_plot import compare_plot
 from compare_records import CompareResults
+from predictor_records import PredictorResults
 
 from edgeprune import records
 from edgeprune.report import charts, facts
@@ -428,12 +429,48 @@ def _error(predicted: float, measured: float) -> str:
     return f"{signed((predicted / measured - 1) * 100, 1)} %"
 
 
+def predictor_block(results: PredictorResults) -> str:
+    """Predicted against measured latency of structures that the latency model has never seen."""
+    rows = [
+        (
+            f"{Path(r.model).name}, {r.precision}",
+            f"{r.target}, {r.fingerprint.runtime} ({stamp_text(r.fingerprint)})",
+            share_text(r.mean_error_ratio),
+            share_text(r.p95_error_ratio),
+            share_text(r.worst_error_ratio),
+            str(len(r.held_out)),
+            share_text(statistics.median(h.noise_ratio for h in r.held_out)),
+            str(r.kernels),
+            str(r.nets),
+            seconds_text(r.table_seconds + r.nets_seconds),
+        )
+        for r in results.rows
+    ]
+    head = (
+        "network, precision",
+        "target, runtime",
+        "error: mean",
+        "95th percentile",
+        "worst",
+        "structures",
+        "noise of their measurement",
+        "kernels timed",
+        "whole nets timed",
+        "time",
+    )
+    intro = (
+        "Random structures that took no part in the fit, timed whole beside the dense net. The noise is half the 90 % interval of the"
+        " measured share, the median over structures: no prediction can be seen to be better than that."
+    )
+    return f"{intro}\n\n{table(head, rows, left=2)}"
+
+
 def load_blocks(results: Path) -> dict[str, str | None]:
     """Every block by name; ``None`` while its results file is not there.
 
     Args:
-        results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json``, ``emulated-setup.json`` and
-            ``compare-NET.json``.
+        results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json``, ``emulated-setup.json``,
+            ``predictor.json`` and ``compare-NET.json``.
 
     Raises:
         IntegrityError: a results file is damaged.
@@ -441,7 +478,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     demo, budgets = results / "demo.json", results / "budgets.json"
     measurement = results / "measurement.json"
     boards, setup = results / "boards.json", results / "emulated-setup.json"
-    names = ("demo", "budgets", "prediction", "measurement", "boards")
+    names = ("demo", "budgets", "prediction", "predictor", "measurement", "boards")
     found: dict[str, str | None] = dict.fromkeys(names)
     found["failures"] = matrix_block()
     if demo.is_file():
@@ -451,6 +488,9 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         found |= {"budgets": budgets_block(read), "prediction": prediction_block(read)}
     if measurement.is_file():
         found["measurement"] = measurement_block(records.read_json(MeasurementResults, measurement))
+    predictor = results / "predictor.json"
+    if predictor.is_file():
+        found["predictor"] = predictor_block(records.read_json(PredictorResults, predictor))
     for net in NETS:
         path = results / f"compare-{net}.json"
         found |= {f"compare-{net}": None, f"compare-{net}-short": None}

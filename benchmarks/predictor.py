@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
 
 import click
 import numpy as np
 import torch
 from blocks import RESULTS
+from predictor_records import HeldOut, Predictor, PredictorResults
 
 import edgeprune
 from edgeprune import api, catalog, pipeline, planning, records, stages
@@ -37,7 +37,6 @@ from edgeprune.latency.predictor import sample_nets
 from edgeprune.options import Options
 from edgeprune.orderstats import nearest_rank
 from edgeprune.progress import Terminal
-from edgeprune.results import Fingerprint, LatencyModelQuality
 from edgeprune.specs import Precision, Workload
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
 
@@ -45,49 +44,6 @@ EXAMPLE = "fashion-mnist"
 HELD_OUT_SEED = 20261125  # the whole nets of the correction come from the run's own seed
 CHUNK = 8  # structures in one request, with the dense net among them
 SAMPLES = 512  # of noise, for a network that comes without data: time does not depend on it
-
-
-class HeldOut(records.Record):
-    """One structure: predicted and measured share of the dense latency, and half of the 90 % interval of the latter."""
-
-    predicted_ratio: float
-    measured_ratio: float
-    noise_ratio: float
-
-
-class Predictor(records.Record):
-    """One network on one target in one precision. Errors are relative, over ``held_out``; seconds are of the wall clock."""
-
-    model: str
-    target: str
-    device: str
-    fingerprint: Fingerprint
-    precision: Precision
-    dense_ms: float
-    groups: int
-    kernels: int
-    fit: LatencyModelQuality
-    nets: int
-    table_seconds: float
-    nets_seconds: float
-    mean_error_ratio: float
-    p95_error_ratio: float
-    worst_error_ratio: float
-    rank_correlation: float
-    held_out: tuple[HeldOut, ...]
-
-
-class PredictorResults(records.Record):
-    """``predictor.json``."""
-
-    schema_version: Literal[1] = 1
-    edgeprune_version: str
-    created: str
-    command: str
-    most_kernels: int
-    held_out_seed: int
-    versions: dict[str, str]
-    rows: tuple[Predictor, ...]
 
 
 def load(model: str, shape: Sequence[int]) -> LoadedWorkload:
