@@ -298,7 +298,16 @@ def structures(
             for ratio, candidate in comparison.rig.fit(method, tuple(asked)):
                 budget = asked[ratio]
                 entries.append(
-                    _entry(comparison, method.name, method.family, budget, ratio, candidate, say)
+                    _entry(
+                        comparison,
+                        method.name,
+                        method.family,
+                        budget,
+                        ratio,
+                        candidate,
+                        say,
+                        shown=budget == next(iter(budgets)) or method.name.startswith(OURS),
+                    )
                 )
     return entries
 
@@ -356,7 +365,10 @@ def _entry(
     ratio: float,
     candidate: Candidate | None,
     say: Callable[[str], None],
+    *,
+    shown: bool = True,
 ) -> Entry:
+    """One structure; ``shown`` says whether its accuracy before training is wanted."""
     base = {"method": name, "family": family, "budget": budget, "asked_ratio": ratio}
     if candidate is None:
         say(f"{name:32} {budget:>4}  not reached")
@@ -377,15 +389,14 @@ def _entry(
             "widths": dict(candidate.widths),
             "structure_ratio": rig.ratios[candidate.key],
             "macs_ratio": small / full,
-            "one_shot": OneShot.model_validate(rig.one_shot(candidate)),
+            "one_shot": OneShot.model_validate(rig.one_shot(candidate)) if shown else None,
         }
     )
     shot = row.one_shot
-    assert shot is not None
-    say(
-        f"{name:32} {budget:>4}  {rig.ratios[candidate.key]:.3f} of dense, MACs {small / full:.3f}, one-shot"
-        f" {shot.naive:.4f} {shot.recalibrated:.4f} {shot.compensated if shot.compensated is None else round(shot.compensated, 4)}"
-    )
+    say(f"{name:32} {budget:>4}  {rig.ratios[candidate.key]:.3f} of dense, MACs {small / full:.3f}")
+    if shot is not None:
+        repaired = "" if shot.compensated is None else f", repaired {shot.compensated:.4f}"
+        say(f"      one-shot: {shot.naive:.4f}, recalibrated {shot.recalibrated:.4f}{repaired}")
     return Entry(row, lambda: rig.repaired(candidate))
 
 
