@@ -163,7 +163,7 @@ class Comparison:
                 Problem(whole.grids, for_grids(curves, whole.grids), whole),
                 basis.orders,
             ),
-            "mac-budget": (Problem(grids, curves, macs), basis.orders),
+            "edgeprune-mac-budget": (Problem(grids, curves, macs), basis.orders),
             "edgeprune-minus-bilinear": (
                 Problem(grids, curves, additive(basis.model)),
                 basis.orders,
