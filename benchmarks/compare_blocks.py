@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from compare_records import CompareResults, CompareRow
 
-from edgeprune.report.figures import printable, seconds_text, share_text, signed
+from edgeprune.report.figures import printable, share_text, signed
 
 OURS = "edgeprune"
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
@@ -138,10 +138,8 @@ def _margins(results: CompareResults, budgets: Sequence[str]) -> list[str]:
             else f", 95 % over seeds {signed(100 * found.margin_low, 2)} to {signed(100 * found.margin_high, 2)}"
         )
         lines.append(
-            f"At {budget}, edgeprune is {signed(100 * found.margin, 2)} points from the best other, `{best.method}`"
+            f"At {budget}, edgeprune is {signed(100 * found.margin, 2)} points from the best of the other pruners here, `{best.method}`"
             f" ({n} seed{'s' if n > 1 else ''}{interval}; {found.only_ours} images right by it alone, {found.only_theirs} by the other,"
             f" McNemar p = {found.p:.2g})."
         )
-    if lines:
-        lines.append(f"Wall time of the comparison: {seconds_text(results.seconds)}.")
     return lines
