@@ -252,7 +252,10 @@ def test_the_table_names_drops_margins_and_what_was_not_reached():
     assert "| edgeprune | 49.5 % | 0.00 | 2 |" in text.replace("+0.00", "0.00").replace(
         "±0.00", "0.00"
     )
-    assert "best of the other pruners here, `netadapt` (2 seeds; 30 images right by it alone, 22 by the other" in text
+    assert (
+        "best of the other pruners here, `netadapt` (2 seeds; 30 images right by it alone, 22 by the other"
+        in text
+    )
     assert "Missed: uniform at 4x: not reached." in text
 
 
