@@ -14,6 +14,7 @@ from torch import nn
 from edgeprune import search
 from edgeprune.compress.groups import ChannelGroup, remove_channels
 from edgeprune.compress.importance import kept_channels
+from edgeprune.compress.structure import macs_by_layer
 from edgeprune.compress.surgery import kept_outputs
 from edgeprune.errors import BudgetError
 from edgeprune.latency.predictor import Factor, LatencyModel
@@ -96,13 +97,14 @@ def mac_model(
     example: torch.Tensor,
 ) -> LatencyModel:
     """Multiply-accumulates in place of milliseconds: what a pruner without a device minimises."""
-    work = _macs_by_layer(model, example)
+    work = macs_by_layer(model, example)
     full = {g.name: g.channels for g in groups}
     touched: dict[str, set[str]] = {}
     for group in groups:
         for coupling in group.couplings:
             touched.setdefault(coupling.layer, set()).add(group.name)
-    factors, constant = [], 0.0
+    factors: list[Factor] = []
+    constant = 0.0
     for layer, macs in work.items():
         names = tuple(sorted(touched.get(layer, ())))
         if not names:
@@ -112,24 +114,6 @@ def mac_model(
         table = shares[0] if len(shares) == 1 else np.multiply.outer(shares[0], shares[1])
         factors.append(Factor(names, macs * table, "macs"))
     return LatencyModel(grids=grids, factors=tuple(factors), constant_ms=constant)
-
-
-def _macs_by_layer(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
-    found: dict[str, float] = {}
-    handles = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-
-            def note(m: nn.Module, _: object, out: torch.Tensor, name: str = name) -> None:
-                positions = out.shape[2:].numel() if out.ndim == 4 else 1
-                found[name] = found.get(name, 0.0) + positions * m.weight.numel()  # type: ignore[union-attr,operator]
-
-            handles.append(layer.register_forward_hook(note))
-    with torch.no_grad():
-        model(example)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def without_removal(model: LatencyModel) -> LatencyModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -65,23 +66,39 @@ def work(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
         model: in eval mode; not changed.
         example: one input ``[1, ...]``.
     """
-    total = 0
+    total = sum(macs_by_layer(model, example).values())
+    return sum(p.numel() for p in model.parameters()), total
 
-    def count(layer: nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal total
+
+def macs_by_layer(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """Multiply-accumulates of one sample in every convolution and linear layer that runs, over all its calls.
+
+    Args:
+        model: in eval mode; not changed.
+        example: one input ``[1, ...]``.
+    """
+    found: dict[str, int] = {}
+
+    def count(
+        name: str, layer: nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
         # A transposed convolution multiplies once for each position of its input, any other for each of its output.
         upward = isinstance(layer, _ConvTransposeNd)
-        total += macs(_shape(layer, given[0] if upward else output))
+        done = macs(_shape(layer, given[0] if upward else output))
+        found[name] = found.get(name, 0) + done
 
-    layers = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear))]
-    handles = [layer.register_forward_hook(count) for layer in layers]
+    handles = [
+        layer.register_forward_hook(functools.partial(count, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, (_ConvNd, nn.Linear))
+    ]
     try:
         with torch.inference_mode():
             model(example)
     finally:
         for handle in handles:
             handle.remove()
-    return sum(p.numel() for p in model.parameters()), total
+    return found
 
 
 def _shape(layer: nn.Module, places: torch.Tensor) -> LayerShape:
