@@ -15,7 +15,7 @@ from board_blocks import BoardResults, boards_block, matrix_block
 from compare_blocks import compare_block, compare_summary
 from compare_plot import compare_plot
 from compare_records import CompareResults
-from predictor_records import PredictorResults
+from predictor_blocks import PredictorResults, predictor_block
 
 from edgeprune import records
 from edgeprune.report import charts, facts
@@ -429,42 +429,6 @@ def _error(predicted: float, measured: float) -> str:
     return f"{signed((predicted / measured - 1) * 100, 1)} %"
 
 
-def predictor_block(results: PredictorResults) -> str:
-    """Predicted against measured latency of structures that the latency model has never seen."""
-    rows = [
-        (
-            f"{Path(r.model).name}, {r.precision}",
-            f"{r.target}, {r.fingerprint.runtime} ({stamp_text(r.fingerprint)})",
-            share_text(r.mean_error_ratio),
-            share_text(r.p95_error_ratio),
-            share_text(r.worst_error_ratio),
-            str(len(r.held_out)),
-            share_text(statistics.median(h.noise_ratio for h in r.held_out)),
-            str(r.kernels),
-            str(r.nets),
-            seconds_text(r.table_seconds + r.nets_seconds),
-        )
-        for r in results.rows
-    ]
-    head = (
-        "network, precision",
-        "target, runtime",
-        "error: mean",
-        "95th percentile",
-        "worst",
-        "structures",
-        "noise of their measurement",
-        "kernels timed",
-        "whole nets timed",
-        "time",
-    )
-    intro = (
-        "Random structures that took no part in the fit, timed whole beside the dense net. The noise is half the 90 % interval of the"
-        " measured share, the median over structures: no prediction can be seen to be better than that."
-    )
-    return f"{intro}\n\n{table(head, rows, left=2)}"
-
-
 def load_blocks(results: Path) -> dict[str, str | None]:
     """Every block by name; ``None`` while its results file is not there.
 
@@ -490,7 +454,8 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         found["measurement"] = measurement_block(records.read_json(MeasurementResults, measurement))
     predictor = results / "predictor.json"
     if predictor.is_file():
-        found["predictor"] = predictor_block(records.read_json(PredictorResults, predictor))
+        predicted = records.read_json(PredictorResults, predictor)
+        found["predictor"] = predictor_block(predicted, table, stamp_text)
     for net in NETS:
         path = results / f"compare-{net}.json"
         found |= {f"compare-{net}": None, f"compare-{net}-short": None}

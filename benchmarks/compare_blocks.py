@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from compare_records import CompareResults, CompareRow
+from compare_records import OURS, CompareResults, CompareRow
 
 from edgeprune.report.figures import printable, share_text, signed
 
-OURS = "edgeprune"
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 

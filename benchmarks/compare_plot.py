@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from compare_records import CompareResults, CompareRow
+from compare_records import OURS, CompareResults, CompareRow
 
 from edgeprune.report import svg
 from edgeprune.report.markup import tag
 
-OURS = "edgeprune"
 HEIGHT, LABEL_GAP = 360.0, 13.0
 # No page around it lends its colours, so they stand here; the background is that of a light page.
 STYLE = (

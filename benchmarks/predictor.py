@@ -23,7 +23,7 @@ import click
 import numpy as np
 import torch
 from blocks import RESULTS
-from predictor_records import HeldOut, Predictor, PredictorResults
+from predictor_blocks import HeldOut, Predictor, PredictorResults
 
 import edgeprune
 from edgeprune import api, catalog, pipeline, planning, records, stages

@@ -1,10 +1,14 @@
-"""What ``predictor.py`` writes down."""
+"""What ``predictor.py`` writes down, and the Markdown that is made from it."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from edgeprune import records
+from edgeprune.report.figures import seconds_text, share_text
 from edgeprune.results import Fingerprint, LatencyModelQuality
 from edgeprune.specs import Precision
 
@@ -50,3 +54,41 @@ class PredictorResults(records.Record):
     held_out_seed: int
     versions: dict[str, str]
     rows: tuple[Predictor, ...]
+
+
+def predictor_block(
+    results: PredictorResults, table: Callable[..., str], stamp: Callable[[Fingerprint], str]
+) -> str:
+    """Predicted against measured latency of structures that the latency model has never seen."""
+    rows = [
+        (
+            f"{Path(r.model).name}, {r.precision}",
+            f"{r.target}, {r.fingerprint.runtime} ({stamp(r.fingerprint)})",
+            share_text(r.mean_error_ratio),
+            share_text(r.p95_error_ratio),
+            share_text(r.worst_error_ratio),
+            str(len(r.held_out)),
+            share_text(statistics.median(h.noise_ratio for h in r.held_out)),
+            str(r.kernels),
+            str(r.nets),
+            seconds_text(r.table_seconds + r.nets_seconds),
+        )
+        for r in results.rows
+    ]
+    head = (
+        "network, precision",
+        "target, runtime",
+        "error: mean",
+        "95th percentile",
+        "worst",
+        "structures",
+        "noise of their measurement",
+        "kernels timed",
+        "whole nets timed",
+        "time",
+    )
+    intro = (
+        "Random structures that took no part in the fit, timed whole beside the dense net. The noise is half the 90 % interval of the"
+        " measured share, the median over structures: no prediction can be seen to be better than that."
+    )
+    return f"{intro}\n\n{table(head, rows, left=2)}"

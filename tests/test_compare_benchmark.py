@@ -23,10 +23,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import blocks  # noqa: E402
-from compare import versus  # noqa: E402
 from compare_blocks import compare_block, compare_summary  # noqa: E402
 from compare_plot import compare_plot  # noqa: E402
 from compare_records import CompareResults, CompareRow, OneShot, Trained, Versus  # noqa: E402
+from compare_runner import versus  # noqa: E402
 from methods import torch_pruning as with_torch_pruning  # noqa: E402
 from methods.candidate import Candidate, Method  # noqa: E402
 from methods.paths import _carried, _knapsack, halp, path_method  # noqa: E402

@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import records
+from edgeprune import records, stages
 from edgeprune.closing import Prepared
 from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
 from edgeprune.compress.evaluate import logits
 from edgeprune.compress.recover import recover
-from edgeprune.compress.silent import rescue_silent
 from edgeprune.context import Context
 from edgeprune.datasets import Split, model_input
 from edgeprune.devices.measure import ModelFile, compare, measure
@@ -126,9 +126,7 @@ class Rig:
         }
 
     def _torch_accuracy(self, model: nn.Module) -> float:
-        split = self.context.job.loaded.dataset.development
-        assert split.y is not None
-        return float((logits(model, self.context.development).argmax(1).numpy() == split.y).mean())
+        return self.context.entry("one-shot", logits(model, self.context.development)).value
 
     def _train_inputs(self) -> torch.Tensor:
         return torch.from_numpy(
@@ -152,26 +150,21 @@ class Rig:
 
     def shipped(self, name: str, seed: int, start: Callable[[], nn.Module]) -> Shipped:
         """Train, export and quantise with the one recipe, and read both splits once; kept in the folder by name and seed."""
-        folder = self.trained
+        folder = self.trained / f"{name}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        int8 = folder / f"{name}-{seed}.int8{self.context.form.info.suffix}"
-        note = int8.with_suffix(".json")
-        if note.exists():
-            return Shipped.of(json.loads(note.read_text(encoding="utf-8")), int8)
-        began = time.monotonic()
-        model = self.train(start(), seed)
-        audible, _ = rescue_silent(model, torch.from_numpy(self.context.calibration))
-        fp32 = int8.with_suffix(".fp32")
-        self.context.form.export(audible, self.context.example, fp32)
-        self.context.form.quantize(fp32, self.context.calibration, int8)
-        fp32.unlink()
-        plain = {
-            "seconds": time.monotonic() - began,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            **{s: self.correct(int8, s).astype(int).tolist() for s in ("development", "test")},
-        }
-        records.write_bytes(note, json.dumps(plain).encode())
-        return Shipped.of(plain, int8)
+        note = folder / "correct.json"
+        if not note.exists():
+            began = time.monotonic()
+            model = self.train(start(), seed)
+            int8 = folder / stages.pruned_files(self.context, model, folder).int8.path
+            plain = {
+                "file": int8.name,
+                "seconds": time.monotonic() - began,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                **{s: self.correct(int8, s).astype(int).tolist() for s in ("development", "test")},
+            }
+            records.write_bytes(note, json.dumps(plain).encode())
+        return Shipped.of(json.loads(note.read_text(encoding="utf-8")), folder)
 
     def correct(self, path: Path, split: str) -> np.ndarray:
         """Which images of a split a file gets right: ``bool [N]``."""
@@ -216,10 +209,10 @@ class Shipped:
     test: np.ndarray
 
     @classmethod
-    def of(cls, plain: Mapping[str, object], path: Path) -> Shipped:
+    def of(cls, plain: Mapping[str, Any], folder: Path) -> Shipped:
         """From what :meth:`Rig.shipped` wrote."""
         arrays = {s: np.array(plain[s], bool) for s in ("development", "test")}
-        return cls(path, float(plain["seconds"]), int(plain["parameters"]), **arrays)  # type: ignore[arg-type]
+        return cls(folder / plain["file"], plain["seconds"], plain["parameters"], **arrays)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
