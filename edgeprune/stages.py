@@ -52,8 +52,8 @@ PARITY_SAMPLES = 64
 PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another order
 SCORE_SAMPLES = 1024
 CURVE_SAMPLES, FEWEST_CURVE_SAMPLES = 1024, 192
-# Multiply-accumulates that all evaluations of all curves may take together: some minutes on two cores. A group has about two of them, and
-# each runs about three times through the net.
+# Multiply-accumulates that all evaluations of all curves may take together, as long as the fewest samples allow it. A group has about two
+# of them, and each runs about three times through the net.
 CURVE_MACS = 4e12
 EMULATED_SAMPLES = 64  # under qemu one float32 inference of a small net takes about a second
 VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
@@ -188,7 +188,7 @@ def score(
 
 
 def curve_samples(model: nn.Module, groups: Sequence[ChannelGroup], example: torch.Tensor) -> int:
-    """How many samples the cost curves are calibrated on: fewer for a net that is large or has many groups, so that it takes minutes."""
+    """How many samples the cost curves are calibrated on: fewer for a net that is large or has many groups."""
     _, macs = work(model, example)
     fitting = CURVE_MACS / max(1, 2 * len(groups) * 3 * macs)
     return int(min(CURVE_SAMPLES, max(FEWEST_CURVE_SAMPLES, fitting)))
