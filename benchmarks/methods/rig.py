@@ -17,7 +17,7 @@ from torch import nn
 from edgeprune import records, stages
 from edgeprune.closing import Prepared
 from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
-from edgeprune.compress.evaluate import logits
+from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.recover import recover
 from edgeprune.context import Context
 from edgeprune.datasets import Split, model_input
@@ -126,7 +126,9 @@ class Rig:
         }
 
     def _torch_accuracy(self, model: nn.Module) -> float:
-        return self.context.entry("one-shot", logits(model, self.context.development)).value
+        y = self.context.job.loaded.dataset.development.y
+        found = logits(model, self.context.development)
+        return quality(found, y, self.context.reference)[1]
 
     def _train_inputs(self) -> torch.Tensor:
         return torch.from_numpy(
