@@ -338,7 +338,11 @@ class LatencyModelQuality(Record):
 
 
 class PlanCheck(Record):
-    """One structure that was measured on the device before any training."""
+    """One structure that was measured on the device before any training.
+
+    ``cost_nats`` adds up what its groups cost one by one; ``loss_nats`` is what the whole structure loses once it is repaired (KL from the
+    dense model on held-out samples), known for those within the budget.
+    """
 
     widths: dict[str, int]
     predicted_ms: float
@@ -347,6 +351,7 @@ class PlanCheck(Record):
     ratio_high: float
     within_budget: bool
     cost_nats: float
+    loss_nats: float | None = None
 
 
 class LedgerEntry(Record):

@@ -24,7 +24,7 @@ from edgeprune.compress.evaluate import logits
 from edgeprune.compress.importance import kept_channels
 from edgeprune.compress.initial import reinitialised
 from edgeprune.compress.recover import updates_per_epoch
-from edgeprune.compress.surgery import kept_outputs, narrowed_groups, remove_channels
+from edgeprune.compress.surgery import cut, narrowed_groups
 from edgeprune.context import Context
 from edgeprune.errors import BudgetError
 from edgeprune.feasibility import say_plan
@@ -59,6 +59,14 @@ class Current:
     model: nn.Module
     kept: Kept
     weights: str = ""
+
+    def places(self, kept: Kept) -> dict[str, list[int]]:
+        """Where the dense channels that stay are in this net, for each group that it still has."""
+        return {
+            name: [i for i, c in enumerate(own) if c in set(kept[name])]
+            for name, own in self.kept.items()
+            if own
+        }
 
 
 @dataclass(frozen=True)
@@ -303,7 +311,13 @@ class _Step:
     def measured_plan(self, basis: Basis) -> Stage[PlanResult]:
         """The plan of the last step, by the guarantee loop; ``basis`` is the dense model's."""
         job, scores = self.context.job, self._scores()
-        basis = replace(narrowed_basis(basis, self.current.kept, scores.result), at_least={})
+        groups = narrowed_groups(self.context.groups[0], self.current.kept)
+        loss = stages.structure_loss(self.context, self.current.model, groups)
+        basis = replace(
+            narrowed_basis(basis, self.current.kept, scores.result),
+            at_least={},
+            loss=lambda kept: loss(self.current.places(kept)),
+        )
         stand = replace(self.planned.stand, phase=f"step-{self.number}-")
         return self.run.stage(
             f"step-{self.number}-plan",
@@ -383,17 +397,9 @@ def cut_and_compensate(
         folder: where ``compensated.safetensors`` goes.
     """
     groups = narrowed_groups(context.groups[0], current.kept)
-    places = {
-        g.name: [i for i, c in enumerate(current.kept[g.name]) if c in set(kept[g.name])]
-        for g in groups
-    }
-    removed = {g.name: sorted(set(range(g.channels)) - set(places[g.name])) for g in groups}
-    pruned = remove_channels(
-        current.model, {g.name: g for g in groups}, removed, torch.from_numpy(context.example)
-    )
+    places = current.places(kept)
+    pruned, outputs = cut(current.model, groups, places, torch.from_numpy(context.example))
     entries = [context.entry("pruned", logits(pruned, context.development))]
-    layers = {name for name, _ in pruned.named_modules()}
-    outputs = {n: own for n, own in kept_outputs(groups, places).items() if n in layers}
     repaired, report = compensate(
         pruned, current.model, outputs, _training_samples(context), progress=context.progress
     )

@@ -17,6 +17,7 @@ from torch import nn
 
 from edgeprune import guarantee, planning, records
 from edgeprune.compress import importance as importances
+from edgeprune.compress.divergence import AfterRepair
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import ChannelGroup, remove_channels
 from edgeprune.compress.recover import recover
@@ -215,7 +216,18 @@ def plan_basis(
         curves={g: np.asarray(c) for g, c in scores.curves.items()},
         orders=importances.removal_order(arrays),
         importance=context.job.importance,
+        loss=structure_loss(context, context.model, groups),
     )
+
+
+def structure_loss(
+    context: Context, model: nn.Module, groups: Sequence[ChannelGroup]
+) -> AfterRepair:
+    """What a structure of a model really costs before training, on the selection split."""
+    example = torch.from_numpy(context.example)
+    n = curve_samples(model, groups, example)
+    held = context.inputs(context.job.loaded.dataset.selection, n)
+    return AfterRepair(model, groups, torch.from_numpy(held))
 
 
 def plan_structure(

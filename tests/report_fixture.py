@@ -171,6 +171,7 @@ def make_checks() -> tuple[PlanCheck, ...]:
             ratio_high=measured / 13.2 * 1.012,
             within_budget=measured <= 6.6,
             cost_nats=cost,
+            loss_nats=cost + 0.0321 if measured <= 6.6 else None,
         )
         for index, (predicted, measured, cost) in enumerate(figures)
     )

@@ -83,6 +83,7 @@ class Comparison:
             curves={g: np.asarray(c) for g, c in scores.curves.items()},
             orders=importances.removal_order(arrays),
             importance=self.context.job.importance,
+            loss=stages.structure_loss(self.context, self.context.model, groups),
         )
 
     def baselines(self, wanted: Callable[[str], bool]) -> Iterator[Callable[[], Iterator[Method]]]:

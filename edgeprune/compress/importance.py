@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeprune.compress.compensate import recalibrate_batchnorm, repaired
 from edgeprune.compress.criteria import (
     Importance,
     Places,
@@ -30,15 +28,15 @@ from edgeprune.compress.criteria import (
     places,
     random,
 )
-from edgeprune.compress.evaluate import BATCH, device_of, kl_nats, logits
+from edgeprune.compress.divergence import AfterRepair
+from edgeprune.compress.evaluate import BATCH, device_of
 from edgeprune.compress.reconstruct import obs, variance
-from edgeprune.compress.surgery import ChannelGroup, kept_outputs, remove_channels
+from edgeprune.compress.surgery import ChannelGroup
 from edgeprune.errors import ModelError
 from edgeprune.progress import Progress, Silent
 
 # A curve stays strictly decreasing, so that a free channel is still the last to come back.
 FLOOR_NATS = 1e-9
-UNUSABLE_NATS = 1e3  # the cost of a width at which the model says NaN: finite, and never worth it
 
 
 def fisher(
@@ -230,8 +228,7 @@ def cost_curves(
 
     The raw curve of a group is the sum of the scores of what is removed. Scores of different groups are not comparable, so each group
     is really evaluated twice, at its middle and its smallest width: channels removed, the layers that read them repaired by least squares
-    as they will be (:func:`~edgeprune.compress.compensate.repaired`), KL divergence from the dense model. What the dense model itself
-    loses when its BatchNorm is recalibrated on as few samples is taken off: it is no cost of the removal. The curve is scaled through
+    as they will be (:class:`~edgeprune.compress.divergence.AfterRepair`), KL divergence from the dense model. The curve is scaled through
     both points (in between, the scale is interpolated over the logarithm of the raw cost).
 
     Width 0 (the group's block is removed) is a point of its own: the divergence with the branch bypassed and the layers behind it
@@ -248,19 +245,7 @@ def cost_curves(
     Returns:
         Group -> ``float64 [len(grid)]``, non-increasing, 0 at full width.
     """
-    half = len(x) // 2
-    fit, held_out = x[:half], x[half:]
-    reference = logits(model, held_out)
-    by_name = {group.name: group for group in groups}
-    floor = kl_nats(reference, logits(recalibrate_batchnorm(model, fit), held_out))
-
-    def divergence(group: ChannelGroup, removed: np.ndarray) -> float:
-        kept = sorted(set(range(group.channels)) - set(removed.tolist()))
-        smaller = remove_channels(model, by_name, {group.name: removed.tolist()}, x[:1])
-        outputs = kept_outputs([group], {group.name: kept}) if kept else {}
-        found = kl_nats(reference, logits(repaired(smaller, model, outputs, fit), held_out))
-        return max(found - floor, 0.0) if math.isfinite(found) else UNUSABLE_NATS
-
+    divergence = AfterRepair(model, groups, x)
     curves: dict[str, np.ndarray] = {}
     with (progress or Silent()).bar("calibrating importance", len(groups)) as bar:
         for group in groups:
@@ -271,11 +256,11 @@ def cost_curves(
             anchors = sorted({grid[0], grid[len(grid) // 2]} - {group.channels})
             measured = []
             for width in anchors:
-                found = divergence(group, order[: group.channels - width])
+                found = divergence({group.name: kept_channels(order, width)})
                 measured.append((cumulative[group.channels - width], found))
             curves[group.name] = _scaled(raw, measured)
             if 0 in grids[group.name]:
-                bypassed = divergence(group, order)
+                bypassed = divergence({group.name: ()})
                 curves[group.name] = _with_bypass(curves[group.name], bypassed)
             bar.advance(1, group.name)
     return curves

@@ -340,6 +340,28 @@ def _select(owner: nn.Module, name: str, dim: int, left: list[int]) -> None:
         setattr(owner, name, chosen)
 
 
+def cut(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    kept: Mapping[str, Sequence[int]],
+    example: torch.Tensor,
+) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
+    """A copy of the model with these channels alone, and for every layer of it the outputs that it kept, in order.
+
+    Args:
+        model: not changed.
+        groups: the groups of the model.
+        kept: group name -> channels that stay; groups not named keep all.
+        example: one input, for a trial run.
+    """
+    removed = {
+        g.name: sorted(set(range(g.channels)) - set(kept[g.name])) for g in groups if g.name in kept
+    }
+    smaller = remove_channels(model, {g.name: g for g in groups}, removed, example)
+    layers = {name for name, _ in smaller.named_modules()}
+    return smaller, {n: own for n, own in kept_outputs(groups, kept).items() if n in layers}
+
+
 def kept_outputs(
     groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:

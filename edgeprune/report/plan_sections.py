@@ -142,6 +142,7 @@ def predictions(report: facts.Planned) -> Markup:
             f"{signed(facts.check_error(c.predicted_ms, c.measured_ms) * 100, 1)} %",
             f"{speed_text(c.ratio_to_dense)} (at least {speed_text(c.ratio_high)})",
             significant(c.cost_nats),
+            "" if c.loss_nats is None else significant(c.loss_nats),
             tag(
                 "span", "yes" if c.within_budget else "no", class_=f"chip {_good(c.within_budget)}"
             ),
@@ -155,6 +156,7 @@ def predictions(report: facts.Planned) -> Markup:
         Column("error", True),
         Column("speed-up against dense", True),
         Column("cost, nats, predicted", True),
+        Column("loss after repair, nats", True),
         Column("within budget"),
     ]
     checked = table("Structures timed on the device before any training", columns, rows)
