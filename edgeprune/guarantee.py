@@ -33,6 +33,8 @@ BLOCK_REMOVED = "block removed"
 CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
 # How many times its own cost the removal of a block is charged in further structures to measure: removals add up to more than their sum.
 REMOVAL_CHARGES = (3.0, math.inf)
+FINALISTS = 3  # healed for a while, to choose between structures with and without removed blocks
+Kept = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Basis:
     ``model`` predicts ms and is ``quality`` good; ``nets`` are the whole nets that it was fitted on. ``curves[group][i]`` is the cost in
     nats of keeping ``model.grids[group][i]`` channels; ``orders[group]`` has the least important channel first. ``at_least`` and
     ``at_most`` bound the widths of the groups that they name: what is gone does not come back. ``loss`` says what a structure, given as the
-    channels that stay of each group, really loses after its repair, which the sum of its groups' costs only estimates.
+    channels that stay of each group, really loses after its repair, which the sum of its groups' costs only estimates; ``trial`` what it
+    still loses after a short healing.
     """
 
     groups: Sequence[ChannelGroup]
@@ -55,7 +58,8 @@ class Basis:
     importance: str
     at_least: Mapping[str, int] = field(default_factory=dict)
     at_most: Mapping[str, int] = field(default_factory=dict)
-    loss: Callable[[Mapping[str, tuple[int, ...]]], float] | None = None
+    loss: Callable[[Kept], float] | None = None
+    trial: Callable[[Kept], float] | None = None
 
     def problem(self, *, removal_charge: float = 1.0) -> Problem:
         """What the solver is asked; the removal of a block is charged so many times its cost, with ``inf`` there is none."""
@@ -74,11 +78,9 @@ class Basis:
         }
         return Problem(grids=model.grids, cost_nats=curves, model=model)
 
-    def loss_nats(self, widths: Mapping[str, int]) -> float | None:
-        """What the structure as a whole loses after its repair, where that can be asked."""
-        if self.loss is None:
-            return None
-        return self.loss({n: kept_channels(self.orders[n], w) for n, w in widths.items()})
+    def kept(self, widths: Mapping[str, int]) -> Kept:
+        """The channels of a structure."""
+        return {n: kept_channels(self.orders[n], w) for n, w in widths.items()}
 
     def cost_nats(self, group: str, width: int) -> float:
         """Cost of keeping a width that is on the group's grid."""
@@ -91,7 +93,8 @@ def make_plan(
     """Solve, measure what was solved beside the dense net, correct the model, and repeat until the *measured* latency fits.
 
     Of the structures that fit, the one that really loses least after its repair is chosen: costs of groups do not add up where many are cut
-    deep, least of all where whole blocks go. So structures in which removals are charged more, or not allowed, are measured too.
+    deep, least of all where whole blocks go. So structures in which removals are charged more, or not allowed, are measured too; and since
+    gradients bring back other things than least squares do, the best with each number of removed blocks are healed for a while to choose.
 
     Source: the guarantee loop of this project's design; each failing round lowers the effective budget, and the smallest net bounds it.
 
@@ -120,6 +123,7 @@ def make_plan(
                 break
             failures = 0 if any(c.within_budget for c in found) else failures + 1
             aim_ms = _next_aim(limit_ms, checks, basis.model) * 0.99**failures
+    checks = list(_with_trials(basis, checks, progress))
     best = _confirmed(stand, file, checks, nets.dense_ms, limit_ms, progress)
     if best is None:
         best = _smallest_if_it_fits(stand, file, basis, checks, budget)
@@ -234,11 +238,35 @@ def _options(basis: Basis, limit_ms: float) -> tuple[Solution, ...]:
 
 
 def _with_losses(basis: Basis, checks: Sequence[PlanCheck]) -> list[PlanCheck]:
-    """The checks, those within the budget with what they really lose."""
+    """The checks, those within the budget with what they lose after the repair."""
+    if basis.loss is None:
+        return list(checks)
     return [
-        c.model_copy(update={"loss_nats": basis.loss_nats(c.widths)}) if c.within_budget else c
+        c.model_copy(update={"loss_nats": basis.loss(basis.kept(c.widths))})
+        if c.within_budget
+        else c
         for c in checks
     ]
+
+
+def _with_trials(
+    basis: Basis, checks: Sequence[PlanCheck], progress: Progress
+) -> Sequence[PlanCheck]:
+    """The checks, the best with each number of removed blocks with what it loses after a short healing, where there are several."""
+    fitting = sorted((c for c in checks if c.within_budget), key=_merit)
+    best: dict[int, PlanCheck] = {}
+    for check in fitting:
+        best.setdefault(sum(not w for w in check.widths.values()), check)
+    finalists = list(best.values())[:FINALISTS]
+    if basis.trial is None or len(finalists) < 2:
+        return checks
+    found = list(checks)
+    with progress.bar("healing the best structures for a while", len(finalists)) as bar:
+        for check in finalists:
+            nats = basis.trial(basis.kept(check.widths))
+            found[found.index(check)] = check.model_copy(update={"trial_nats": nats})
+            bar.advance(1)
+    return found
 
 
 def _check(
@@ -272,11 +300,14 @@ def _check(
 
 def _best(checks: Sequence[PlanCheck]) -> PlanCheck | None:
     fitting = [c for c in checks if c.within_budget]
-    return min(fitting, key=_loss) if fitting else None
+    return min(fitting, key=_merit) if fitting else None
 
 
-def _loss(check: PlanCheck) -> float:
-    return check.cost_nats if check.loss_nats is None else check.loss_nats
+def _merit(check: PlanCheck) -> tuple[bool, float]:
+    """What a structure loses, as well as it is known: a trial counts before a repair, that before a sum of costs."""
+    if check.trial_nats is not None:
+        return False, check.trial_nats
+    return True, check.cost_nats if check.loss_nats is None else check.loss_nats
 
 
 def _confirmed(

@@ -313,10 +313,12 @@ class _Step:
         job, scores = self.context.job, self._scores()
         groups = narrowed_groups(self.context.groups[0], self.current.kept)
         loss = stages.structure_loss(self.context, self.current.model, groups)
+        trial = stages.structure_trial(self.context, loss)
         basis = replace(
             narrowed_basis(basis, self.current.kept, scores.result),
             at_least={},
             loss=lambda kept: loss(self.current.places(kept)),
+            trial=None if trial is None else lambda kept: trial(self.current.places(kept)),
         )
         stand = replace(self.planned.stand, phase=f"step-{self.number}-")
         return self.run.stage(

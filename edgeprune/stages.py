@@ -17,7 +17,7 @@ from torch import nn
 
 from edgeprune import guarantee, planning, records
 from edgeprune.compress import importance as importances
-from edgeprune.compress.divergence import AfterRepair
+from edgeprune.compress.divergence import AfterHealing, AfterRepair, trial_settings
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import ChannelGroup, remove_channels
 from edgeprune.compress.recover import recover
@@ -207,6 +207,7 @@ def plan_basis(
     model = planning.kernel_model(file, measured, context.full)
     model, fit_quality = planning.fit(model, nets, measured.kernels_measured)
     arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
+    loss = structure_loss(context, context.model, groups)
     return guarantee.Basis(
         groups=groups,
         frozen=frozen,
@@ -216,7 +217,8 @@ def plan_basis(
         curves={g: np.asarray(c) for g, c in scores.curves.items()},
         orders=importances.removal_order(arrays),
         importance=context.job.importance,
-        loss=structure_loss(context, context.model, groups),
+        loss=loss,
+        trial=structure_trial(context, loss),
     )
 
 
@@ -228,6 +230,25 @@ def structure_loss(
     n = curve_samples(model, groups, example)
     held = context.inputs(context.job.loaded.dataset.selection, n)
     return AfterRepair(model, groups, torch.from_numpy(held))
+
+
+def structure_trial(context: Context, loss: AfterRepair) -> AfterHealing | None:
+    """What a structure costs after a short healing, where one is affordable."""
+    loaded = context.job.loaded
+    train, recovery = loaded.dataset.train, loaded.workload.recovery
+    _, macs = work(context.model, torch.from_numpy(context.example))
+    settings = trial_settings(recovery, len(train), macs)
+    if settings is None:
+        return None
+    return AfterHealing(
+        loss,
+        context.model,
+        train,
+        loaded.dataset.selection,
+        settings,
+        loaded.preprocess,
+        context.job.seed,
+    )
 
 
 def plan_structure(

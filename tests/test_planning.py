@@ -257,6 +257,47 @@ def test_a_block_is_removed_where_the_repaired_structure_loses_less_without_it(r
     assert all(c.loss_nats is None for c in found.checks if not c.within_budget)
 
 
+@pytest.mark.parametrize("heals_worse_without_the_block", [True, False])
+def test_a_short_healing_has_the_last_word_on_removed_blocks(heals_worse_without_the_block):
+    clock = Clock()
+    tried: list[bool] = []
+
+    def trial(kept: Mapping[str, tuple[int, ...]]) -> float:
+        tried.append(bool(kept["a"]))
+        return float((not kept["a"]) == heals_worse_without_the_block)
+
+    found = guarantee.make_plan(
+        clock,  # type: ignore[arg-type]
+        RemovableNet(),
+        replace(removable_basis(clock), loss=lambda kept: float(bool(kept["a"])), trial=trial),
+        budget=parse_budget("60%"),
+        progress=Silent(),
+    )
+    assert sorted(tried) == [False, True]  # the best of each kind alone
+    assert bool(found.plan.widths()["a"]) == heals_worse_without_the_block
+    assert sum(c.trial_nats is not None for c in found.checks) == 2
+
+
+def test_where_no_block_can_go_nothing_is_healed_to_choose():
+    clock, file = Clock(), Net()
+    table = table_of(clock)
+    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = planning.fit(planning.kernel_model(file, table, FULL), nets, 1)
+
+    def trial(_: Mapping[str, tuple[int, ...]]) -> float:
+        raise AssertionError("a trial is not free")
+
+    basis = replace(basis_of(table, nets, model, quality), trial=trial)
+    found = guarantee.make_plan(
+        clock,  # type: ignore[arg-type]
+        file,
+        basis,
+        budget=parse_budget("60%"),
+        progress=Silent(),
+    )
+    assert all(c.trial_nats is None for c in found.checks)
+
+
 def test_without_removals_a_problem_has_no_width_0_and_a_charge_leaves_all_else_as_it_is():
     basis = removable_basis(Clock())
     assert basis.problem().grids["a"][0] == 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgeprune.compress.evaluate import agreement, raw_logits
 from edgeprune.compress.inputs import augmented, to_input
-from edgeprune.compress.recover import recover
+from edgeprune.compress.recover import _fast_copy, recover
 from edgeprune.datasets import Split, model_input
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
@@ -303,6 +303,22 @@ def test_a_checkpoint_that_does_not_fit_is_ignored_with_a_note(tmp_path: Path, d
     assert told.lines[0].startswith("starting the recovery afresh: ")
     assert again.epochs_run == 1
     assert same_weights(again.model, first.model) == (damage != "settings")
+
+
+def test_the_gradient_of_a_strided_pointwise_convolution_with_few_inputs_is_right() -> None:
+    """In ``channels_last`` memory oneDNN overruns a buffer there: a crash with one thread, wrong gradients with more."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, 1, stride=2)
+    x = torch.randn(32, 4, 16, 16)
+    exact = copy.deepcopy(layer).double()
+    exact(x.double()).square().sum().backward()
+    trained = _fast_copy(nn.Sequential(nn.Identity(), layer), torch.device("cpu"))
+    for _ in range(20):
+        trained.zero_grad()
+        trained(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    assert exact.weight.grad is not None
+    found = trained[1].weight.grad
+    assert torch.allclose(found.double(), exact.weight.grad, rtol=1e-4)
 
 
 def test_one_training_sample_is_refused() -> None:

@@ -74,6 +74,7 @@ class Comparison:
     ) -> Basis:
         groups, frozen = self.context.groups
         arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
+        loss = stages.structure_loss(self.context, self.context.model, groups)
         return Basis(
             groups=groups,
             frozen=frozen,
@@ -83,7 +84,8 @@ class Comparison:
             curves={g: np.asarray(c) for g, c in scores.curves.items()},
             orders=importances.removal_order(arrays),
             importance=self.context.job.importance,
-            loss=stages.structure_loss(self.context, self.context.model, groups),
+            loss=loss,
+            trial=stages.structure_trial(self.context, loss),
         )
 
     def baselines(self, wanted: Callable[[str], bool]) -> Iterator[Callable[[], Iterator[Method]]]:

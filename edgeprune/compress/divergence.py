@@ -12,8 +12,15 @@ from torch import nn
 
 from edgeprune.compress.compensate import recalibrate_batchnorm, repaired
 from edgeprune.compress.evaluate import kl_nats, logits
+from edgeprune.compress.recover import recover, updates_per_epoch
 from edgeprune.compress.surgery import ChannelGroup, cut
+from edgeprune.datasets import Split
+from edgeprune.progress import Silent
+from edgeprune.specs import Preprocess, Recovery
 
+# A trial: enough updates to see what heals, and a bound of its multiply-accumulates. One sample costs the teacher's forward pass, and
+# about three passes through a student of half its size.
+TRIAL_UPDATES, FEWEST_UPDATES, TRIAL_MACS, TRIAL_COST = 64, 16, 2e12, 2.5
 UNUSABLE_NATS = 1e3  # of a structure at which the model says NaN: finite, and never worth it
 
 
@@ -49,8 +56,70 @@ class AfterRepair:
 
     def __call__(self, kept: Mapping[str, Sequence[int]]) -> float:
         """Nats, at least 0, of the structure with these channels; groups not named keep all, those without a channel lose their block."""
-        fit, held_out = self._halves
+        return max(self.divergence(self.repaired(kept)) - self._floor, 0.0)
+
+    def repaired(self, kept: Mapping[str, Sequence[int]]) -> nn.Module:
+        """The model with these channels alone, after the repair."""
         smaller, outputs = cut(self.model, self.groups, kept, self.x[:1])
-        answers = logits(repaired(smaller, self.model, outputs, fit), held_out)
-        found = kl_nats(self._reference, answers)
-        return max(found - self._floor, 0.0) if math.isfinite(found) else UNUSABLE_NATS
+        return repaired(smaller, self.model, outputs, self._halves[0])
+
+    def divergence(self, changed: nn.Module) -> float:
+        """Nats between the answers of the model and those of another one, on the held-out half."""
+        found = kl_nats(self._reference, logits(changed, self._halves[1]))
+        return found if math.isfinite(found) else UNUSABLE_NATS
+
+
+@dataclass(frozen=True)
+class AfterHealing:
+    """KL divergence in nats, on held-out samples, of a structure after the repair and a short healing.
+
+    What gradients bring back is not what least squares does: a net that lost whole blocks may start better and heal less.
+
+    Attributes:
+        repair: cuts, repairs and judges.
+        teacher: the dense model.
+        train: raw samples.
+        selection: raw samples that pick the best epoch.
+        settings: of the short healing, see :func:`trial_settings`.
+        preprocess: the recorded constants of the input.
+        seed: of the order of samples.
+    """
+
+    repair: AfterRepair
+    teacher: nn.Module
+    train: Split
+    selection: Split
+    settings: Recovery
+    preprocess: Preprocess
+    seed: int
+
+    def __call__(self, kept: Mapping[str, Sequence[int]]) -> float:
+        """Nats of the structure with these channels; see :class:`AfterRepair`."""
+        healed = recover(
+            self.repair.repaired(kept),
+            self.teacher,
+            self.train,
+            self.selection,
+            self.settings,
+            preprocess=self.preprocess,
+            seed=self.seed,
+            progress=Silent(),
+        )
+        return self.repair.divergence(healed.model)
+
+
+def trial_settings(settings: Recovery, samples: int, macs: int) -> Recovery | None:
+    """The settings of a healing that is short enough to try several structures; ``None`` where too few updates are affordable to tell.
+
+    Args:
+        settings: of the whole healing; a trial is never longer.
+        samples: training samples.
+        macs: multiply-accumulates of the dense model for one sample.
+    """
+    per_epoch = updates_per_epoch(settings, samples)
+    affordable = TRIAL_MACS / (TRIAL_COST * macs * min(settings.batch_size, samples))
+    updates = min(TRIAL_UPDATES, int(affordable), int(settings.epochs * per_epoch))
+    if settings.start != "kept" or updates < FEWEST_UPDATES:
+        return None
+    changes = {"epochs": updates / per_epoch, "steps": 1, "max_minutes": None}
+    return settings.model_copy(update=changes)

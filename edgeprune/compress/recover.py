@@ -33,6 +33,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
 AVERAGE_DECAY = 0.998  # of the moving average of weights, once it is warm
 WARMUP_SHARE, MAX_WARMUP_STEPS = 0.05, 200
+ONEDNN_BLOCK = 16  # the largest block of channels of its convolutions
 GRADIENT_LIMIT = 10.0  # norm; healthy steps stay far below, so that only a diverging one is cut
 NOTE_EVERY = 10  # steps; reading the loss more often would stall an accelerator
 STATE_VERSION = 1
@@ -204,7 +205,33 @@ def _setup(
 def _fast_copy(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy on the device; 4-D weights in ``channels_last`` memory, which CPU and GPU convolutions prefer."""
     placed: nn.Module = copy.deepcopy(model).float().to(device)
-    return placed.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    placed = placed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if device.type == "cpu":
+        _keep_plain_where_unsafe(placed)
+    return placed
+
+
+def _keep_plain_where_unsafe(model: nn.Module) -> None:
+    """Run strided 1x1 convolutions with few inputs in plain memory: in ``channels_last`` their weight gradient overruns a buffer.
+
+    oneDNN rounds the inputs up to a block (8 with AVX2, 16 with AVX-512) in a workspace that was made for the real number: heap
+    corruption, a hang, or wrong gradients. Pruned nets have such layers where a shortcut changes the resolution.
+    Source: https://github.com/uxlfoundation/oneDNN/issues/6035 (read 2026-11-25), and reproduced with torch 2.13 on AVX2.
+    """
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and module.stride != (1, 1)
+            and module.in_channels // module.groups < ONEDNN_BLOCK
+        ):
+            plain = module.weight.data.clone(memory_format=torch.contiguous_format)
+            module.weight.data = plain
+            module.register_forward_pre_hook(_plain_input)
+
+
+def _plain_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0].contiguous(), *args[1:])
 
 
 def _low_precision(device: torch.device) -> torch.dtype | None:
