@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
 from zoo import ZOO, conv_bn, head, make
 
 from edgeprune.compress.groups import (
@@ -219,6 +220,23 @@ def test_channels_that_do_not_exist_or_would_all_go_are_refused() -> None:
     for wrong in ([16], [-1], range(16)):
         with pytest.raises(ModelError, match="must be some of its 16"):
             remove_channels(model, {"0.0": groups["0.0"]}, {"0.0": wrong}, x[:1])
+
+
+@pytest.mark.parametrize("operation", ["reshape", "concat", "split"])
+def test_maps_that_the_tracing_library_cannot_make_are_not_needed(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch-Pruning 1.6.1 divides by zero at the channel shuffle of ShuffleNet V2 and adds ``None`` at the roll of Swin."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("integer division or modulo by zero")
+
+    for name in ("shuffled", "inception", "gated"):
+        model, x = make(ZOO[name])
+        before = find_groups(model, x[:1])
+        with monkeypatch.context() as patch:
+            patch.setattr(index_mapping, f"update_{operation}_index_mapping", broken)
+            assert find_groups(model, x[:1]) == before
 
 
 class LogitsOf(nn.Module):

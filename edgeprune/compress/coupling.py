@@ -7,6 +7,7 @@ On top of the graph come the ties it does not know: grouped convolutions, group 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
+from torch_pruning.dependency import index_mapping
 
 from edgeprune.compress.views import LOST, edge_views, equal_parts, split_sizes
 from edgeprune.errors import ModelError
@@ -69,7 +71,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
         handles.append(module.register_forward_pre_hook(lambda *_, at=label: entered.append(at)))
         handles.append(module.register_forward_hook(lambda *_: entered.pop() and None))
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad(), _forgiving_maps():
             warnings.simplefilter("ignore")
             return tp.DependencyGraph().build_dependency(
                 model, example_inputs=example, forward_fn=lambda m, x: m(x), verbose=False
@@ -84,6 +86,39 @@ def trace(model: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _forgiving_maps() -> Iterator[None]:
+    """Torch-Pruning's index maps of reshapes, concatenations and splits may fail: edgeprune makes its own of these.
+
+    Version 1.6.1 divides by zero at the channel shuffle of a ShuffleNet and adds ``None`` at the roll of a deep Swin.
+    """
+    original = index_mapping.update_index_mapping
+
+    def update(graph: Any) -> None:
+        for module, node in graph.module2node.items():
+            try:
+                original(_OneNode(graph, {module: node}))
+            except Exception:
+                if node.type in MAPPED_BY_LIBRARY:
+                    raise
+
+    index_mapping.update_index_mapping = update
+    try:
+        yield
+    finally:
+        index_mapping.update_index_mapping = original
+
+
+class _OneNode:
+    """A graph of which one node is to be visited."""
+
+    def __init__(self, graph: Any, module2node: dict[Any, Any]) -> None:
+        self._graph, self.module2node = graph, module2node
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._graph, name)
 
 
 def moves_whole_groups(layer: object) -> bool:
