@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -166,19 +166,45 @@ def _table(
     context.progress.say(
         f"[3/8] kernel times of {len(groups)} channel groups, {latency.result.precision}"
     )
+    prior = _prior(context, latency.result, file)
     table = run.stage(
         "kernels",
         "measuring",
-        {"latency": latency.digest, "variant": variant.digest},
+        {
+            "latency": latency.digest,
+            "variant": variant.digest,
+            **({} if prior is None else {"prior": prior}),
+        },
         MeasuredTable,
-        lambda _: _measured_table(context, run, latency.result, stand, file),
+        lambda _: _measured_table(context, run, latency.result, stand, file, prior),
     )
     _share_times(context.job, latency.result, table.result, context.progress.say)
     return table
 
 
+def _prior(context: Context, latency: DenseLatency, file: Resizable) -> dict[str, int] | None:
+    """Steps of the widths by the target's profile, where another machine stands in for its boards."""
+    profile = context.job.profile
+    if latency.fingerprint.stamp != "stand-in" or latency.precision not in profile.channel_steps:
+        return None
+    found = planning.prior_steps(file, profile.channel_steps[latency.precision])
+    steps = sorted({s for s in found.values() if s > 1})
+    if not steps:
+        return None
+    context.progress.say(
+        f"      widths are multiples of {', '.join(map(str, steps))}, the channel steps of {profile.name};"
+        " on a board of that kind they are measured"
+    )
+    return found
+
+
 def _measured_table(
-    context: Context, run: RunFolder, latency: DenseLatency, stand: Stand, file: Resizable
+    context: Context,
+    run: RunFolder,
+    latency: DenseLatency,
+    stand: Stand,
+    file: Resizable,
+    prior: Mapping[str, int] | None,
 ) -> MeasuredTable:
     """The kernel table, timed by every board of the class that is free; they are held for this stage alone."""
     job, runtime = context.job, context.job.target.runtime
@@ -206,6 +232,7 @@ def _measured_table(
             format_name=job.target.format,
             progress=context.progress,
             known=known,
+            prior=prior,
         )
     times = tuple(KernelTime(signature=s, widths=w, ns=ns) for (s, w), ns in sorted(known.items()))
     return table.model_copy(

@@ -34,7 +34,7 @@ from edgeprune.results import (
     LatencyModelQuality,
     Measurement,
 )
-from edgeprune.specs import Budget, FormatName, Precision, Runtime
+from edgeprune.specs import Budget, ChannelSteps, FormatName, Precision, Runtime
 from edgeprune.stage_records import MeasuredNets, MeasuredTable, Staircase
 
 MOST_KERNELS = 250  # timed for one table
@@ -44,6 +44,7 @@ WIDTH_TOLERANCE = (
 NETS_FITTED, NETS_HELD_OUT = 8, 4
 CONFIRM_LOOKS = (12, 24)  # pairs; enough to find what is over the budget for sure
 UNKNOWN_NS = 1.0
+LINEAR_OPS = ("fully_connected", "gemm", "matmul")
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,16 @@ def measure_table(
     progress: Progress,
     known: dict[KernelKey, float] | None = None,
     most: int = MOST_KERNELS,
+    prior: Mapping[str, int] | None = None,
 ) -> MeasuredTable:
     """Time the kernels of a file at the widths that may matter, and keep the widths that pay.
 
     How few are enough is :func:`edgeprune.latency.sparse.probe`'s; the dominance filter then leaves the widths that are predicted to be
     faster than every larger one. What is in ``known`` is not timed again; what is timed is added to it, ``most`` kernels at the most
     (but every kernel at full width).
+
+    ``prior`` gives a step for each group where the board only stands in for the one that counts: its own tiles are the wrong ones then, and
+    widths are multiples of that step; see :func:`prior_steps`.
     """
     full = {g.name: g.channels for g in groups}
     probes = Probes(stand, file, progress, {} if known is None else known, most)
@@ -129,7 +134,11 @@ def measure_table(
     }
     grids = {
         group: thin(
-            admissible(s.widths, dict(zip(s.widths, s.ns, strict=True)), tolerance=WIDTH_TOLERANCE)
+            admissible(
+                _on_prior(s.widths, (prior or {}).get(group, 1)),
+                dict(zip(s.widths, s.ns, strict=True)),
+                tolerance=WIDTH_TOLERANCE,
+            )
         )
         for group, s in staircases.items()
     }
@@ -146,6 +155,30 @@ def measure_table(
         kernels_measured=len(probes.times),
         kernels_taken=probes.taken,
     )
+
+
+def prior_steps(file: Resizable, steps: ChannelSteps) -> dict[str, int]:
+    """The step in channels of each group by a profile: a width that is whole in the tile of every kernel that the group touches."""
+    found: dict[str, int] = {}
+    for kernel in file.kernels:
+        step = _step_of(kernel, steps)
+        for group in kernel.variables:
+            found[group] = math.lcm(found.get(group, 1), step)
+    return found
+
+
+def _step_of(kernel: Kernel, steps: ChannelSteps) -> int:
+    op = kernel.op.lower()
+    if "depthwise" in op or ("conv" in op and "both" in kernel.roles):
+        return steps.depthwise
+    if "conv" in op:
+        return steps.conv
+    return steps.linear if any(word in op for word in LINEAR_OPS) else 1
+
+
+def _on_prior(widths: Sequence[int], step: int) -> tuple[int, ...]:
+    """The widths that are multiples of the step, and the full one."""
+    return tuple(w for w in widths if w % step == 0 or w == widths[-1])
 
 
 def _with_removal(
