@@ -106,6 +106,7 @@ def make_plan(
     aim_ms = PLAN_SHARE * limit_ms / (1 + min(basis.quality.mean_error_ratio, 0.05))
     checks: list[PlanCheck] = []
     failures = 0  # rounds in a row in which nothing fitted
+    confirm, chosen = _Confirmation(stand, file, nets.dense_ms, limit_ms, progress), None
     with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
         for number in range(CHECK_ROUNDS):
             tried = {tuple(sorted(c.widths.items())) for c in checks}
@@ -119,15 +120,19 @@ def make_plan(
             basis = replace(basis, model=correct(basis.model, samples))
             best = _best(checks)
             bar.advance(1, f"best {best.measured_ms / limit_ms:.1%} of budget" if best else "")
-            if best is not None and (not found or best.measured_ms >= CLOSE_ENOUGH * limit_ms):
-                break
+            if best is not None and (not found or _settled(checks, limit_ms)):
+                checks = _with_trials(basis, checks, progress)
+                chosen = confirm.best(checks)
+                if chosen is not None:
+                    break
             failures = 0 if any(c.within_budget for c in found) else failures + 1
             aim_ms = _next_aim(limit_ms, checks, basis.model) * 0.99**failures
-    checks = list(_with_trials(basis, checks, progress))
-    best = _confirmed(stand, file, checks, nets.dense_ms, limit_ms, progress)
-    if best is None:
-        best = _smallest_if_it_fits(stand, file, basis, checks, budget)
-    return _result(_plan(best, basis, stand, limit_ms), checks, basis)
+    while chosen is None and _best(checks) is not None:  # no round is left to look for more
+        checks = _with_trials(basis, checks, progress)
+        chosen = confirm.best(checks)
+    if chosen is None:
+        chosen = _smallest_if_it_fits(stand, file, basis, checks, budget)
+    return _result(_plan(chosen, basis, stand, limit_ms), checks, basis)
 
 
 def given_plan(
@@ -249,11 +254,9 @@ def _with_losses(basis: Basis, checks: Sequence[PlanCheck]) -> list[PlanCheck]:
     ]
 
 
-def _with_trials(
-    basis: Basis, checks: Sequence[PlanCheck], progress: Progress
-) -> Sequence[PlanCheck]:
+def _with_trials(basis: Basis, checks: list[PlanCheck], progress: Progress) -> list[PlanCheck]:
     """The checks, the best with each number of removed blocks with what it loses after a short healing, where there are several."""
-    fitting = sorted((c for c in checks if c.within_budget), key=_merit)
+    fitting = sorted((c for c in checks if c.within_budget), key=_loss)
     best: dict[int, PlanCheck] = {}
     for check in fitting:
         best.setdefault(sum(not w for w in check.widths.values()), check)
@@ -261,8 +264,9 @@ def _with_trials(
     if basis.trial is None or len(finalists) < 2:
         return checks
     found = list(checks)
-    with progress.bar("healing the best structures for a while", len(finalists)) as bar:
-        for check in finalists:
+    untried = [c for c in finalists if c.trial_nats is None]
+    with progress.bar("healing the best structures for a while", len(untried)) as bar:
+        for check in untried:
             nats = basis.trial(basis.kept(check.widths))
             found[found.index(check)] = check.model_copy(update={"trial_nats": nats})
             bar.advance(1)
@@ -307,40 +311,53 @@ def _merit(check: PlanCheck) -> tuple[bool, float]:
     """What a structure loses, as well as it is known: a trial counts before a repair, that before a sum of costs."""
     if check.trial_nats is not None:
         return False, check.trial_nats
-    return True, check.cost_nats if check.loss_nats is None else check.loss_nats
+    return True, _loss(check)
 
 
-def _confirmed(
-    stand: Stand,
-    file: Resizable,
-    checks: list[PlanCheck],
-    dense_ms: float,
-    limit_ms: float,
-    progress: Progress,
-) -> PlanCheck | None:
-    """The best structure that stays within the budget when it is compared with dense once more, alone.
+def _loss(check: PlanCheck) -> float:
+    return check.cost_nats if check.loss_nats is None else check.loss_nats
 
-    The best of many measured times was a lucky one more often than not. One that is surely over the budget now counts as such.
-    """
-    number = 0
-    while (best := _best(checks)) is not None:
-        files = file.resized(best.widths), file.resized({})
-        found = stand.judge(*files, limit_ms / dense_ms, f"confirm-{number}")
-        number += 1
+
+def _settled(checks: Sequence[PlanCheck], limit_ms: float) -> bool:
+    """Whether the best with removed blocks and the best without, as far as such were measured, use enough of the budget."""
+    kinds = {all(c.widths.values()) for c in checks}
+    best = [_best([c for c in checks if all(c.widths.values()) == kind]) for kind in kinds]
+    return all(b is not None and b.measured_ms >= CLOSE_ENOUGH * limit_ms for b in best)
+
+
+@dataclass
+class _Confirmation:
+    """Compares the best structure with dense once more, alone: the best of many measured times was a lucky one more often than not."""
+
+    stand: Stand
+    file: Resizable
+    dense_ms: float
+    limit_ms: float
+    progress: Progress
+    asked: int = 0
+
+    def best(self, checks: list[PlanCheck]) -> PlanCheck | None:
+        """The best structure if it stays within the budget. One that is surely over it now counts as such, in ``checks``."""
+        best = _best(checks)
+        if best is None:
+            return None
+        files = self.file.resized(best.widths), self.file.resized({})
+        found = self.stand.judge(*files, self.limit_ms / self.dense_ms, f"confirm-{self.asked}")
+        self.asked += 1
         if found.budget != "over":
             return best
-        progress.say(
+        self.progress.say(
             f"    {best.ratio_to_dense:.1%} of dense became {found.ratio:.1%} when it was measured again, over the budget"
         )
         checks[checks.index(best)] = best.model_copy(
             update={
-                "measured_ms": found.ratio * dense_ms,
+                "measured_ms": found.ratio * self.dense_ms,
                 "ratio_to_dense": found.ratio,
                 "ratio_high": found.high,
                 "within_budget": False,
             }
         )
-    return None
+        return None
 
 
 def _next_aim(limit_ms: float, checks: Sequence[PlanCheck], model: LatencyModel) -> float:
