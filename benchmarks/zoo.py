@@ -23,6 +23,7 @@ import click
 import numpy as np
 import torch
 from torch import nn
+from zoo_blocks import ZooResults, ZooRow
 
 from edgeprune import records
 from edgeprune.compress.groups import find_groups, mask_identity, remove_channels
@@ -32,33 +33,9 @@ from edgeprune.progress import Terminal
 OUT = Path(__file__).parent / "results" / "zoo.json"
 MEMORY_BYTES, CLASSES = 14 * 2**30, 10
 SMALL = (
-    "atto", "femto", "pico", "xxs", "nano", "xs", "tiny", "wd4", "w1d4", "050", "035", "x0_5", "mini", "small", "_s", "b0", "light",
+    "atto", "femto", "pico", "xxs", "nano", "xs", "tiny", "wd4", "w1d4", "050", "035", "x0_5", "mini", "small", "_s", "b0", "light", "vit_b", "vit_b",
 )  # fmt: skip
 LIBRARIES = ("torchvision", "timm", "pytorchcv", "transformers")
-
-
-class ZooRow(records.Record):
-    """One architecture. ``half_ratio``: parameters that are left when half of each group's channels go, as a share."""
-
-    library: str
-    architecture: str
-    variant: str
-    status: str
-    message: str = ""
-    parameters: int = 0
-    groups: int = 0
-    half_ratio: float | None = None
-    frozen: dict[str, int] = {}
-    seconds: float = 0.0
-
-
-class ZooResults(records.Record):
-    """All architectures, and the versions of the libraries."""
-
-    schema_version: int = 1
-    command: str
-    versions: dict[str, str]
-    rows: tuple[ZooRow, ...]
 
 
 def smallest(names: list[str]) -> str:
