@@ -33,7 +33,7 @@ from edgeprune.progress import Terminal
 OUT = Path(__file__).parent / "results" / "zoo.json"
 MEMORY_BYTES, CLASSES = 14 * 2**30, 10
 SMALL = (
-    "atto", "femto", "pico", "xxs", "nano", "xs", "tiny", "wd4", "w1d4", "050", "035", "x0_5", "mini", "small", "_s", "b0", "light", "vit_b",
+    "atto", "femto", "pico", "xxs", "nano", "xs", "tiny", "wd4", "w1d4", "050", "035", "x0_5", "mini", "_s", "b0", "light", "vit_b",
 )  # fmt: skip
 LIBRARIES = ("torchvision", "timm", "pytorchcv", "transformers")
 
