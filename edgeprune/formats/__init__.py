@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from edgeprune.errors import UnknownName
+from edgeprune.errors import FormatError, UnknownName
 from edgeprune.results import Artifact
 
 if TYPE_CHECKING:
@@ -20,13 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FormatInfo:
-    """Facts about a format: its file suffix, the runtimes that can run it, and the extra that installs its toolchain."""
+    """Facts about a format: its file suffix, the runtimes that can run it, and the extra that installs its toolchain.
+
+    A file of some formats cannot be cut to other widths in place. ``twin`` names the format with the same kernels whose files are cut and
+    timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.converted.Converted`). Without a twin it
+    is ``""``. ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
+    """
 
     name: str
     suffix: str
     runtimes: tuple[str, ...]
     extra: str
     layout: str  # layout of image inputs inside the file: NHWC or NCHW
+    twin: str = ""
+    built_in_kernels: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,13 +100,26 @@ class Format(Protocol):
         """
         ...
 
-    def quantize(self, fp32: Path, calibration: np.ndarray, path: Path) -> Artifact:
+    def quantize(
+        self,
+        fp32: Path,
+        calibration: np.ndarray,
+        path: Path,
+        *,
+        model: nn.Module | None = None,
+    ) -> Artifact:
         """Write the static INT8 file (per-channel weights) of an FP32 file.
 
         Args:
             fp32: a file that :meth:`export` wrote.
             calibration: real inputs as the torch model sees them, ``float32 [N, C, H, W]``.
             path: where the file goes; written atomically.
+            model: what ``fp32`` was exported from, in eval mode; not changed. Callers always give it: formats with a twin quantise the
+                model, because their files cannot be read back. The others need ``fp32`` alone.
+
+        Raises:
+            FormatError: the toolchain refused the file or the model, or a model is needed and was not given.
+            ModelError: a sample is not finite, or there is none.
         """
         ...
 
@@ -118,9 +138,18 @@ class Format(Protocol):
         """Pair two exports of the same precision. ``full`` and ``changed`` are the group widths of each.
 
         Raises:
-            FormatError: the two files are not the same graph, or a dimension fits no group.
+            FormatError: the two files are not the same graph, or a dimension fits no group; or the format has a twin, whose files are
+                cut in place of its own.
         """
         ...
+
+
+def cut_in_place_of(info: FormatInfo) -> FormatError:
+    """The error of :meth:`Format.resizable` of a format with a twin."""
+    return FormatError(
+        f"files of {info.name} cannot be cut to other widths",
+        hint=f"use those of its twin, {info.twin}",
+    )
 
 
 def names() -> list[str]:
@@ -145,4 +174,13 @@ def load(name: str) -> Format:
     return found
 
 
-__all__ = ["Format", "FormatInfo", "Kernel", "Resizable", "Sequence", "load", "names"]
+__all__ = [
+    "Format",
+    "FormatInfo",
+    "Kernel",
+    "Resizable",
+    "Sequence",
+    "cut_in_place_of",
+    "load",
+    "names",
+]
