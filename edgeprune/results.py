@@ -31,7 +31,11 @@ class TensorSpec(Record):
 
 
 class Artifact(Record):
-    """One model file, by content. ``path`` is relative to the run folder or the bundle."""
+    """One model file, by content. ``path`` is relative to the run folder or the bundle.
+
+    ``operators`` are those that the runtime must have beside its delegates, where it may lack some; ``notes`` is what the toolchain did that
+    the user of the file should know, one line each.
+    """
 
     path: str
     format: str
@@ -41,6 +45,8 @@ class Artifact(Record):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     op_counts: dict[str, int] = {}
+    operators: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Fingerprint(Record):

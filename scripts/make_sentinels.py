@@ -1,6 +1,6 @@
-"""Write the sentinel models: ``python scripts/make_sentinels.py`` needs the extras ``tflite`` and ``onnx``.
+"""Write the sentinel models: ``python scripts/make_sentinels.py`` needs the extras ``tflite``, ``onnx`` and ``executorch``.
 
-Both files are one small convolutional net of our own, in FP32, with weights drawn from a fixed seed. It never changes: the digests are
+All files are one small convolutional net of our own, in FP32, with weights drawn from a fixed seed. It never changes: the digests are
 pinned in ``edgeprune/devices/sentinel.py``, and drift is only seen against the same work. A run prints the digests that it wrote.
 """
 
@@ -66,12 +66,12 @@ def onnx_file() -> bytes:
     return content
 
 
-def tflite_file() -> bytes:
-    """The net as TFLite, through this project's own export."""
+def exported_file(format_name: str) -> bytes:
+    """The net in a format of this project, through its own export."""
     import torch
     from torch import nn
 
-    from edgeprune.formats.tflite import FORMAT
+    from edgeprune import formats
 
     *kernels, classifier = weights()
     layers: list[nn.Module] = []
@@ -83,16 +83,22 @@ def tflite_file() -> bytes:
     with torch.no_grad():
         for parameter, value in zip(net.parameters(), [*kernels, classifier], strict=True):
             parameter.copy_(torch.from_numpy(value))
+    form = formats.load(format_name)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sentinel.tflite"
-        FORMAT.export(net, np.zeros((1, 3, SIZE, SIZE), np.float32), path)
+        path = Path(folder) / f"sentinel{form.info.suffix}"
+        form.export(net, np.zeros((1, 3, SIZE, SIZE), np.float32), path)
         return path.read_bytes()
 
 
 def main() -> None:
-    """Write both files and print their digests."""
+    """Write the files and print their digests."""
     FOLDER.mkdir(exist_ok=True)
-    for name, content in (("sentinel.onnx", onnx_file()), ("sentinel.tflite", tflite_file())):
+    files = {
+        "sentinel.onnx": onnx_file(),
+        "sentinel.tflite": exported_file("tflite"),
+        "sentinel.pte": exported_file("executorch"),
+    }
+    for name, content in files.items():
         (FOLDER / name).write_bytes(content)
         print(f"{name}  {len(content)} bytes  {hashlib.sha256(content).hexdigest()}")
 

@@ -54,7 +54,7 @@ def both(
     model, example = tinynet.build().eval(), torch.from_numpy(images(1))
     groups, _ = find_groups(model, example)
     full = {group.name: group.channels for group in groups}
-    narrow = distinct_widths(full)
+    narrow = distinct_widths(full, {group.name: group.step for group in groups})
     removed = {name: range(narrow[name], width) for name, width in full.items()}
     dense, variant = folder / "dense.onnx", folder / "variant.onnx"
     form.onnx.export(model, images(1), dense)

@@ -120,9 +120,9 @@ def test_a_drift_needs_a_start():
         sentinel(FakeBoard()).end()
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "litert"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "litert", "executorch"])
 def test_the_sentinels_run_and_give_finite_answers(runtime):
-    pytest.importorskip({"onnxruntime": "onnxruntime", "litert": "ai_edge_litert"}[runtime])
+    pytest.importorskip({"litert": "ai_edge_litert"}.get(runtime, runtime))
     with open_board("here", Device(transport="local", targets=(), stand_in=True)) as board:
         with Sentinel(board, runtime, 1, plan=QUICK) as watched:
             watched.start()
@@ -135,7 +135,7 @@ def test_the_sentinels_run_and_give_finite_answers(runtime):
             board.infer(KEY, np.zeros(layout, np.float32))
 
 
-def test_both_sentinels_are_the_same_net_and_the_script_writes_the_same_onnx_file():
+def test_all_sentinels_are_the_same_net_and_the_script_writes_the_same_onnx_file():
     pytest.importorskip("onnx")
     path = Path(__file__).parents[1] / "scripts" / "make_sentinels.py"
     spec = importlib.util.spec_from_file_location("make_sentinels", path)
@@ -148,11 +148,14 @@ def test_both_sentinels_are_the_same_net_and_the_script_writes_the_same_onnx_fil
     with open_board("here", Device(transport="local", targets=(), stand_in=True)) as board:
         board.load("onnx", sentinel_file("onnxruntime"), runtime="onnxruntime", threads=1)
         board.load("tflite", sentinel_file("litert"), runtime="litert", threads=1)
+        board.load("pte", sentinel_file("executorch"), runtime="executorch", threads=1)
         ours = board.infer("onnx", x)
         theirs = board.infer("tflite", np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
+        third = board.infer("pte", x)
     assert np.abs(ours).max() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    np.testing.assert_allclose(ours, third, atol=1e-4)
 
 
 def test_the_pinned_runtimes_are_those_that_have_a_sentinel():
-    assert set(sentinels.SENTINELS) == {"litert", "tflite-runtime", "onnxruntime"}
+    assert set(sentinels.SENTINELS) == {"litert", "tflite-runtime", "onnxruntime", "executorch"}

@@ -3,6 +3,8 @@
 A runtime's parser may crash on a hostile file, so this reads only the few fields it needs, in Python, with every offset checked.
 Weights are constants of rank 2 and more: biases, scales and shape vectors are not counted.
 
+Files of ExecuTorch are read by :mod:`edgeprune.formats._pte`.
+
 Source: the TensorFlow Lite schema (``schema.fbs``, file identifier TFL3) and ``onnx.proto`` (ModelProto, GraphProto, TensorProto), field
 numbers as published with each project; the flatbuffers and protobuf wire formats as documented by them.
 """
@@ -14,12 +16,12 @@ import struct
 from collections.abc import Callable, Iterator
 
 from edgeprune.errors import IntegrityError
+from edgeprune.formats._flatbuffer import root
+from edgeprune.formats._pte import read_program
 
 _TFLITE_TYPES = {0: "float32", 1: "float16", 3: "uint8", 9: "int8", 10: "float64", 17: "int4"}
 _ONNX_TYPES = {1: "float32", 2: "uint8", 3: "int8", 10: "float16", 11: "float64", 16: "bfloat16"}
 _MAX_SUBGRAPHS = 64
-_MAX_TENSORS = 200_000
-_MAX_RANK = 8
 
 
 def weight_elements(format_name: str, content: bytes) -> dict[str, int] | None:
@@ -48,64 +50,10 @@ def eight_bit_ratio(counts: dict[str, int]) -> float:
     return narrow / total if total else 0.0
 
 
-class _Table:
-    """One table of a flatbuffer; absent fields read as their default."""
-
-    def __init__(self, content: bytes, at: int) -> None:
-        self._content, self._at = content, at
-        self._vtable = at - _unpack("<i", content, at)
-        self._vtable_bytes = _unpack("<H", content, self._vtable)
-
-    def _slot(self, index: int) -> int:
-        place = 4 + 2 * index
-        if place + 2 > self._vtable_bytes:
-            return 0
-        offset = _unpack("<H", self._content, self._vtable + place)
-        return self._at + offset if offset else 0
-
-    def scalar(self, index: int, code: str) -> int:
-        """A number, or 0."""
-        at = self._slot(index)
-        return _unpack(code, self._content, at) if at else 0
-
-    def vector(self, index: int) -> tuple[int, int]:
-        """Where a vector's items start and how many there are; (0, 0) when absent."""
-        at = self._slot(index)
-        if not at:
-            return 0, 0
-        at += _unpack("<I", self._content, at)
-        length = _unpack("<I", self._content, at)
-        if length > len(self._content):
-            raise ValueError("a vector is longer than the file")
-        return at + 4, length
-
-    def integers(self, index: int) -> tuple[int, ...]:
-        """A short vector of 32-bit integers: a shape."""
-        at, length = self.vector(index)
-        if length > _MAX_RANK:
-            raise ValueError(f"a shape has {length} dimensions")
-        return tuple(struct.unpack_from(f"<{length}i", self._content, at)) if length else ()
-
-    def tables(self, index: int) -> Iterator[_Table]:
-        """A vector of tables."""
-        at, length = self.vector(index)
-        if length > _MAX_TENSORS:
-            raise ValueError(f"a list has {length} entries")
-        for place in range(at, at + 4 * length, 4):
-            yield _Table(self._content, place + _unpack("<I", self._content, place))
-
-
-def _unpack(code: str, content: bytes, at: int) -> int:
-    if at < 0:  # struct would count from the end
-        raise ValueError("an offset points before the file")
-    value: int = struct.unpack_from(code, content, at)[0]
-    return value
-
-
 def _tflite(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
     if content[4:8] != b"TFL3":
         raise ValueError("it does not carry the identifier TFL3")
-    model = _Table(content, _unpack("<I", content, 0))
+    model = root(content)
     # A constant is a tensor whose buffer holds bytes (field 0), or lies behind the flatbuffer (offset and size, fields 1 and 2).
     filled = [buffer.vector(0)[1] > 0 or buffer.scalar(2, "<Q") > 1 for buffer in model.tables(4)]
     for number, graph in enumerate(model.tables(2)):
@@ -183,7 +131,12 @@ def _varints(packed: memoryview) -> list[int]:
     return values
 
 
+def _executorch(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from read_program(content).weights
+
+
 _READERS: dict[str, Callable[[bytes], Iterator[tuple[str, tuple[int, ...]]]]] = {
     "tflite": _tflite,
     "onnx": _onnx,
+    "executorch": _executorch,
 }

@@ -208,7 +208,7 @@ class Board:
         Args:
             key: the name that other methods use; an earlier model of that name is replaced.
             content: the file.
-            runtime: one of ``litert``, ``tflite-runtime``, ``onnxruntime``.
+            runtime: one of ``litert``, ``tflite-runtime``, ``onnxruntime``, ``executorch``.
             threads: threads of the runtime.
             delegate: ``False`` runs TFLite files on the built-in kernels, without XNNPACK.
 

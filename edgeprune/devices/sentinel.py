@@ -23,7 +23,8 @@ from edgeprune.records import sha256_bytes
 # File by runtime, and what it must be. scripts/make_sentinels.py writes them; another file would be another yardstick.
 _TFLITE = ("sentinel.tflite", "85505d1c08a907b462837fdc972f19b3be371d192cbeba0307468b2871dd66fe")
 _ONNX = ("sentinel.onnx", "79dc74d403c5856f39083e111b91d9f14c2ac4ab754414f157da6fe8f088bf35")
-SENTINELS = {"litert": _TFLITE, "tflite-runtime": _TFLITE, "onnxruntime": _ONNX}
+_PTE = ("sentinel.pte", "b44bcff4e9a79279c70f5a929cd07e8d67dcded3a69897664b40c791a3a71096")
+SENTINELS = {"litert": _TFLITE, "tflite-runtime": _TFLITE, "onnxruntime": _ONNX, "executorch": _PTE}
 
 PLAN = TimingPlan(rounds=3, block_ms=200, min_runs=5, max_runs=500, warmup_ms=200)
 CHECK_EVERY_S = 600.0

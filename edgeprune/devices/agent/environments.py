@@ -31,7 +31,7 @@ package = sys.modules[sys.argv[1].split(".")[0]]
 print(getattr(package, "__version__", None) or importlib.metadata.version(sys.argv[2]))
 """
 READY = "ready.json"
-PROBE_S = 30.0
+PROBE_S = 90.0  # ExecuTorch imports torch, which takes half a minute on a busy machine
 VENV_S = 180.0
 PIP_S = 1200.0  # three wheels unpacked onto a slow card; 11 s on an emulated board
 SPARE_BYTES = 4 << 20  # the empty environment, and what a file system needs beside the files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,7 +18,12 @@ RUNTIMES = {  # name on the wire: module to import, distribution that holds it
     "litert": ("ai_edge_litert.interpreter", "ai-edge-litert"),
     "tflite-runtime": ("tflite_runtime.interpreter", "tflite-runtime"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
+    "executorch": ("executorch.runtime", "executorch"),
 }
+# Numbers of element types in ExecuTorch. Source: schema/scalar_type.fbs of ExecuTorch 1.5.1.
+EXECUTORCH_DTYPES = {
+    0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool",
+}  # fmt: skip
 
 
 def realistic(spec: Dict[str, Any], seed: int) -> Any:
@@ -154,12 +160,70 @@ class OnnxModel:
         ]
 
 
+class ExecutorchModel:
+    """A loaded .pte file, its method ``forward``. The runtime takes torch tensors, so torch is there too."""
+
+    def __init__(self, content: bytes, runtime: str, threads: int, delegate: bool) -> None:
+        if not delegate:
+            raise ValueError("a program is bound to its kernels when it is exported")
+        module = importlib.import_module(RUNTIMES[runtime][0])
+        binding = importlib.import_module("executorch.extension.pybindings.portable_lib")
+        self._torch = importlib.import_module("torch")
+        with contextlib.suppress(ImportError):  # registers operators that quantised programs may need
+            importlib.import_module("executorch.kernels.quantized")
+        if binding._threadpool_get_thread_count() != threads:
+            binding._unsafe_reset_threadpool(threads)  # XNNPACK keeps the pool it finds on loading
+        start = time.perf_counter_ns()
+        self._program = module.Runtime.get().load_program(content)
+        names = self._program.method_names
+        if "forward" not in names:
+            raise ValueError("the program has no method forward, but %s" % ", ".join(sorted(names)))
+        method = self._program.load_method("forward")
+        self.load_ns = time.perf_counter_ns() - start
+        found = method.metadata
+        self.inputs = [
+            self._spec("input_%d" % i, found.input_tensor_meta(i))
+            for i in range(found.num_inputs())
+        ]
+        self.outputs = [
+            self._spec("output_%d" % i, found.output_tensor_meta(i))
+            for i in range(found.num_outputs())
+        ]
+        self._execute = method.execute
+        self._feeds = [self._tensor(realistic(spec, i)) for i, spec in enumerate(self.inputs)]
+        self.run: Callable[[], Any] = partial(self._execute, self._feeds)
+        self.first_ns = sample(self.run, 1)
+
+    @staticmethod
+    def _spec(name: str, tensor: Any) -> Dict[str, Any]:
+        number = tensor.dtype()
+        if number not in EXECUTORCH_DTYPES:
+            raise ValueError("%s has the element type %d, which is not read here" % (name, number))
+        shape = [int(size) for size in tensor.sizes()]
+        return {"name": name, "shape": shape, "dtype": EXECUTORCH_DTYPES[number]}
+
+    def _tensor(self, x: Any) -> Any:
+        return self._torch.from_numpy(x)
+
+    def answer(self) -> bytes:
+        """The first output for the input that is timed."""
+        content: bytes = self.run()[0].numpy().tobytes()
+        return content
+
+    def call(self, x: Any) -> Any:
+        """The first output for one input, in the file's own types."""
+        return self._execute([self._tensor(x), *self._feeds[1:]])[0].numpy()
+
+
+MODELS = {"onnxruntime": OnnxModel, "executorch": ExecutorchModel}
+
+
 def open_model(content: bytes, runtime: str, threads: int, delegate: bool) -> Any:
     """A model that has run once."""
     if runtime not in RUNTIMES:
         raise Refused("runtime", "this agent cannot run the runtime " + runtime)
     try:
-        model = OnnxModel if runtime == "onnxruntime" else TfliteModel
+        model = MODELS.get(runtime, TfliteModel)
         return model(content, runtime, threads, delegate)
     except ImportError as error:
         raise Refused("runtime", "cannot import %s: %s" % (runtime, error)) from error
