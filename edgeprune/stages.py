@@ -137,8 +137,12 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
             purpose="dense",
         )
     }
-    allowed = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
-    faster = min(allowed, key=lambda p: found[p].median_ms)
+    allowed: list[Precision] = [
+        p
+        for p in ("int8", "fp32")
+        if p in context.job.target.precisions
+    ]
+    faster = min(context.precisions(allowed), key=lambda p: found[p].median_ms)
     fingerprint = context.board.fingerprint(runtime.name, runtime.threads)
     return DenseLatency.model_validate(
         {"fingerprint": fingerprint, "measurements": found, "precision": faster}

@@ -224,8 +224,11 @@ def test_an_operator_without_an_older_form_is_refused_by_name():
     value = helper.make_tensor_value_info
     mish = helper.make_node("Mish", ["x"], ["y"])
     graph = helper.make_graph(
-        [mish], "g", [value("x", TensorProto.FLOAT, [1, 4])], [value("y", TensorProto.FLOAT, [1, 4])]
+        [mish],
+        "g",
+        [value("x", TensorProto.FLOAT, [1, 4])],
+        [value("y", TensorProto.FLOAT, [1, 4])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    with pytest.raises(FormatError, match="opset 17, the newest that TensorRT 8.5 reads.*Mish"):
+    with pytest.raises(FormatError, match=r"opset 17, the newest that TensorRT 8\.5 reads.*Mish"):
         lower_opset(model)

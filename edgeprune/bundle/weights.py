@@ -186,4 +186,5 @@ def _varints(packed: memoryview) -> list[int]:
 _READERS: dict[str, Callable[[bytes], Iterator[tuple[str, tuple[int, ...]]]]] = {
     "tflite": _tflite,
     "onnx": _onnx,
+    "tensorrt": _onnx,  # ships ONNX; the board builds its engine
 }

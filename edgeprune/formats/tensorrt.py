@@ -108,7 +108,9 @@ def lower_opset(proto: Any) -> None:
         elif node.op_type == "Resize":
             _drop_attributes(node, ("antialias", "keep_aspect_ratio_policy"), only_default=True)
     used = {name for node in proto.graph.node for name in node.input}
-    kept = [type(i).FromString(i.SerializeToString()) for i in proto.graph.initializer if i.name in used]
+    kept = [
+        type(i).FromString(i.SerializeToString()) for i in proto.graph.initializer if i.name in used
+    ]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     for item in proto.opset_import:
@@ -274,7 +276,10 @@ def _pair_problems(wires: _Wires, node: Any) -> Iterator[str]:
         yield f"{what} must be symmetric (zero point 0), but has zero point {zero.ravel()[0]}"
     is_constant = node.input[0] in wires.constants
     if node.op_type == QUANTIZE:
-        others = {r.op_type if r is not None else "the output" for r in wires.readers.get(node.output[0], ())}
+        others = {
+            r.op_type if r is not None else "the output"
+            for r in wires.readers.get(node.output[0], ())
+        }
         if others - {DEQUANTIZE}:
             yield f"{what} must be read by {DEQUANTIZE} alone, but {sorted(others - {DEQUANTIZE})[0]} reads it"
         if scale.size > 1 and not is_constant:
@@ -290,7 +295,7 @@ def _weighted_problems(wires: _Wires, node: Any) -> Iterator[str]:
         yield f"{what} must have both data and weights quantised, but only its {'data are' if data_is else 'weights are'}"
     if len(node.input) > 2 and wires.is_quantized(node.input[2]):
         yield f"{what} must have its bias in float, but it is quantised"
-    if not weight_is or wires.source(weight) in wires.maker and not _is_weight(wires, weight):
+    if not weight_is or (wires.source(weight) in wires.maker and not _is_weight(wires, weight)):
         return
     pair = wires.maker[weight]
     scale = wires.constants.get(pair.input[1])

@@ -11,13 +11,17 @@ import time
 from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
+from .engines import EngineModel
 from .wire import Refused
 
 RUNTIMES = {  # name on the wire: module to import, distribution that holds it
     "litert": ("ai_edge_litert.interpreter", "ai-edge-litert"),
     "tflite-runtime": ("tflite_runtime.interpreter", "tflite-runtime"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
+    "tensorrt": ("tensorrt", "tensorrt"),
 }
+# How long loading one file takes at most, where that is more than reading it: TensorRT builds an engine, in two precisions.
+LOAD_S = {"tensorrt": 120.0}
 
 
 def realistic(spec: Dict[str, Any], seed: int) -> Any:
@@ -154,15 +158,21 @@ class OnnxModel:
         ]
 
 
-def open_model(content: bytes, runtime: str, threads: int, delegate: bool) -> Any:
-    """A model that has run once."""
+def open_model(
+    content: bytes, runtime: str, threads: int, delegate: bool, many: bool = False
+) -> Any:
+    """A model that has run once; ``many`` says that it is one of many small ones, for which nothing long is tried."""
     if runtime not in RUNTIMES:
         raise Refused("runtime", "this agent cannot run the runtime " + runtime)
     try:
+        if runtime == "tensorrt":
+            return EngineModel(content, runtime, threads, delegate, many)
         model = OnnxModel if runtime == "onnxruntime" else TfliteModel
         return model(content, runtime, threads, delegate)
     except ImportError as error:
         raise Refused("runtime", "cannot import %s: %s" % (runtime, error)) from error
+    except Refused:
+        raise
     except Exception as error:  # a runtime may raise any type at a file that it dislikes
         raise Refused("load", "%s: %s" % (type(error).__name__, error)) from error
 
