@@ -137,11 +137,7 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
             purpose="dense",
         )
     }
-    allowed: list[Precision] = [
-        p
-        for p in ("int8", "fp32")
-        if p in context.job.target.precisions
-    ]
+    allowed: list[Precision] = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
     faster = min(context.precisions(allowed), key=lambda p: found[p].median_ms)
     fingerprint = context.board.fingerprint(runtime.name, runtime.threads)
     return DenseLatency.model_validate(
