@@ -19,14 +19,30 @@ from edgeprune.search_results import GroupCurve, ParetoPoint
 from edgeprune.specs import Precision
 
 
+class TypesRow(Record):
+    """One way to quantise an ONNX file, on the board: ``ratio`` is its time over that of the first way, with the upper end of its interval.
+
+    ``agreement`` is the share of development samples whose class is torch's; ``holds`` whether that is close enough to the best.
+    """
+
+    name: str
+    median_ms: float
+    ratio: float
+    ratio_high: float
+    agreement: float
+    holds: bool
+
+
 class DenseFiles(Record):
-    """The dense model as files, checked against torch."""
+    """The dense model as files, checked against torch. ``int8_types`` are those that were chosen of ``types``, where there was a choice."""
 
     fp32: Artifact
     int8: Artifact
     parity_error_ratio: float
     built_in_agreement: float
     notes: tuple[str, ...] = ()
+    int8_types: str = ""
+    types: tuple[TypesRow, ...] = ()
 
 
 class DenseLatency(Record):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from edgeprune import guarantee, planning, records
+from edgeprune import guarantee, int8_types, planning, records
 from edgeprune.compress import importance as importances
 from edgeprune.compress.divergence import AfterRepair
 from edgeprune.compress.evaluate import logits, quality
@@ -90,7 +90,13 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
     check_traceable(context.model, context.example)
     audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
     fp32 = context.form.export(audible, context.example, fp32_path)
-    int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
+    chosen = (
+        int8_types.choose(context, fp32_path, int8_path) if int8_types.is_open(context) else None
+    )
+    if chosen is None:
+        int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
+    else:
+        int8, notes = chosen.artifact, (*notes, chosen.note())
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     expected = logits(context.model, torch.from_numpy(x))
     found = context.run_file(context.host, fp32_path, x)
@@ -107,6 +113,8 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, int8_path, x),
         notes=notes,
+        int8_types="" if chosen is None else chosen.types.name,
+        types=() if chosen is None else chosen.rows,
     )
 
 

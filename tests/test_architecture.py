@@ -52,6 +52,7 @@ LAYERS = {
     "options": 5,
     "pipeline": 5,
     "stages": 5,
+    "int8_types": 5,
     "schedule": 5,
     "verdict": 5,
     "runfolder": 5,

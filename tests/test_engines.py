@@ -176,6 +176,15 @@ def test_a_python_without_the_package_says_where_jetpack_has_it(monkeypatch):
         runtimes.open_model(b"x", "tensorrt", 1, True)
 
 
+def test_sparse_kernels_are_tried_where_the_gpu_has_them():
+    assert [engines.has_sparse_cores(sm) for sm in ("8.7", "10.1", "7.2", None)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
 def test_the_oldest_engines_go_when_there_are_too_many(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "QUOTA_BYTES", 3500)
     store = engines.Store(str(tmp_path))

@@ -58,6 +58,15 @@ class OnnxTypes:
         return f"{sign}S8 {'per channel' if self.per_channel else 'per tensor'}"
 
 
+# What onnxruntime has INT8 kernels for; which of them is fastest differs by processor, so it is measured. The first is the default.
+VARIANTS = (
+    OnnxTypes(),
+    OnnxTypes(activations="int8"),
+    OnnxTypes(per_channel=False),
+    OnnxTypes(activations="int8", per_channel=False),
+)
+
+
 class OnnxFormat:
     """See :class:`edgeprune.formats.Format`.
 

@@ -11,8 +11,8 @@ Sources of the rules:
   addition no Q/DQ on the side that comes straight from the convolution, so that the two fuse: NVIDIA's own ONNX quantiser,
   nvidia-modelopt 0.47.0, ``onnx/quantization/{int8,ort_utils,graph_utils}.py`` (read 2026-11-25); int8 weights with a DQ alone are its
   ``dq_only`` form.
-- Opset: the parser of TensorRT 8.5 and 8.6 (JetPack 5.1 and 6.0, the oldest that knows Orin Nano) reads opsets up to 17:
-  https://github.com/onnx/onnx-tensorrt, docs/operators.md of its release/8.5-GA and release/8.6-GA branches.
+- Opset: the parsers of TensorRT 8.5 and 8.6 (JetPack 5.1, the oldest that knows Orin Nano, and 6.0) are known to read opsets up to 17
+  (onnx-tensorrt, docs/operators.md of release/8.5-GA and release/8.6-GA; not read again for this version).
 
 None of these files has been given to a TensorRT parser by this project yet: on a host onnxruntime runs them, as stand-in.
 """

@@ -24,7 +24,6 @@ from .machine import fields_of, read_text
 from .wire import Refused
 
 FOLDER_VARIABLE = "EDGEPRUNE_ENGINES"
-SPARSE_VARIABLE = "EDGEPRUNE_SPARSITY"
 RECIPE = 1  # of this module: another number builds everything again
 # Our own bounds, set by judgement: what CUDA and the builder take before they look at the model, and how often its weights are copied.
 BASE_BYTES, COPIES = 768 << 20, 6
@@ -40,6 +39,14 @@ INT8_CANDIDATES, FLOAT_CANDIDATES = ("mixed", "int8"), ("fp16", "fp32")  # the m
 def candidates(content: bytes) -> Tuple[str, ...]:
     """Precisions in which a file can be built; one with QuantizeLinear nodes needs INT8."""
     return INT8_CANDIDATES if b"QuantizeLinear" in content else FLOAT_CANDIDATES
+
+
+def has_sparse_cores(sm: Optional[str]) -> bool:
+    """Whether a GPU multiplies 2:4 sparse weights faster: compute capability 8.0 (Ampere) and newer.
+
+    The builder then looks whether the weights have that pattern, and uses it only where they do.
+    """
+    return sm is not None and int(sm.split(".")[0]) >= 8
 
 
 def fingerprint(content: bytes, precisions: Tuple[str, ...], sparse: bool) -> Dict[str, Any]:
@@ -318,7 +325,7 @@ class EngineModel:
         folder = os.environ.get(FOLDER_VARIABLE) or os.path.join(
             tempfile.gettempdir(), "edgeprune-engines-%d" % os.getuid()
         )
-        sparse = os.environ.get(SPARSE_VARIABLE) == "1"
+        sparse = not many and has_sparse_cores(gpu()["sm"])
         engine, self.known = obtain(content, folder, quick=many, sparse=sparse)
         # What was decided when it was built belongs to every figure of it.
         self.notes = ["built in %s" % self.known["precision"], *self.known["notes"]]
