@@ -106,8 +106,11 @@ def _runtimes_of(device: Device) -> list[str]:
     from edgeprune import catalog
 
     wanted = [str(catalog.target(name).runtime.name) for name in device.targets]
-    if device.transport == "local":  # where LiteRT runs the files of the older tflite-runtime
-        wanted = ["litert" if name == "tflite-runtime" else name for name in wanted]
+    if (
+        device.transport == "local"
+    ):  # where LiteRT and onnxruntime run the files of runtimes for boards
+        here = {"tflite-runtime": "litert", "tensorrt": "onnxruntime"}
+        wanted = [here.get(name, name) for name in wanted]
     return [name for name in dict.fromkeys(wanted) if name in RUNTIMES]
 
 

@@ -122,7 +122,7 @@ class Closing:
             metric=quality.result.metric,
             artifacts={name: artifact for name, (_, artifact) in self.four.items()},
         )
-        choice = verdict.choose(measured, job.budget, job.max_drop, job.target.precisions)
+        choice = self._choice(measured)
         shipped = f"pruned-{choice.precision}"
         measured = replace(measured, sustained=self._sustained(shipped))
         test = self.run.stage(
@@ -152,6 +152,18 @@ class Closing:
         found = found.model_copy(update={"stages": tuple(self.run.costs)})
         self._write_reports(found)
         return Outcome(found, self.run.path)
+
+    def _choice(self, measured: verdict.Measured) -> verdict.Choice:
+        """What ships. Where times cannot rank the precisions, INT8, unless it alone misses the accuracy gate."""
+        job = self.context.job
+        comparable = self.context.precisions(job.target.precisions)
+        if comparable != job.target.precisions:
+            (only,) = comparable
+            if verdict.quality_gate(measured, job.max_drop, only).met:
+                runtime = self.context.runtime_on(self.context.board).name
+                reason = f"{runtime} stands in for the target's runtime, so its times do not rank the precisions"
+                return verdict.Choice(only, reason)
+        return verdict.choose(measured, job.budget, job.max_drop, job.target.precisions)
 
     def _write_source(self) -> None:
         """The pruned net as plain PyTorch, where its forward pass can be traced."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +29,12 @@ from edgeprune.workload import LoadedWorkload
 INFER_CHUNK = 256
 NOT_RUN = "not run"
 PIXEL_SEED = 20261123
-# tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine.
-STAND_IN_RUNTIMES: dict[str, Literal["litert"]] = {"tflite-runtime": "litert"}
+# tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine. TensorRT needs a GPU; onnxruntime runs
+# the files that its engines are built from.
+STAND_IN_RUNTIMES: dict[str, Literal["litert", "onnxruntime"]] = {
+    "tflite-runtime": "litert",
+    "tensorrt": "onnxruntime",
+}
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,15 @@ class Context:
         """Version of the runtime that the shipped file was tried with; says so where it was not run."""
         name = self.job.target.runtime.name
         return self.proof.runtime_version(name) if self.runs_ship else NOT_RUN
+
+    def precisions(self, wanted: Sequence[Precision]) -> tuple[Precision, ...]:
+        """Of some precisions, those between which times on the timed board may decide.
+
+        All, unless the runtime there is none of the format's own: onnxruntime computes the INT8 graph of TensorRT in float, so which of
+        two precisions is faster in it says nothing, and INT8 is what the target is for.
+        """
+        known = self.runtime_on(self.board).name in self.form.info.runtimes
+        return tuple(wanted) if known or "int8" not in wanted else ("int8",)
 
     @cached_property
     def prepared(self) -> tuple[nn.Module, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from edgeprune import planning, stages
+from edgeprune import int8_types, planning, stages
 from edgeprune.closing import Planned, Prepared, chance_note, versions
 from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
@@ -104,9 +104,12 @@ def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
         # Only where it differs, so that runs of the other formats keep their stages.
         **({"whole": context.whole.info.name} if context.has_twin else {}),
     }
+    if int8_types.is_open(context):  # then the board decides about the files
+        inputs["device"] = context.board_key()
     dense = run.stage(
         "dense", "conversion", inputs, DenseFiles, lambda f: stages.dense_files(context, f)
     )
+    int8_types.restore(context, dense.result.int8_types)
     entry = context.entry("dense", context.reference)
     say(f"      dense: {entry.metric} {entry.value:.2%} of {entry.n} development samples")
     for line in (*context.prepared[1], *dense.result.notes, chance_note(context)):

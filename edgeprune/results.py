@@ -33,8 +33,8 @@ class TensorSpec(Record):
 class Artifact(Record):
     """One model file, by content. ``path`` is relative to the run folder or the bundle.
 
-    ``operators`` are those that the runtime must have beside its delegates, where it may lack some; ``notes`` is what the toolchain did that
-    the user of the file should know, one line each.
+    ``operators`` are those that the runtime must have beside its delegates, where it may lack some; ``notes`` is what the toolchain did
+    that the user of the file should know, one line each.
     """
 
     path: str

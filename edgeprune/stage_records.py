@@ -19,6 +19,20 @@ from edgeprune.search_results import GroupCurve, ParetoPoint
 from edgeprune.specs import Precision
 
 
+class TypesRow(Record):
+    """One way to quantise an ONNX file, on the board: ``ratio`` is its time over that of the first way, with the upper end of its interval.
+
+    ``agreement`` is the share of samples of the selection split whose class is torch's; ``holds`` whether that is close enough to the best.
+    """
+
+    name: str
+    median_ms: float
+    ratio: float
+    ratio_high: float
+    agreement: float
+    holds: bool
+
+
 class _NetFiles(Record):
     """A net as files in both precisions.
 
@@ -48,9 +62,11 @@ class _NetFiles(Record):
 
 
 class DenseFiles(_NetFiles):
-    """The dense model as files, checked against torch."""
+    """The dense model as files, checked against torch. ``int8_types`` are those that were chosen of ``types``, where there was a choice."""
 
     parity_error_ratio: float
+    int8_types: str = ""
+    types: tuple[TypesRow, ...] = ()
 
 
 class DenseLatency(Record):

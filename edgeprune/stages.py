@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from edgeprune import guarantee, planning, records
+from edgeprune import guarantee, int8_types, planning, records
 from edgeprune.compress import importance as importances
 from edgeprune.compress.divergence import AfterHealing, AfterRepair, trial_settings
 from edgeprune.compress.evaluate import logits, quality
@@ -90,6 +90,11 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
     check_traceable(context.model, context.example)
     audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
     files = _net_files(context, audible, folder, "dense", cuttable=True)
+    chosen: int8_types.Chosen | None = None
+    if int8_types.is_open(context):
+        fp32_path, int8_path = (folder / files[p].path for p in ("fp32", "int8"))
+        chosen = int8_types.choose(context, fp32_path, int8_path)
+        files["int8"], notes = chosen.artifact, (*notes, chosen.note())
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     expected = logits(context.model, torch.from_numpy(x))
     found = context.run_file(context.host, folder / files["fp32"].path, x)
@@ -105,6 +110,8 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
         notes=notes,
+        int8_types="" if chosen is None else chosen.types.name,
+        types=() if chosen is None else chosen.rows,
     )
 
 
@@ -158,8 +165,8 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
             purpose="dense",
         )
     )
-    allowed = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
-    faster = min(allowed, key=lambda p: found[p].median_ms)
+    allowed: list[Precision] = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
+    faster = min(context.precisions(allowed), key=lambda p: found[p].median_ms)
     fingerprint = context.fingerprint(runtime)
     return DenseLatency.model_validate(
         {"fingerprint": fingerprint, "measurements": found, "precision": faster}

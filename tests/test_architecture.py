@@ -53,6 +53,7 @@ LAYERS = {
     "pipeline": 5,
     "stages": 5,
     "converted": 5,
+    "int8_types": 5,
     "schedule": 5,
     "verdict": 5,
     "runfolder": 5,
@@ -76,7 +77,7 @@ PLAIN = {
 # Imported where they are used: rich draws the bars, PIL opens image files, click writes to the terminal.
 ALSO_PLAIN = {("progress", "rich"), ("imagedata", "PIL"), ("console", "click")}
 # What runs on a board without edgeprune: the runtimes it times, and the arrays they take.
-ON_BOARD = {"numpy", "ai_edge_litert", "tflite_runtime", "onnxruntime"}
+ON_BOARD = {"numpy", "ai_edge_litert", "tflite_runtime", "onnxruntime", "tensorrt"}
 
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 70

@@ -28,6 +28,7 @@ GOLDEN_INPUTS = "golden/inputs.npy"
 GOLDEN_OUTPUTS = "golden/outputs.npy"
 TOLERANCE = "golden/tolerance.json"
 SAMPLE = "samples/python/predict.py"
+JETSON_SAMPLE = "samples/jetson/build_engine.py"  # of bundles for TensorRT
 REQUIRED = (RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE, SAMPLE)
 
 MIN_GOLDEN = 8

@@ -69,7 +69,28 @@ def _not_run(manifest: Manifest) -> list[tuple[str, str]]:
     return [("not run", text)]
 
 
+_JETSON = """On the Jetson (JetPack 5.1 or newer; not yet run on one by this version), with the system's python3:
+
+```sh
+scp -r . USER@JETSON:{name} && ssh USER@JETSON
+cd {name} && python3 samples/jetson/build_engine.py
+```
+
+It builds `../{name}-engine/model.engine` from the ONNX file, in the fastest precision that passes the golden check, and
+builds it again when JetPack changes. An engine fits one TensorRT and one GPU: ship the bundle, not the engine.
+"""
+
+
 def _run_text(manifest: Manifest) -> str:
+    if manifest.model.format != "tensorrt":
+        return _python_text(manifest)
+    text = _JETSON.format(name=manifest.name)
+    if manifest.runtime.name not in _PACKAGES:
+        return text
+    return f"{text}\nThe same ONNX file on any other computer:\n\n{_python_text(manifest)}"
+
+
+def _python_text(manifest: Manifest) -> str:
     runtime = manifest.runtime
     package = _PACKAGES.get(runtime.name)
     if package is None:

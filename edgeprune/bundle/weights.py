@@ -139,4 +139,5 @@ _READERS: dict[str, Callable[[bytes], Iterator[tuple[str, tuple[int, ...]]]]] = 
     "tflite": _tflite,
     "onnx": _onnx,
     "executorch": _executorch,
+    "tensorrt": _onnx,  # ships ONNX; the board builds its engine
 }

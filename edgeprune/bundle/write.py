@@ -19,6 +19,7 @@ from edgeprune.bundle.integrity import labels_text, sums_text
 from edgeprune.bundle.manifest import (
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
+    JETSON_SAMPLE,
     LABELS,
     MANIFEST,
     README,
@@ -115,8 +116,10 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
         LABELS: ("labels", labels_text(facts.labels)),
         GOLDEN_INPUTS: ("golden", npy_bytes(payload.golden_inputs)),
         GOLDEN_OUTPUTS: ("golden", npy_bytes(payload.golden_outputs)),
-        SAMPLE: ("sample", _sample_bytes()),
+        SAMPLE: ("sample", _sample_bytes(SAMPLE)),
     }
+    if model.format == "tensorrt":
+        files[JETSON_SAMPLE] = ("sample", _sample_bytes(JETSON_SAMPLE))
     for path, content in ((REPORT_HTML, payload.report_html), (REPORT_JSON, payload.report_json)):
         if content is not None:
             files[path] = ("report", content)
@@ -176,8 +179,8 @@ def _model_bytes(payload: Payload) -> bytes:
     return content
 
 
-def _sample_bytes() -> bytes:
-    return importlib.resources.files("edgeprune.bundle").joinpath(SAMPLE).read_bytes()
+def _sample_bytes(path: str) -> bytes:
+    return importlib.resources.files("edgeprune.bundle").joinpath(path).read_bytes()
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.devices import replies
-from edgeprune.devices.agent.runtimes import RUNTIMES
+from edgeprune.devices.agent.runtimes import LOAD_S, RUNTIMES
 from edgeprune.devices.frames import Refusal
 from edgeprune.devices.plans import Loaded, NodeTime, Timing, TimingPlan
 from edgeprune.devices.recording import Recorder, as_recorded, origin_of
@@ -131,7 +131,9 @@ class Board:
             if id(fields) not in done:  # the models of a chunk share one request
                 done.add(id(fields))
                 self.session.push(content)
-                self.session.request(op, fields, work_s=_load_s(len(fields.get("keys", "1"))))
+                self.session.request(
+                    op, fields, work_s=_load_s(fields["runtime"], len(fields.get("keys", "1")))
+                )
 
     def hello(self) -> dict[str, Any]:
         """Facts about the machine, as :class:`~edgeprune.devices.replies.Hello`; asked once."""
@@ -176,10 +178,9 @@ class Board:
                 reply, _ = self.request("runtime", {"name": runtime}, work_s=120)
             except Refusal as error:
                 package = RUNTIMES[runtime][1] if runtime in RUNTIMES else runtime
-                raise DeviceError(
-                    error.message,
-                    hint=f"run: edgeprune devices setup {self.name}; or there: pip install {package}",
-                ) from error
+                how = f"run: edgeprune devices setup {self.name}; or there: pip install {package}"
+                hint = None if package == "tensorrt" else how  # of JetPack; the message says how
+                raise DeviceError(error.message, hint=hint) from error
             version = replies.checked(replies.RuntimeVersion, reply, self.name).version
             self._versions[runtime] = version
         return self._versions[runtime]
@@ -208,7 +209,7 @@ class Board:
         Args:
             key: the name that other methods use; an earlier model of that name is replaced.
             content: the file.
-            runtime: one of ``litert``, ``tflite-runtime``, ``onnxruntime``, ``executorch``.
+            runtime: one of ``litert``, ``tflite-runtime``, ``onnxruntime``, ``executorch``, ``tensorrt``.
             threads: threads of the runtime.
             delegate: ``False`` runs TFLite files on the built-in kernels, without XNNPACK.
 
@@ -223,7 +224,7 @@ class Board:
             "sha256": sha256_bytes(content),
         }
         self.push(content)
-        reply, _ = self.request("load", fields, work_s=_load_s(1))
+        reply, _ = self.request("load", fields, work_s=_load_s(runtime, 1))
         self._loaded[key] = ("load", fields, content)
         return self._remember(key, replies.checked(replies.LoadedModel, reply, self.name))
 
@@ -240,7 +241,7 @@ class Board:
             "sha256": sha256_bytes(blob),
         }
         self.push(blob)
-        reply, _ = self.request("load_many", fields, work_s=_load_s(len(files)))
+        reply, _ = self.request("load_many", fields, work_s=_load_s(runtime, len(files)))
         models = replies.checked(replies.ManyLoaded, reply, self.name).models
         self._expect(set(models) == set(files), "models that were not asked for")
         self._loaded.update(dict.fromkeys(files, ("load_many", fields, blob)))
@@ -472,6 +473,6 @@ def open_board(
     return board
 
 
-def _load_s(files: int) -> float:
+def _load_s(runtime: str, files: int) -> float:
     """Patience for loading: a runtime is imported and every file runs once. More than the board allows itself."""
-    return LINK_S + 15 * (10 + files)
+    return LINK_S + 15 * (10 + LOAD_S.get(runtime, 1.0) * files)

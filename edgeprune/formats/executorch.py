@@ -140,8 +140,7 @@ class ExecutorchFormat:
                 converted = tools.convert(prepared)
         except Exception as error:
             raise FormatError(f"torchao could not quantise the model: {_reason(error)}") from error
-        found = self._written(tools, converted, samples[:1], path, floats=_float_layers(converted))
-        return found
+        return self._written(tools, converted, samples[:1], path, floats=_float_layers(converted))
 
     def _written(
         self,
@@ -173,8 +172,8 @@ class ExecutorchFormat:
     def describe(self, path: Path) -> Artifact:
         """The record of a file.
 
-        ``op_counts`` counts XNNPACK nodes as ``xnnpack:Conv2d``, those of them on 8-bit integers as ``int8:Conv2d``, operators of the runtime
-        by name, weights by type, and multiply-accumulates: ``macs``, ``macs:xnnpack``, ``macs:int8``.
+        ``op_counts`` counts XNNPACK nodes as ``xnnpack:Conv2d``, those of them on 8-bit integers as ``int8:Conv2d``, operators of the
+        runtime by name, weights by type, and multiply-accumulates: ``macs``, ``macs:xnnpack``, ``macs:int8``.
 
         Raises:
             FormatError: it is no ExecuTorch program.

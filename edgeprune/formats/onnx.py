@@ -12,8 +12,9 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -38,8 +39,43 @@ MAX_FILE_BYTES = 2**31 - 1  # protobuf's limit for one message
 PRODUCER = "edgeprune"
 
 
+@dataclass(frozen=True)
+class OnnxTypes:
+    """How a file is quantised: the integer type of activations, the scales of int8 weights, and options of onnxruntime's quantiser.
+
+    ``operators`` names the operator types that are quantised; all that onnxruntime knows where it is empty.
+    """
+
+    activations: Literal["uint8", "int8"] = "uint8"
+    per_channel: bool = True
+    operators: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As ``U8S8 per channel``: activations first, then the weights, which are int8 always."""
+        sign = "U8" if self.activations == "uint8" else "S8"
+        return f"{sign}S8 {'per channel' if self.per_channel else 'per tensor'}"
+
+
+# What onnxruntime has INT8 kernels for; which of them is fastest differs by processor, so it is measured. The first is the default.
+VARIANTS = (
+    OnnxTypes(),
+    OnnxTypes(activations="int8"),
+    OnnxTypes(per_channel=False),
+    OnnxTypes(activations="int8", per_channel=False),
+)
+
+
 class OnnxFormat:
-    """See :class:`edgeprune.formats.Format`."""
+    """See :class:`edgeprune.formats.Format`.
+
+    Args:
+        types: what :meth:`quantize` writes.
+    """
+
+    def __init__(self, types: OnnxTypes | None = None) -> None:
+        self.types = types or OnnxTypes()
 
     info = FormatInfo(
         name="onnx", suffix=".onnx", runtimes=("onnxruntime",), extra="onnx", layout="NCHW"
@@ -74,9 +110,9 @@ class OnnxFormat:
         *,
         model: nn.Module | None = None,
     ) -> Artifact:
-        """Static INT8 in QDQ form: int8 weights per output channel, uint8 activations, ranges from the samples (MinMax).
+        """Static INT8 in QDQ form, by default int8 weights per output channel, uint8 activations; ranges from the samples (MinMax).
 
-        Activations are unsigned (U8S8) although onnxruntime's guide proposes S8S8 first. Its x86-64 CPU provider fuses
+        By default activations are unsigned (U8S8) although onnxruntime's guide proposes S8S8 first. Its x86-64 CPU provider fuses
         quantised operators only for uint8 activations; it rewrites signed ones on loading, but not where a tensor has several
         readers, so that every convolution behind a residual branch would run in float (onnxruntime 1.32: 11 of the 21
         convolutions of the example net). On ARM64 both signs have their own kernels. The weights keep 8 bits: 7
@@ -91,17 +127,20 @@ class OnnxFormat:
         check_calibration(calibration, _spec(proto.graph.input[0]).shape)
         with tempfile.TemporaryDirectory(prefix="edgeprune-onnx-") as folder, quiet():
             target = Path(folder) / "int8.onnx"
+            kinds = {"uint8": tools.QuantType.QUInt8, "int8": tools.QuantType.QInt8}
             try:
                 tools.quantize_static(
                     onnx.shape_inference.infer_shapes(proto),
                     str(target),
                     _samples(tools, name, calibration),
                     quant_format=tools.QuantFormat.QDQ,
-                    per_channel=True,
+                    op_types_to_quantize=list(self.types.operators) or None,
+                    per_channel=self.types.per_channel,
                     reduce_range=False,
-                    activation_type=tools.QuantType.QUInt8,
+                    activation_type=kinds[self.types.activations],
                     weight_type=tools.QuantType.QInt8,
                     calibrate_method=tools.CalibrationMethod.MinMax,
+                    extra_options=dict(self.types.extra),
                 )
             except Exception as error:
                 raise FormatError(
@@ -112,8 +151,12 @@ class OnnxFormat:
         del quantized.graph.value_info[:]
         quantized.producer_name, quantized.producer_version = PRODUCER, ""
         quantized.ir_version = IR_VERSION
+        self._arrange(quantized)
         records.write_bytes(path, encode(quantized))
         return self.describe(path)
+
+    def _arrange(self, quantized: Any) -> None:
+        """What another runtime of the same files needs changed in a quantised graph, in place."""
 
     def describe(self, path: Path) -> Artifact:
         """The record of a file.

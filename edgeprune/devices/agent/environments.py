@@ -22,6 +22,7 @@ import zipfile
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 from . import wire
+from .gpu import NO_PACKAGE
 from .runtimes import RUNTIMES
 
 PROBE = """
@@ -174,6 +175,8 @@ def probe(python: str, runtime: str, timeout_s: float = PROBE_S) -> str:
     if done.returncode < 0:
         text = "importing %s died of %s" % (runtime, _signal_name(-done.returncode))
         raise wire.Refused("runtime-signal", text)
+    if done.returncode > 0 and runtime == "tensorrt" and "No module named" in lines[-1]:
+        raise wire.Refused("runtime", NO_PACKAGE)
     if done.returncode > 0:
         raise wire.Refused("runtime", "cannot import %s: %s" % (runtime, lines[-1]))
     return str(lines[-1])

@@ -12,6 +12,7 @@ import time
 from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
+from .engines import EngineModel
 from .wire import Refused
 
 RUNTIMES = {  # name on the wire: module to import, distribution that holds it
@@ -19,11 +20,14 @@ RUNTIMES = {  # name on the wire: module to import, distribution that holds it
     "tflite-runtime": ("tflite_runtime.interpreter", "tflite-runtime"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "executorch": ("executorch.runtime", "executorch"),
+    "tensorrt": ("tensorrt", "tensorrt"),
 }
 # Numbers of element types in ExecuTorch. Source: schema/scalar_type.fbs of ExecuTorch 1.5.1.
 EXECUTORCH_DTYPES = {
     0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool",
 }  # fmt: skip
+# How long loading one file takes at most, where that is more than reading it: TensorRT builds an engine, in two precisions.
+LOAD_S = {"tensorrt": 120.0}
 
 
 def realistic(spec: Dict[str, Any], seed: int) -> Any:
@@ -169,7 +173,9 @@ class ExecutorchModel:
         module = importlib.import_module(RUNTIMES[runtime][0])
         binding = importlib.import_module("executorch.extension.pybindings.portable_lib")
         self._torch = importlib.import_module("torch")
-        with contextlib.suppress(ImportError):  # registers operators that quantised programs may need
+        with contextlib.suppress(
+            ImportError
+        ):  # registers operators that quantised programs may need
             importlib.import_module("executorch.kernels.quantized")
         if binding._threadpool_get_thread_count() != threads:
             binding._unsafe_reset_threadpool(threads)  # XNNPACK keeps the pool it finds on loading
@@ -218,15 +224,21 @@ class ExecutorchModel:
 MODELS = {"onnxruntime": OnnxModel, "executorch": ExecutorchModel}
 
 
-def open_model(content: bytes, runtime: str, threads: int, delegate: bool) -> Any:
-    """A model that has run once."""
+def open_model(
+    content: bytes, runtime: str, threads: int, delegate: bool, many: bool = False
+) -> Any:
+    """A model that has run once; ``many`` says that it is one of many small ones, for which nothing long is tried."""
     if runtime not in RUNTIMES:
         raise Refused("runtime", "this agent cannot run the runtime " + runtime)
     try:
+        if runtime == "tensorrt":
+            return EngineModel(content, runtime, threads, delegate, many)
         model = MODELS.get(runtime, TfliteModel)
         return model(content, runtime, threads, delegate)
     except ImportError as error:
         raise Refused("runtime", "cannot import %s: %s" % (runtime, error)) from error
+    except Refused:
+        raise
     except Exception as error:  # a runtime may raise any type at a file that it dislikes
         raise Refused("load", "%s: %s" % (type(error).__name__, error)) from error
 

@@ -20,7 +20,7 @@ from .cache import Cache
 from .journal import Journal
 from .lease import Lease
 from .machine import machine_facts
-from .runtimes import RUNTIMES
+from .runtimes import LOAD_S, RUNTIMES
 from .timing import Session, check_plan
 from .wire import MAGIC, Message, Refused, error_frame, read_frame, write_frame
 from .workers import Cancelled, WorkerProcess, own_python
@@ -268,7 +268,8 @@ class Agent:
             "threads": int(request["threads"]), "delegate": bool(request.get("delegate", True)),
         }  # fmt: skip
         try:
-            reply, _ = worker.ask(header, content, expected_s=10 + len(keys))
+            one_s = LOAD_S.get(header["runtime"], 1.0)
+            reply, _ = worker.ask(header, content, expected_s=10 + one_s * len(keys))
         except BaseException:
             self._forget(keys)
             raise

@@ -101,7 +101,7 @@ class Worker:
     def __init__(self) -> None:
         self.models: Dict[str, Any] = {}
         self.ballast: List[bytearray] = []
-        self.files: Dict[str, Tuple[bytes, Tuple[str, int, bool]]] = {}
+        self.files: Dict[str, Tuple[bytes, Tuple[Any, ...]]] = {}
         self.answers: Dict[str, bytes] = {}
         self.timers: Dict[str, Timer] = {}
         self.operations: Dict[str, Callable[[Dict[str, Any], bytes], Message]] = {
@@ -121,7 +121,8 @@ class Worker:
         for key, size in zip(request["keys"], request["sizes"]):
             content, start = blob[start : start + size], start + size
             try:
-                options = (request["runtime"], request["threads"], request["delegate"])
+                many = len(request["keys"]) > 1
+                options = (request["runtime"], request["threads"], request["delegate"], many)
                 model = self.models[key] = open_model(content, *options)
                 self.files[key] = content, options
             except Refused as error:
@@ -143,7 +144,12 @@ class Worker:
         found = {key: self.timers[key] for key in request["keys"]}
         return {
             "block_ns": {k: int(t.call_ns * t.calls * (t.n_samples + 1)) for k, t in found.items()},
-            "notes": [note for timer in found.values() for note in timer.notes],
+            "notes": [note for timer in found.values() for note in timer.notes]
+            + [
+                key + ": " + note
+                for key in found
+                for note in getattr(self.models[key], "notes", ())
+            ],
         }, b""
 
     def reload(self, request: Dict[str, Any], blob: bytes) -> Message:

@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, List
 
+from .engines import FOLDER_VARIABLE
 from .machine import read_text
 from .wire import MAX_BLOB_BYTES, MAX_HEADER_BYTES, Message, Refused, frame
 
@@ -53,6 +54,7 @@ class WorkerProcess:
         environment = dict(
             os.environ, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", ORT_DISABLE_TELEMETRY="1"
         )
+        environment[FOLDER_VARIABLE] = os.path.join(os.path.dirname(log), "engines")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             errors = os.open(log, flags, 0o600)

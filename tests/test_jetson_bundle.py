@@ -1,0 +1,158 @@
+"""The bundle for a Jetson: what its build_engine.py does with a pretended JetPack."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundle_fixture import expected, facts, images, make_bundle, onnx_file
+from fakejetson import make
+from test_engines import calls
+
+from edgeprune.bundle.golden import default_tolerance
+from edgeprune.bundle.manifest import JETSON_SAMPLE
+from edgeprune.bundle.verify import verify
+from edgeprune.bundle.write import Payload, write_bundle
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+MAX_LINES = 120
+
+
+@pytest.fixture
+def jetson(tmp_path):
+    """A bundle for a Jetson, and a function that runs its program."""
+    file = tmp_path / "net.onnx"
+    artifact = onnx_file(file).model_copy(update={"format": "tensorrt"})
+    payload = Payload(artifact, file, images(), expected(images()))
+    bundle = write_bundle(tmp_path / "bundle", facts(target="jetson-orin-nano"), payload)
+    jetpack = make(tmp_path / "jetpack")
+
+    def run(*arguments, **variables):
+        named = {f"FAKE_TRT_{name}": value for name, value in variables.items()}
+        path = os.pathsep.join([jetpack["PATH"], os.environ["PATH"]])
+        program = str(bundle / JETSON_SAMPLE)
+        return subprocess.run(
+            [sys.executable, program, *arguments],
+            env={**os.environ, **jetpack, **named, "PATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    return bundle, run
+
+
+def test_the_program_is_short_and_only_in_bundles_for_tensorrt(tmp_path, jetson):
+    bundle, _ = jetson
+    assert len((bundle / JETSON_SAMPLE).read_text().splitlines()) <= MAX_LINES
+    assert "python3 samples/jetson/build_engine.py" in (bundle / "README.md").read_text()
+    assert not (make_bundle(tmp_path / "other") / JETSON_SAMPLE).exists()
+
+
+def test_it_builds_checks_and_keeps_the_fastest_and_the_bundle_stays_sound(tmp_path, jetson):
+    bundle, run = jetson
+    done = run(MS='{"fp16": 1.5, "fp32": 2.5}')
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["fp16", "fp32", "PASS:"]
+    assert "fp16, 1.5 ms of GPU time without copies" in lines[-1]
+    place = tmp_path / "bundle-engine"
+    assert json.loads((place / "engine.json").read_text())["precision"] == "fp16"
+    assert b'"precision": "fp16"' in (place / "model.engine").read_bytes()
+    assert verify(bundle).ok  # nothing was written into it
+    build = next(call for call in calls(tmp_path) if any("--onnx" in a for a in call))
+    assert {"--useSpinWait", "--useCudaGraph", "--noDataTransfers", "--duration=3"} <= set(build)
+
+
+def test_it_does_not_build_twice_until_something_changes(tmp_path, jetson):
+    _, run = jetson
+    run()
+    before = len(calls(tmp_path))
+    assert "built earlier" in run().stdout
+    assert len(calls(tmp_path)) == before
+    note = tmp_path / "bundle-engine" / "engine.json"
+    known = json.loads(note.read_text())
+    known["of"]["libnvinfer"] = ["libnvinfer.so.8.5.2"]  # an older JetPack
+    note.write_text(json.dumps(known))
+    assert "built earlier" not in run().stdout
+    assert "--sparsity=enable" not in str(calls(tmp_path))
+    run("--sparsity")
+    assert "--sparsity=enable" in str(calls(tmp_path))
+
+
+def test_a_faster_precision_that_fails_the_golden_check_is_not_kept(tmp_path, jetson):
+    _, run = jetson
+    done = run(MS='{"fp16": 1.5, "fp32": 2.5}', OFF="fp16", CV="4.2")
+    assert done.returncode == 0
+    assert "NOT OK" in done.stdout.splitlines()[0]
+    assert "unstable, it varies by 4.2 %" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("PASS: fp32")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"OFF": "fp16,fp32"}, "FAIL: no precision passed"),
+        ({"MEMORY": "fp16,fp32"}, "FAIL: no precision passed"),
+    ],
+)
+def test_a_board_on_which_nothing_passes_fails(tmp_path, jetson, variables, words):
+    done = jetson[1](**variables)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert ("OutOfMemory" in done.stdout) == ("MEMORY" in variables)
+    assert not (tmp_path / "bundle-engine" / "model.engine").exists()
+
+
+def loaded(bundle):
+    """The program as a module."""
+    spec = importlib.util.spec_from_file_location("build_engine", bundle / JETSON_SAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_refuses_to_begin_with_too_little_memory_or_a_changed_model(
+    tmp_path, jetson, monkeypatch
+):
+    bundle, run = jetson
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "predict", raising=False)
+    module = loaded(bundle)
+    (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 500000 kB\n")
+    monkeypatch.setattr(module, "MEMINFO", str(tmp_path / "meminfo"))
+    with pytest.raises(SystemExit, match=r"\d+ MiB of memory are missing; end other programs"):
+        module.main([])
+    assert calls(tmp_path) == []
+    sys.modules.pop("predict", None)
+    model = next((bundle / "models").iterdir())
+    model.write_bytes(model.read_bytes() + b"x")
+    done = run()
+    assert done.returncode == 1
+    assert "not what SHA256SUMS says" in done.stderr
+
+
+def test_a_machine_without_trtexec_is_told_what_to_install(jetson):
+    bundle, _ = jetson
+    done = subprocess.run(
+        [sys.executable, str(bundle / JETSON_SAMPLE)],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "there is no trtexec; install it with: sudo apt install nvidia-jetpack" in done.stderr
+
+
+def test_a_half_precision_engine_is_allowed_to_round(tmp_path: Path):
+    artifact = onnx_file(tmp_path / "net.onnx")
+    outputs = np.array([[10.0, -3.0, 1.0]] * 8, np.float32)
+    full = default_tolerance(artifact, outputs)
+    half = default_tolerance(artifact.model_copy(update={"format": "tensorrt"}), outputs)
+    assert (full.atol, half.atol) == (pytest.approx(1e-3), pytest.approx(0.1))
