@@ -65,7 +65,7 @@ def _onnxruntime_check(board: Board, manifest: Manifest) -> Check:
         nodes = board.profile("model", 1)
     except Refusal as error:
         if error.kind == "lease":
-            return _not_run("delegate", f"another program holds {board.name}")
+            return _not_run("delegate", f"{board.name} was not to be had alone")
         raise
     if not nodes:
         return _not_run("delegate", "onnxruntime told of no node")
@@ -105,7 +105,7 @@ def latency_check(board: Board, manifest: Manifest) -> Check:
         return _not_run("latency", str(reason))
     except Refusal as error:
         if error.kind == "lease":
-            return _not_run("latency", f"another program holds {board.name}")
+            return _not_run("latency", f"{board.name} was not to be had alone")
         raise
     medians = [
         statistics.median(block.samples_ns) / 1e6

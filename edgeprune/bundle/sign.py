@@ -54,16 +54,14 @@ def sign_bundle(folder: Path, key: str) -> str:
     return _public_text(private.public_key())
 
 
-def check_signature(folder: Path, key: Path) -> str:
+def check_signature(folder: Path, public: Ed25519PublicKey) -> str:
     """The fingerprint of the key, once the manifest carries its signature.
 
     Raises:
-        SpecError: the public key cannot be used.
         IntegrityError: there is no signature, it is another key's, or the manifest was changed after it was signed.
     """
     from cryptography.exceptions import InvalidSignature
 
-    public = _public_key(key)
     path = folder / SIGNATURE
     if not path.is_file():
         raise IntegrityError("the bundle is not signed, and a signature of that key is required")
@@ -72,7 +70,7 @@ def check_signature(folder: Path, key: Path) -> str:
         public.verify(signature, (folder / MANIFEST).read_bytes())
     except InvalidSignature as error:
         raise IntegrityError(
-            f"{SIGNATURE} is not the signature of {MANIFEST} by the key {key.name}",
+            f"{SIGNATURE} is not the signature of {MANIFEST} by the key {fingerprint(public)}",
             hint="ask its maker for the bundle and the key again",
         ) from error
     return fingerprint(public)
@@ -117,7 +115,12 @@ def _private_key(reference: str) -> Ed25519PrivateKey:
     return found
 
 
-def _public_key(path: Path) -> Ed25519PublicKey:
+def read_public_key(path: Path) -> Ed25519PublicKey:
+    """The public key in a PEM or OpenSSH file.
+
+    Raises:
+        SpecError: it cannot be read, or is no Ed25519 key.
+    """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgeprune.bundle.behaviour import (
     Check,
@@ -40,7 +40,7 @@ from edgeprune.bundle.running import (
     load_model,
     run_model,
 )
-from edgeprune.bundle.sign import check_signature
+from edgeprune.bundle.sign import check_signature, read_public_key
 from edgeprune.bundle.weights import eight_bit_ratio, weight_elements
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.plans import Loaded
@@ -56,6 +56,9 @@ from edgeprune.errors import (
 )
 from edgeprune.records import Record
 from edgeprune.specs import Device
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 MIN_EIGHT_BIT_RATIO = 0.9
 _BLOCKING = (0, 1, 2, 3)
@@ -115,7 +118,7 @@ def verify(
         require_signature: refuse to go on without a key.
 
     Raises:
-        SpecError: ``require_signature`` without ``key``.
+        SpecError: ``require_signature`` without ``key``, or a key that cannot be used.
     """
     if require_signature and key is None:
         raise SpecError(
@@ -124,7 +127,7 @@ def verify(
         )
     levels: list[Level] = []
     with contextlib.ExitStack() as stack:
-        subject = _Subject(path, stack, key)
+        subject = _Subject(path, stack, None if key is None else read_public_key(key))
         checks: list[tuple[int, str, Callable[[], Finding]]] = [
             (0, "structure", subject.structure),
             (1, "hashes", subject.hashes),
@@ -206,7 +209,9 @@ def _device_check(subject: _Subject, name: str, device: Device) -> Callable[[], 
 class _Subject:
     """The bundle under test: what one level finds out is kept for the next."""
 
-    def __init__(self, path: Path, stack: contextlib.ExitStack, key: Path | None) -> None:
+    def __init__(
+        self, path: Path, stack: contextlib.ExitStack, key: Ed25519PublicKey | None
+    ) -> None:
         self._path, self._stack, self._key = path, stack, key
         self._folder = path
         self._manifest: Manifest | None = None
@@ -241,7 +246,7 @@ class _Subject:
         content = read_model(self._folder, manifest)
         stored = _check_weights(manifest, content)
         checks = [operators_check(manifest, content), metadata_check(manifest, content)]
-        board = self._stack.enter_context(_open_here())
+        board = self._stack.enter_context(_open(LOCAL_NAME, LOCAL))
         try:
             loaded = load_model(board, manifest, content)
         except RuntimeMissing as reason:
@@ -274,7 +279,7 @@ class _Subject:
         manifest = self._checked
         content = read_model(self._folder, manifest)
         try:
-            with open_board(name, device, exclusive=not device.stand_in) as board:
+            with _open(name, device) as board:
                 loaded = load_model(board, manifest, content)
                 golden = golden_check(board, self._folder, manifest)
                 must = board.is_strict
@@ -285,12 +290,14 @@ class _Subject:
         return _whole(golden.detail, checks)
 
 
-def _open_here() -> Board:
-    """This machine; alone where nobody else measures on it, so that the runtime's profiler may be asked."""
+def _open(name: str, device: Device) -> Board:
+    """A board, alone where nobody else measures on it, so that it may be timed and asked for its nodes; a stand-in also beside others."""
     try:
-        return open_board(LOCAL_NAME, LOCAL)
+        return open_board(name, device)
     except Busy:
-        return open_board(LOCAL_NAME, LOCAL, exclusive=False)
+        if not device.stand_in:
+            raise
+        return open_board(name, device, exclusive=False)
 
 
 def _check_weights(manifest: Manifest, content: bytes) -> str:
