@@ -129,9 +129,9 @@ def test_a_required_signature_needs_a_key(signed):
         verify.verify(signed[0], require_signature=True)
 
 
-def test_a_key_that_others_can_read_or_that_is_of_another_kind_is_refused(tmp_path, monkeypatch):
+def test_a_key_that_others_can_read_or_that_is_of_another_kind_is_refused(tmp_path):
     folder = make_bundle(tmp_path / "bundle")
-    private, public = _key(tmp_path)
+    private, _ = _key(tmp_path)
     private.chmod(0o644)
     with pytest.raises(SpecError, match="owner alone"):
         sign_bundle(folder, str(private))

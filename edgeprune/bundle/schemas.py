@@ -18,7 +18,7 @@ SCHEMAS: dict[str, type[Record]] = {
 
 
 def schema_files() -> dict[str, bytes]:
-    """The schemas by file name, of what the program writes: every key of a record is there.
+    """The schemas by file name, of what the program writes.
 
     They state types, ranges and forms. Rules between keys, such as that paths are distinct, are checked by ``edgeprune verify`` alone.
     """
