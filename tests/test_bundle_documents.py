@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import jsonschema
 import pytest
 import yaml
 from bundle_fixture import facts, make_bundle
+from click.testing import CliRunner
 from pydantic import ValidationError
+from test_bundle_metadata import tflite_bundle
 
+from edgeprune import cli
 from edgeprune.bundle.manifest import Manifest, Quality
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.schemas import SCHEMAS, schema_files
@@ -214,3 +218,16 @@ def test_facts_with_repro_files_keep_them_under_digest(tmp_path):
     folder = write_bundle(tmp_path / "bundle", facts(), payload)
     listed = {f.path: f.role for f in read_json(Manifest, folder / "manifest.json").files}
     assert listed["repro/repro.json"] == "repro"
+
+
+def test_the_page_shows_what_verify_prints(tmp_path):
+    """Levels and words are those of a run now; figures may differ on another processor."""
+    page = (SCHEMA_FOLDER.parent / "bundle.md").read_text()
+    quoted = re.search(r"\$ edgeprune verify bundle\n(.*?)```", page, re.S)
+    assert quoted is not None
+    done = CliRunner().invoke(cli.cli, ["verify", str(tflite_bundle(tmp_path))])
+
+    def words(text: str) -> str:
+        return re.sub(r"[0-9.]+", "N", text)
+
+    assert words(done.stdout) == words(quoted[1])
