@@ -29,23 +29,30 @@ def verify(
     Exit code 0: every level that ran passed. 7: not what it says. 6: too slow on a device, all else fine. 4: a device could not be used.
     """
     from edgeprune import catalog, records
-    from edgeprune.bundle.verify import require_ok
+    from edgeprune.bundle.verify import Level, require_ok
     from edgeprune.bundle.verify import verify as verify_bundle
 
     if not bundle.exists():
         raise SpecError(f"there is no bundle at {bundle}")
     devices = [(name, catalog.device(name)) for name in names]
     found = verify_bundle(bundle, devices=devices, key=key, require_signature=require_signature)
+    shown = found
+    if not names:
+        missing = Level(
+            level=5,
+            name="on a device",
+            status="not-run",
+            detail="no device was named: see --device",
+        )
+        shown = found.model_copy(update={"levels": (*found.levels, missing)})
     if as_json:
-        click.echo(records.to_json(found).decode(), nl=False)
+        click.echo(records.to_json(shown).decode(), nl=False)
     else:
-        for level in found.levels:
+        for level in shown.levels:
             click.echo(f"L{level.level} {level.name:28} {level.status:8} {plain(level.detail)}")
             for check in level.checks:
                 if check.detail not in level.detail:
                     click.echo(f"   - {check.name:26} {check.status:8} {plain(check.detail)}")
-        if not names:
-            click.echo(f"L5 {'on a device':28} {'not-run':8} no device was named: see --device")
     require_ok(found)
 
 

@@ -15,6 +15,7 @@ from test_bundle_verify import _failure, _resealed
 
 from edgeprune.bundle.integrity import labels_text
 from edgeprune.bundle.manifest import Manifest, identity
+from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import Payload, model_texts, write_bundle
 from edgeprune.errors import IntegrityError
 from edgeprune.formats import _metadata, _protobuf
@@ -143,6 +144,29 @@ def test_a_model_that_is_not_the_measured_one_fails_even_with_the_right_texts(tm
     content[at] ^= 1
     detail = _with_texts(folder, "models/model.fp32.onnx", bytes(content))
     assert detail == "the model without its texts is not the one that was measured"
+
+
+def test_a_manifest_cannot_hide_that_its_model_carries_texts_or_take_another_identity(tmp_path):
+    folder = make_bundle(tmp_path / "bundle")
+    _resealed(folder, embedded=[])
+    assert "source_sha256 must be the model's own digest" in _failure(folder).detail
+    _resealed(folder, embedded=["edgeprune.name"], manifest_id="0" * 64)
+    assert _failure(folder).detail == "manifest_id is not that of the manifest"
+    _resealed(folder, name="other-net")
+    assert _failure(folder).detail == "manifest_id is not that of the manifest"
+
+
+def test_a_bundle_without_texts_in_its_model_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(_metadata, "_CARRIERS", {})
+    folder = make_bundle(tmp_path / "bundle")
+    manifest = read_json(Manifest, folder / "manifest.json")
+    assert manifest.embedded == ()
+    assert manifest.source_sha256 == manifest.model.sha256
+    assert "The model file itself carries no texts" in (folder / "README.md").read_text()
+    report = verify(folder)
+    assert report.ok
+    (check,) = (c for c in report.levels[3].checks if c.name == "metadata")
+    assert check.status == "not-run"
 
 
 def _zip(entries: list[tuple[zipfile.ZipInfo, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:

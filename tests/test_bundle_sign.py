@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from edgeprune import cli
 from edgeprune.bundle import verify
 from edgeprune.bundle.integrity import sums_text
+from edgeprune.bundle.load import load
 from edgeprune.bundle.sign import sign_bundle
 from edgeprune.bundle.write import zip_path
 from edgeprune.errors import IntegrityError, SpecError
@@ -181,3 +182,12 @@ def test_the_commands_sign_and_verify(tmp_path):
     assert "L5 on a device                  not-run  no device was named" in shown.stdout
     (folder / "manifest.sig").unlink()
     assert isinstance(CliRunner().invoke(cli.cli, asked).exception, IntegrityError)
+
+
+def test_a_bundle_is_loaded_for_the_key_that_signed_it_alone(signed, tmp_path):
+    folder, public = signed
+    with load(folder, key=public) as bundle:
+        assert bundle.labels[0] == "cat"
+    _, other = _key(tmp_path, "other")
+    with pytest.raises(IntegrityError, match="is not the signature"):
+        load(folder, key=other)
