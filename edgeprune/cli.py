@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeprune.cli_bundle import bundle, verify
 from edgeprune.cli_devices import devices
 from edgeprune.cli_options import schedule_options, schedule_settings
 from edgeprune.console import plain, print_list
@@ -288,27 +289,6 @@ def init(model: str | None, weights: str | None, data: str | None, target: str, 
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--device", "-d", "names", multiple=True, help="Also run the golden samples there.")
-@click.option("--json", "as_json", is_flag=True)
-def verify(bundle: Path, names: Sequence[str], as_json: bool) -> None:
-    """Check a bundle: structure, hashes, model, golden samples on this machine and on devices."""
-    from edgeprune import catalog, records
-    from edgeprune.bundle.verify import require_ok
-    from edgeprune.bundle.verify import verify as verify_bundle
-
-    if not bundle.exists():
-        raise SpecError(f"there is no bundle at {bundle}")
-    found = verify_bundle(bundle, devices=[(name, catalog.device(name)) for name in names])
-    if as_json:
-        click.echo(records.to_json(found).decode(), nl=False)
-    else:
-        for level in found.levels:
-            click.echo(f"L{level.level} {level.name:28} {level.status:8} {plain(level.detail)}")
-    require_ok(found)
-
-
-@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True)
 def report(run: Path, as_json: bool) -> None:
@@ -356,6 +336,8 @@ def profiles() -> None:
 
 
 cli.add_command(devices)
+cli.add_command(verify)
+cli.add_command(bundle)
 
 
 @targets.command("list")

@@ -10,7 +10,6 @@ import resource
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 from torch import nn
 
 from edgeprune import records, report, stages, verdict
-from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed
+from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed, created_text
+from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.compress.pruned_file import save_pruned
 from edgeprune.compress.source import model_source
@@ -213,7 +213,7 @@ class Closing:
         sizes = {"dense": work(self.context.model, example), "pruned": work(self.model, example)}
         return Report(
             edgeprune_version=VERSION,
-            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=created_text(),
             command=job.command,
             model=job.loaded.workload.model,
             target=job.target.name,
@@ -269,6 +269,7 @@ class Closing:
         """The bundle; the golden answers are those of the file ``asked``, which is the one that ships where that runs here."""
         context, job = self.context, self.context.job
         artifact = self.files.result.shipped(found.shipped)
+        shown = for_bundle(found)
         raw = job.loaded.dataset.development.head(GOLDEN_SAMPLES)
         x = context.development[: len(raw)].numpy()
         answers = context.run_file(context.host, asked, x).numpy()
@@ -286,6 +287,9 @@ class Closing:
                 edgeprune_version=VERSION,
                 target=job.target.name,
                 profile=job.profile.name,
+                version=job.loaded.workload.version,
+                kind=job.target.bundle,
+                license=job.loaded.workload.license,
                 failed_gates=tuple(g.name for g in found.gates if g.missed),
                 not_run=tuple(g.name for g in found.gates if g.not_run),
                 runtime=RuntimeNeed(
@@ -302,6 +306,7 @@ class Closing:
                     dense=dense.quality,
                     shipped=row.quality,
                 ),
+                test=_test_quality(found),
                 latency=Latency(
                     device=found.device,
                     fingerprint_key=found.fingerprint.key(),
@@ -316,7 +321,7 @@ class Closing:
                     data_digest=job.loaded.dataset.digest,
                     model_digest=job.loaded.model_digest,
                     plan_digest=records.digest_of(found.plan),
-                    command=job.command,
+                    command=scrub(job.command),
                 ),
             ),
             Payload(
@@ -324,14 +329,52 @@ class Closing:
                 model_file=self.files.path(artifact.path),
                 golden_inputs=np.ascontiguousarray(raw.x),
                 golden_outputs=answers,
-                report_html=report.render_html(found),
-                report_json=records.to_json(found),
+                report_html=report.render_html(shown),
+                report_json=records.to_json(shown),
+                repro=_repro(job, found),
             ),
         )
 
     def _write_reports(self, found: Report) -> None:
         records.write_json(found, self.run.path / "report.json")
         records.write_bytes(self.run.path / "report.html", report.render_html(found))
+
+
+def for_bundle(found: Report) -> Report:
+    """The report as it goes into a bundle: without what another run of the same command would change, and without local paths."""
+    costs = tuple(s.model_copy(update={"cached": False}) for s in found.stages if s.kind != "other")
+    changes = {"stages": costs, "peak_memory_bytes": 0, "command": scrub(found.command)}
+    return found.model_copy(update=changes)
+
+
+def _test_quality(found: Report) -> Quality | None:
+    """Quality on the test split, where there was one."""
+    values = found.test_quality
+    if not found.test_n:
+        return None
+    return Quality(
+        metric=found.ledger[-1].metric,
+        split="test",
+        n=found.test_n,
+        dense=values["dense"],
+        shipped=values["shipped"],
+    )
+
+
+def _repro(job: Job, found: Report) -> dict[str, bytes]:
+    commit, changed = git_state(job.loaded.base)
+    record = Repro(
+        command=job.command,
+        seed=job.seed,
+        data_digest=job.loaded.dataset.digest,
+        model_digest=job.loaded.model_digest,
+        plan_digest=records.digest_of(found.plan),
+        versions=found.versions,
+        target=job.target.model_dump(mode="json"),
+        git_commit=commit,
+        git_changed=changed,
+    )
+    return repro_files(job.loaded.workload, record)
 
 
 def chance_note(context: Context) -> str:

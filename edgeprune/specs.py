@@ -21,6 +21,7 @@ from edgeprune.records import Record
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}$"  # of a licence, such as Apache-2.0
 FormatName = Literal["tflite", "onnx", "tensorrt", "executorch", "coreml"]
 Precision = Literal["fp32", "int8"]
 Stamp = Literal["measured", "stand-in", "emulated"]
@@ -291,7 +292,10 @@ class Recovery(Record):
 
 
 class Workload(Record):
-    """``edgeprune.yaml``: the user's model, weights, data and defaults. Paths are relative to the file."""
+    """``edgeprune.yaml``: the user's model, weights, data and defaults. Paths are relative to the file.
+
+    ``license`` is the SPDX identifier of the model's licence, ``version`` the model's own; bundles repeat them.
+    """
 
     schema_version: Literal[1] = 1
     model: Annotated[str, Field(pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$")]
@@ -305,6 +309,8 @@ class Workload(Record):
     device: str | None = None
     recovery: Recovery = Recovery()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    license: Annotated[str, Field(pattern=SPDX)] | None = None
+    version: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+-]{0,39}$")] | None = None
 
     @field_validator("latency")
     @classmethod

@@ -36,7 +36,7 @@ def expected(raw: np.ndarray) -> np.ndarray:
 
 
 def onnx_file(path: Path, *, eight_bit: bool = False) -> Artifact:
-    """Write the classifier as ONNX; with ``eight_bit`` its weights are int8 behind a DequantizeLinear."""
+    """Write the classifier as ONNX; with ``eight_bit`` in QDQ form: int8 weights, and uint8 inputs and outputs of the layer."""
     from onnx import TensorProto, checker, helper, numpy_helper
 
     scale = np.float32(np.abs(weights()).max() / 127)
@@ -47,9 +47,25 @@ def onnx_file(path: Path, *, eight_bit: bool = False) -> Artifact:
         constants = [
             numpy_helper.from_array(steps, "steps"),
             numpy_helper.from_array(np.asarray(scale), "scale"),
+            numpy_helper.from_array(np.zeros((), np.int8), "zero"),
+            numpy_helper.from_array(np.asarray(0.025, np.float32), "flat_scale"),
+            numpy_helper.from_array(np.asarray(0.25, np.float32), "output_scale"),
+            numpy_helper.from_array(np.asarray(128, np.uint8), "middle"),
         ]
-        nodes.append(helper.make_node("DequantizeLinear", ["steps", "scale"], ["weight"]))
-    nodes.append(helper.make_node("Gemm", ["flat", "weight"], ["output"], transB=1))
+        nodes = [
+            helper.make_node("QuantizeLinear", ["input", "flat_scale", "middle"], ["input_q"]),
+            helper.make_node("DequantizeLinear", ["input_q", "flat_scale", "middle"], ["input_f"]),
+            helper.make_node("Flatten", ["input_f"], ["flat_f"]),
+            helper.make_node("QuantizeLinear", ["flat_f", "flat_scale", "middle"], ["flat_q"]),
+            helper.make_node("DequantizeLinear", ["flat_q", "flat_scale", "middle"], ["flat"]),
+            helper.make_node("DequantizeLinear", ["steps", "scale", "zero"], ["weight"]),
+        ]
+    answer = "output_f" if eight_bit else "output"
+    nodes.append(helper.make_node("Gemm", ["flat", "weight"], [answer], transB=1))
+    if eight_bit:
+        steps_of = ["output_scale", "middle"]
+        nodes.append(helper.make_node("QuantizeLinear", [answer, *steps_of], ["output_q"]))
+        nodes.append(helper.make_node("DequantizeLinear", ["output_q", *steps_of], ["output"]))
     image = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, CHANNELS, SIDE, SIDE])
     scores = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, CLASSES])
     graph = helper.make_graph(nodes, "linear", [image], [scores], constants)

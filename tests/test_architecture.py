@@ -59,6 +59,7 @@ LAYERS = {
     "runfolder": 5,
     "console": 1,
     "cli": 6,
+    "cli_bundle": 6,
     "cli_devices": 6,
     "cli_entries": 6,
     "cli_options": 6,

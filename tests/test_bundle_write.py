@@ -24,6 +24,11 @@ from edgeprune.bundle.integrity import check_hashes, check_small_files, check_st
 from edgeprune.bundle.write import Payload, write_bundle, zip_path
 from edgeprune.errors import IntegrityError, ModelError, NoSpace, SpecError
 
+CPP_SAMPLE = (
+    *("CMakeLists.txt", "main.cpp", "bundle.hpp"),
+    *("runtime_tflite.hpp", "runtime_onnx.hpp"),
+)
+
 
 def _predict(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     script = str(folder / "samples/python/predict.py")
@@ -51,6 +56,8 @@ def test_a_bundle_holds_everything_an_app_needs(tmp_path: Path) -> None:
         *("manifest.json", "SHA256SUMS", "README.md", "preprocess.json", "labels.txt"),
         *("models/model.fp32.onnx", "golden/inputs.npy", "golden/outputs.npy"),
         *("golden/tolerance.json", "samples/python/predict.py"),
+        *("MODEL_CARD.md", "LICENSE", "NOTICE", "sbom/bom.cdx.json"),
+        *(f"samples/cpp/{name}" for name in CPP_SAMPLE),
         *("report/report.html", "report/report.json"),
     }
     assert (folder / "labels.txt").read_text("utf-8").splitlines() == list(LABELS)

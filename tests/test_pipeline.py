@@ -166,9 +166,37 @@ def test_the_bundle_is_of_the_file_that_was_measured(deployed, report):
     shipped = report.measurements[f"pruned-{report.shipped}"]
     (model,) = (deployed.folder / "bundle" / "models").iterdir()
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
-    assert digest == manifest.model.sha256 == shipped.artifact_sha256
+    assert digest == manifest.model.sha256
+    assert (
+        manifest.source_sha256 == shipped.artifact_sha256
+    )  # the same file without the texts at its end
     assert manifest.latency.median_ms == shipped.median_ms
     assert (manifest.status == "passed") is report.passed
+
+
+def test_the_same_run_and_source_date_epoch_give_the_same_bundle_again(
+    deployed, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    home = tinynet.project(tmp_path / "again")
+    tinynet.copied_run(deployed.folder, home / "run")
+    zips = []
+    for _ in range(2):
+        done = deploy(home, "--latency", "80%")
+        assert done.returncode in (0, MISSED), done.stderr
+        zips.append((home / "run" / "bundle.zip").read_bytes())
+    assert zips[0] == zips[1]
+
+
+def test_the_bundle_tells_nothing_of_the_machine_it_was_made_on(deployed):
+    bundle = deployed.folder / "bundle"
+    content = b"".join(path.read_bytes() for path in bundle.rglob("*") if path.is_file())
+    assert str(deployed.project).encode() not in content
+    assert b"/site-packages/" not in content
+    record = json.loads((bundle / "repro" / "repro.json").read_bytes())
+    assert record["command"].startswith("edgeprune deploy --target this-machine")
+    assert record["versions"]["python"]
+    assert (bundle / "repro" / "edgeprune.yaml").read_text().startswith("schema_version: 1")
 
 
 @pytest.mark.parametrize("name", ["bundle", "bundle.zip"])

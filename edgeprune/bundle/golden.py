@@ -26,13 +26,15 @@ FP16_ATOL_RATIO, FP16_STEPS = 1e-2, 8
 
 @dataclass(frozen=True)
 class GoldenResult:
-    """How far the outputs are from the golden ones."""
+    """How far the outputs are from the golden ones, in units of the output; ``step`` is its quantisation step, where it has one."""
 
     n: int
     max_abs_error: float
     limit: float
     argmax_agreement: float
     min_argmax_agreement: float
+    mean_abs_error: float = 0.0
+    step: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -40,9 +42,15 @@ class GoldenResult:
         near = self.max_abs_error <= self.limit * _ROUNDING
         return near and self.argmax_agreement >= self.min_argmax_agreement
 
+    def _in_steps(self) -> str:
+        if self.step is None:
+            return ""
+        return f"in steps {self.max_abs_error / self.step:.3g} and {self.mean_abs_error / self.step:.3g}, "
+
     def __str__(self) -> str:
         return (
-            f"{self.n} samples, largest error {self.max_abs_error:.3g} (allowed {self.limit:.3g}), "
+            f"{self.n} samples, largest error {self.max_abs_error:.3g} (allowed {self.limit:.3g}), mean {self.mean_abs_error:.3g}, "
+            f"{self._in_steps()}"
             f"same class {self.argmax_agreement:.0%} (needed {self.min_argmax_agreement:.0%})"
         )
 
@@ -67,9 +75,17 @@ def default_tolerance(model: Artifact, outputs: np.ndarray) -> Tolerance:
         return Tolerance(atol=atol, min_argmax_agreement=0.85 if is_half else 1.0)
     if model.outputs[0].scale is not None:
         return Tolerance(max_abs_error_steps=INT8_STEPS, min_argmax_agreement=0.85)
-    step = max(float(np.ptp(outputs)), 1e-6) / 255
+    step = output_step(model, outputs)
+    assert step is not None
     steps = FP16_STEPS if is_half else INT8_STEPS
     return Tolerance(atol=steps * step, min_argmax_agreement=0.85)
+
+
+def output_step(model: Artifact, outputs: np.ndarray) -> float | None:
+    """The quantisation step of the output, 1/255 of the range of ``outputs`` where an INT8 file answers in floats; ``None`` for FP32."""
+    if model.precision == "fp32":
+        return None
+    return model.outputs[0].scale or max(float(np.ptp(outputs)), 1e-6) / 255
 
 
 def file_input(raw: np.ndarray, preprocess: Preprocess, spec: TensorSpec) -> np.ndarray:
@@ -170,6 +186,8 @@ def judge(outputs: np.ndarray, golden: np.ndarray, manifest: Manifest) -> Golden
     return GoldenResult(
         n=len(golden),
         max_abs_error=float(np.abs(outputs - golden).max()),
+        mean_abs_error=float(np.abs(outputs - golden).mean()),
+        step=output_step(manifest.model, golden),
         limit=tolerance.limit(manifest.model.outputs[0]),
         argmax_agreement=float((outputs.argmax(1) == golden.argmax(1)).mean()),
         min_argmax_agreement=tolerance.min_argmax_agreement,

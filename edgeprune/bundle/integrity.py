@@ -13,6 +13,7 @@ from edgeprune.bundle.manifest import (
     LABELS,
     MANIFEST,
     RECIPE,
+    SIGNATURE,
     SUMS,
     TOLERANCE,
     GoldenFile,
@@ -65,7 +66,7 @@ def check_hashes(folder: Path, manifest: Manifest) -> int:
     Raises:
         IntegrityError: a file is missing, extra or changed; names it.
     """
-    present = set(files_under(folder)) - {SUMS}
+    present = set(files_under(folder)) - {SUMS, SIGNATURE}
     sums = _read_sums(folder / SUMS)
     listed = {file.path: file for file in manifest.files}
     for what, expected in ((SUMS, set(sums)), (MANIFEST, {*listed, MANIFEST})):
@@ -127,8 +128,8 @@ def read_checked(folder: Path, manifest: Manifest, path: str) -> bytes:
 
 
 def sums_text(folder: Path) -> bytes:
-    """``SHA256SUMS`` of a folder, in the format of the ``sha256sum`` program, sorted by path; all files but itself."""
-    paths = [path for path in files_under(folder) if path != SUMS]
+    """``SHA256SUMS`` of a folder, in the format of the ``sha256sum`` program, sorted by path; all files but itself and the signature."""
+    paths = [path for path in files_under(folder) if path not in (SUMS, SIGNATURE)]
     return "".join(f"{sha256_file(folder / path)}  {path}\n" for path in paths).encode()
 
 

@@ -17,6 +17,7 @@ from edgeprune.bundle.integrity import (
 )
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.bundle.running import LOCAL, LOCAL_NAME, load_model, run_model
+from edgeprune.bundle.sign import check_signature, read_public_key
 from edgeprune.devices.board import Board, open_board
 
 
@@ -64,17 +65,25 @@ class LoadedBundle:
         self.close()
 
 
-def load(path: Path | str) -> LoadedBundle:
+def load(path: Path | str, *, key: Path | str | None = None) -> LoadedBundle:
     """A bundle that is ready to predict, from its folder or its ``.zip``; every digest is checked before the model is parsed.
 
+    Args:
+        path: the bundle.
+        key: the public key of its maker; with one, a bundle that it did not sign is refused.
+
     Raises:
-        IntegrityError: the bundle is not whole, or its model is not what the manifest says.
+        SpecError: the key cannot be used.
+        IntegrityError: the bundle is not whole or not signed by the key, or its model is not what the manifest says.
         RuntimeMissing: the runtime of the bundle is not installed here.
         DeviceError: the child process could not start.
     """
+    public = None if key is None else read_public_key(Path(key))
     with open_folder(Path(path)) as folder:
         manifest = check_structure(folder)
         check_hashes(folder, manifest)
+        if public is not None:
+            check_signature(folder, public)
         check_small_files(folder, manifest)
         content = read_model(folder, manifest)
     with contextlib.ExitStack() as stack:

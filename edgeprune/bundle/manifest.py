@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from edgeprune.errors import SpecError
-from edgeprune.records import Record
+from edgeprune.records import Record, sha256_bytes, to_json_text
 from edgeprune.results import Artifact, Sha256, TensorSpec
-from edgeprune.specs import Name, Preprocess, Stamp
+from edgeprune.specs import SPDX, Name, Preprocess, Stamp
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -29,13 +29,21 @@ GOLDEN_OUTPUTS = "golden/outputs.npy"
 TOLERANCE = "golden/tolerance.json"
 SAMPLE = "samples/python/predict.py"
 JETSON_SAMPLE = "samples/jetson/build_engine.py"  # of bundles for TensorRT
-REQUIRED = (RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE, SAMPLE)
+SIGNATURE = "manifest.sig"
+CARD = "MODEL_CARD.md"
+LICENSE = "LICENSE"
+NOTICE = "NOTICE"
+BOM = "sbom/bom.cdx.json"
+REQUIRED = (
+    *(RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE, SAMPLE),
+    *(CARD, LICENSE, NOTICE, BOM),
+)
+NOT_STATED = "not stated"
 
 MIN_GOLDEN = 8
 MAX_PATH = 240
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 _RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?$", re.IGNORECASE)
-_SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}$"
 
 
 def check_path(path: str) -> str:
@@ -88,7 +96,10 @@ SafePath = Annotated[str, AfterValidator(check_path)]
 Line = Annotated[str, Field(max_length=1000), AfterValidator(_check_line)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(gt=0)]
-Role = Literal["model", "recipe", "labels", "golden", "sample", "readme", "report"]
+Role = Literal[
+    "model", "recipe", "labels", "golden", "sample", "readme", "report", "card", "license", "repro",
+    "sbom",
+]  # fmt: skip
 
 
 class BundleFile(Record):
@@ -173,6 +184,8 @@ class Provenance(Record):
 class Facts(Record):
     """What the maker of a bundle states about it; the files say the rest.
 
+    ``kind`` is the app platform whose samples lie in ``samples/<kind>``. ``quality`` is of the split that choices were made on, ``test`` of
+    the one that was read once, where there was one.
     ``failed_gates`` were judged and missed. ``not_run`` could not be judged, because nothing that the maker had runs the file.
     """
 
@@ -181,13 +194,16 @@ class Facts(Record):
     target: Name
     profile: Name
     task: Literal["classification"] = "classification"
-    license: Annotated[str, Field(pattern=_SPDX)] | None = None
+    version: Line | None = None
+    kind: Name = "python"
+    license: Annotated[str, Field(pattern=SPDX)] | None = None
     failed_gates: tuple[Line, ...] = ()
     not_run: tuple[Line, ...] = ()
     runtime: RuntimeNeed
     preprocess: Preprocess
     labels: Annotated[tuple[Line, ...], Field(min_length=1, max_length=100_000)]
     quality: Quality
+    test: Quality | None = None
     latency: Latency
     provenance: Provenance
 
@@ -215,12 +231,19 @@ class GoldenFile(Record):
 
 
 class Manifest(Facts):
-    """``manifest.json``. ``files`` lists every file but the manifest itself and ``SHA256SUMS``."""
+    """``manifest.json``. ``files`` lists every file but the manifest itself, ``SHA256SUMS`` and ``manifest.sig``.
+
+    ``source_sha256`` is the digest of the model file as it was measured. The file that ships is the same with texts at its end, whose keys
+    stand in ``embedded``; where that is empty the file carries none. ``manifest_id`` is :func:`identity` of the rest.
+    """
 
     schema_version: Literal[1] = 1
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     status: Literal["passed", "best-effort"]
     model: Artifact
+    source_sha256: Sha256
+    manifest_id: Sha256
+    embedded: tuple[Line, ...] = ()
     golden: Golden
     files: tuple[BundleFile, ...]
 
@@ -236,7 +259,7 @@ class Manifest(Facts):
     @classmethod
     def _check_files(cls, files: tuple[BundleFile, ...]) -> tuple[BundleFile, ...]:
         paths = [file.path for file in files]
-        check_distinct([*paths, MANIFEST, SUMS])
+        check_distinct([*paths, MANIFEST, SUMS, SIGNATURE])
         missing = [path for path in REQUIRED if path not in paths]
         if missing:
             raise ValueError(f"files must list {', '.join(missing)}")
@@ -256,6 +279,10 @@ class Manifest(Facts):
             raise ValueError("max_abs_error_steps needs a quantised output; give atol instead")
         return self
 
+    def facts(self) -> Facts:
+        """What the maker stated."""
+        return Facts(**{name: getattr(self, name) for name in Facts.model_fields})
+
     def recipe(self) -> Recipe:
         """What ``preprocess.json`` must say."""
         return Recipe(
@@ -270,6 +297,15 @@ class Manifest(Facts):
         """What ``golden/tolerance.json`` must say."""
         tolerance = self.golden.tolerance
         return GoldenFile(tolerance=tolerance, max_abs_error=tolerance.limit(self.model.outputs[0]))
+
+
+def identity(facts: Facts, source_sha256: str) -> str:
+    """The ``manifest_id``: a digest of what the maker states and of the file that was measured.
+
+    No digest of a file that carries it goes in, so the texts inside the model can name it.
+    """
+    stated = facts.model_dump(mode="json", include=set(Facts.model_fields))
+    return sha256_bytes(to_json_text([stated, source_sha256]))
 
 
 def created_text(environ: Mapping[str, str] | None = None) -> str:

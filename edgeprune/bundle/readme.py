@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from edgeprune.bundle.card import STAMPS
 from edgeprune.bundle.manifest import Manifest
 
 _PACKAGES = {
     "litert": "ai-edge-litert",
     "tflite-runtime": "tflite-runtime 'numpy<2'",
     "onnxruntime": "onnxruntime",
-}
-_STAMPS = {
-    "measured": "measured on the board",
-    "stand-in": "stand-in: measured on another machine, not on the board",
-    "emulated": "emulated: the time says nothing about the board",
 }
 
 
@@ -36,7 +32,7 @@ def readme_text(manifest: Manifest) -> bytes:
             f"limit {latency.limit_ms:.3g} ms (budget {latency.budget})",
         ),
         *_not_run(manifest),
-        ("latency stamp", f"{_STAMPS[latency.stamp]} ({latency.device})"),
+        ("latency stamp", f"{STAMPS[latency.stamp]} ({latency.device})"),
         ("made by", f"edgeprune {manifest.edgeprune_version}, {manifest.created}"),
         ("seed, data, model, plan", _digests(manifest)),
     ]
@@ -57,6 +53,8 @@ Made with:
 
 `preprocess.json` says how a raw sample becomes the model's input, `labels.txt` names the outputs in order, `golden/` holds real
 samples with the answers of this file, and `SHA256SUMS` the digest of every file (check with `sha256sum -c SHA256SUMS`).
+`samples/` holds small programs that read these files; `MODEL_CARD.md` says what was measured and what was not, `sbom/` lists the parts
+and `repro/` what it takes to make this again. {_embedded(manifest)}
 On the host, `edgeprune verify` checks all of it, on any board you have.
 """
     return text.encode()
@@ -79,6 +77,12 @@ cd {name} && python3 samples/jetson/build_engine.py
 It builds `../{name}-engine/model.engine` from the ONNX file, in the fastest precision that passes the golden check, and
 builds it again when JetPack changes. An engine fits one TensorRT and one GPU: ship the bundle, not the engine.
 """
+
+
+def _embedded(manifest: Manifest) -> str:
+    if not manifest.embedded:
+        return "The model file itself carries no texts."
+    return "The model file itself carries its name, preprocessing and labels, so that it can be told apart without this folder."
 
 
 def _run_text(manifest: Manifest) -> str:

@@ -11,6 +11,7 @@ from edgeprune.bundle.golden import file_input
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.devices.board import Board
 from edgeprune.devices.frames import Refusal
+from edgeprune.devices.plans import Loaded
 from edgeprune.errors import FormatError, IntegrityError
 from edgeprune.results import TensorSpec
 from edgeprune.specs import Device
@@ -26,7 +27,7 @@ class RuntimeMissing(FormatError):
 
 def load_model(
     board: Board, manifest: Manifest, content: bytes, *, key: str = "model", delegate: bool = True
-) -> None:
+) -> Loaded:
     """Load the shipped file on a board and compare its tensors with the manifest.
 
     Args:
@@ -35,6 +36,9 @@ def load_model(
         content: the file, already checked against its digest.
         key: the name it gets on the board.
         delegate: ``False`` runs a TFLite file on the built-in kernels instead of XNNPACK.
+
+    Returns:
+        What the board said about it.
 
     Raises:
         IntegrityError: the runtime refuses the file, or its tensors are not the manifest's.
@@ -60,6 +64,7 @@ def load_model(
         raise
     _check_tensors("input", loaded.inputs, manifest.model.inputs)
     _check_tensors("output", loaded.outputs, manifest.model.outputs)
+    return loaded
 
 
 def run_model(

@@ -3,10 +3,10 @@
 ====  ==========  =========================================================================
 0     structure   safe names, no links, capped sizes, a manifest that follows its schema
 1     hashes      every file is listed and is what its digest says
-2     signature   who made it (bundles are not signed yet: always ``not-run``)
-3     model       tensors as in the manifest, an INT8 file really stores INT8 weights
+2     signature   the manifest is signed by the key that the user gave
+3     model       texts, operators and tensors as in the manifest; an INT8 file stores and computes INT8
 4     golden      the golden samples on this machine's runtime, in a child process
-5     golden      the golden samples on each board that was asked for
+5     golden      golden samples, latency and delegate on each board that was asked for
 ====  ==========  =========================================================================
 """
 
@@ -15,9 +15,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from edgeprune.bundle.golden import judge, read_golden
+from edgeprune.bundle.behaviour import (
+    Check,
+    delegate_check,
+    golden_check,
+    latency_check,
+)
+from edgeprune.bundle.golden import read_golden
+from edgeprune.bundle.inside import file_kind, metadata_check, operators_check
 from edgeprune.bundle.integrity import (
     check_hashes,
     check_small_files,
@@ -25,7 +32,7 @@ from edgeprune.bundle.integrity import (
     open_folder,
     read_model,
 )
-from edgeprune.bundle.manifest import Manifest
+from edgeprune.bundle.manifest import SIGNATURE, Manifest
 from edgeprune.bundle.running import (
     LOCAL,
     LOCAL_NAME,
@@ -33,29 +40,38 @@ from edgeprune.bundle.running import (
     load_model,
     run_model,
 )
+from edgeprune.bundle.sign import check_signature, read_public_key
 from edgeprune.bundle.weights import eight_bit_ratio, weight_elements
 from edgeprune.devices.board import Board, open_board
+from edgeprune.devices.plans import Loaded
 from edgeprune.errors import (
+    BudgetError,
+    Busy,
     DeviceError,
     EdgepruneError,
     HostKeyMismatch,
     IntegrityError,
+    SpecError,
     Unreachable,
 )
 from edgeprune.records import Record
 from edgeprune.specs import Device
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 MIN_EIGHT_BIT_RATIO = 0.9
-_BLOCKING = (0, 1, 3)
+_BLOCKING = (0, 1, 2, 3)
 
 
 class Level(Record):
-    """One rung: what was checked and what came of it. ``not-run`` is never a pass."""
+    """One rung: what was checked and what came of it. ``not-run`` is never a pass, nor is it for one of its ``checks``."""
 
     level: int
     name: str
     status: Literal["passed", "failed", "not-run"]
     detail: str
+    checks: tuple[Check, ...] = ()
 
 
 class VerifyReport(Record):
@@ -67,21 +83,52 @@ class VerifyReport(Record):
     ok: bool
 
 
+class _Failed(Exception):
+    """A check of a level failed; the others are kept."""
+
+    def __init__(self, detail: str, checks: tuple[Check, ...]) -> None:
+        super().__init__(detail)
+        self.checks = checks
+
+
 class _NotRun(Exception):
-    """A level that could not be run here, with the reason."""
+    """A level that could not be run here, with the reason and what was looked at all the same."""
+
+    def __init__(self, reason: str, checks: tuple[Check, ...] = ()) -> None:
+        super().__init__(reason)
+        self.checks = checks
 
 
-def verify(path: Path, *, devices: Sequence[tuple[str, Device]] = ()) -> VerifyReport:
+Finding = tuple[str, tuple[Check, ...]]
+
+
+def verify(
+    path: Path,
+    *,
+    devices: Sequence[tuple[str, Device]] = (),
+    key: Path | None = None,
+    require_signature: bool = False,
+) -> VerifyReport:
     """Check a bundle, level by level; a failure is reported, not raised (see :func:`require_ok`).
 
     Args:
         path: the folder of a bundle, or its ``.zip``.
         devices: boards to run the golden samples on, each with its name.
+        key: the public key of the maker. With one, a bundle that it did not sign fails before its model is looked at.
+        require_signature: refuse to go on without a key.
+
+    Raises:
+        SpecError: ``require_signature`` without ``key``, or a key that cannot be used.
     """
+    if require_signature and key is None:
+        raise SpecError(
+            "a signature can only be required of a key",
+            hint="give the maker's public key with --key",
+        )
     levels: list[Level] = []
     with contextlib.ExitStack() as stack:
-        subject = _Subject(path, stack)
-        checks: list[tuple[int, str, Callable[[], str]]] = [
+        subject = _Subject(path, stack, None if key is None else read_public_key(key))
+        checks: list[tuple[int, str, Callable[[], Finding]]] = [
             (0, "structure", subject.structure),
             (1, "hashes", subject.hashes),
             (2, "signature", subject.signature),
@@ -104,11 +151,14 @@ def require_ok(report: VerifyReport) -> None:
 
     Raises:
         IntegrityError: a level failed; names the first and why.
+        BudgetError: only the latency on a board did.
         DeviceError: a board that was asked for could not be used.
     """
     for level in report.levels:
         if level.status == "failed":
-            raise IntegrityError(
+            failed = {check.name for check in level.checks if check.status == "failed"}
+            family = BudgetError if failed == {"latency"} else IntegrityError
+            raise family(
                 f"{report.bundle} failed level {level.level} ({level.name}): {level.detail}"
             )
     for level in report.levels:
@@ -116,7 +166,7 @@ def require_ok(report: VerifyReport) -> None:
             raise DeviceError(f"{report.bundle} was not checked: {level.name}: {level.detail}")
 
 
-def _run(number: int, name: str, check: Callable[[], str], before: Sequence[Level]) -> Level:
+def _run(number: int, name: str, check: Callable[[], Finding], before: Sequence[Level]) -> Level:
     blocker = next((x for x in before if x.status == "failed" and x.level in _BLOCKING), None)
     if blocker is not None:
         return Level(
@@ -126,15 +176,31 @@ def _run(number: int, name: str, check: Callable[[], str], before: Sequence[Leve
             detail=f"level {blocker.level} ({blocker.name}) failed",
         )
     try:
-        return Level(level=number, name=name, status="passed", detail=check())
+        detail, checks = check()
+        return Level(level=number, name=name, status="passed", detail=detail, checks=checks)
+    except _Failed as failure:
+        return Level(
+            level=number, name=name, status="failed", detail=str(failure), checks=failure.checks
+        )
     except _NotRun as reason:
-        return Level(level=number, name=name, status="not-run", detail=str(reason))
+        return Level(
+            level=number, name=name, status="not-run", detail=str(reason), checks=reason.checks
+        )
     except EdgepruneError as error:
         return Level(level=number, name=name, status="failed", detail=str(error))
 
 
-def _device_check(subject: _Subject, name: str, device: Device) -> Callable[[], str]:
-    def check() -> str:
+def _whole(detail: str, checks: Sequence[Check]) -> Finding:
+    """What a level found, once none of its checks failed."""
+    for check in checks:
+        if check.status == "failed":
+            said = "the answers differ" if check.name == "golden" else check.name
+            raise _Failed(f"{said}: {check.detail}", tuple(checks))
+    return detail, tuple(checks)
+
+
+def _device_check(subject: _Subject, name: str, device: Device) -> Callable[[], Finding]:
+    def check() -> Finding:
         return subject.golden_on(name, device)
 
     return check
@@ -143,77 +209,100 @@ def _device_check(subject: _Subject, name: str, device: Device) -> Callable[[], 
 class _Subject:
     """The bundle under test: what one level finds out is kept for the next."""
 
-    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
-        self._path, self._stack = path, stack
+    def __init__(
+        self, path: Path, stack: contextlib.ExitStack, key: Ed25519PublicKey | None
+    ) -> None:
+        self._path, self._stack, self._key = path, stack, key
         self._folder = path
         self._manifest: Manifest | None = None
-        self._here: Board | None = None
+        self._here: tuple[Board, Loaded] | None = None
 
     @property
     def _checked(self) -> Manifest:
         assert self._manifest is not None, "level 0 comes first"
         return self._manifest
 
-    def structure(self) -> str:
+    def structure(self) -> Finding:
         self._folder = self._stack.enter_context(open_folder(self._path))
         self._manifest = check_structure(self._folder)
         found = self._manifest
         gates = f", gates missed: {', '.join(found.failed_gates)}" if found.failed_gates else ""
         gates += f", not run by its maker: {', '.join(found.not_run)}" if found.not_run else ""
-        return f"{found.name} for {found.target}, {found.status}{gates}"
+        return f"{found.name} for {found.target}, {found.status}{gates}", ()
 
-    def hashes(self) -> str:
-        return f"{check_hashes(self._folder, self._checked)} files are what their digests say"
+    def hashes(self) -> Finding:
+        return f"{check_hashes(self._folder, self._checked)} files are what their digests say", ()
 
-    def signature(self) -> str:
+    def signature(self) -> Finding:
+        if self._key is not None:
+            return f"signed by the key {check_signature(self._folder, self._key)}", ()
+        if (self._folder / SIGNATURE).is_file():
+            raise _NotRun("signed, but no key was given to check it with: see --key")
         raise _NotRun("unsigned: the digests show that the bundle is whole, not who made it")
 
-    def model(self) -> str:
+    def model(self) -> Finding:
         manifest = self._checked
         check_small_files(self._folder, manifest)
         read_golden(self._folder, manifest)
         content = read_model(self._folder, manifest)
         stored = _check_weights(manifest, content)
-        board = self._stack.enter_context(open_board(LOCAL_NAME, LOCAL, exclusive=False))
+        checks = [operators_check(manifest, content), metadata_check(manifest, content)]
+        board = self._stack.enter_context(_open(LOCAL_NAME, LOCAL))
         try:
-            load_model(board, manifest, content)
+            loaded = load_model(board, manifest, content)
         except RuntimeMissing as reason:
-            raise _NotRun(f"{stored}; tensors not compared: {reason}") from reason
-        self._here = board
-        return f"{stored}; tensors as in the manifest"
+            why = f"tensors not compared: {reason}"
+            checks.append(Check(name="tensors", status="not-run", detail=str(reason)))
+            raise _NotRun(f"{stored}; {why}", tuple(checks)) from reason
+        checks.append(Check(name="tensors", status="passed", detail="names, shapes and types"))
+        self._here = board, loaded
+        return f"{stored}; tensors as in the manifest", tuple(checks)
 
-    def golden_here(self) -> str:
+    def golden_here(self) -> Finding:
+        manifest = self._checked
         if self._here is None:
-            raise _NotRun(f"{self._checked.runtime.name} does not run on this machine")
-        detail = self._judge(self._here, "model")
-        if self._checked.model.format != "tflite":
-            return detail
-        # ARM64 runs some INT8 graphs on the built-in kernels, which refuse files that XNNPACK takes.
-        content = read_model(self._folder, self._checked)
-        load_model(self._here, self._checked, content, key="built-in", delegate=False)
-        raw, _ = read_golden(self._folder, self._checked)
-        run_model(self._here, self._checked, raw, key="built-in")
-        return f"{detail}; the built-in kernels run it too"
+            raise _NotRun(f"{manifest.runtime.name} does not run on this machine")
+        board, loaded = self._here
+        golden = golden_check(board, self._folder, manifest)
+        checks = [golden, delegate_check(board, manifest, loaded, must=False)]
+        detail = golden.detail
+        if manifest.model.format == "tflite" and golden.status == "passed":
+            # ARM64 runs some INT8 graphs on the built-in kernels, which refuse files that XNNPACK takes.
+            content = read_model(self._folder, manifest)
+            load_model(board, manifest, content, key="built-in", delegate=False)
+            raw, _ = read_golden(self._folder, manifest)
+            run_model(board, manifest, raw, key="built-in")
+            detail = f"{detail}; the built-in kernels run it too"
+        board.close()  # the next level may need the machine alone
+        return _whole(detail, checks)
 
-    def golden_on(self, name: str, device: Device) -> str:
-        content = read_model(self._folder, self._checked)
+    def golden_on(self, name: str, device: Device) -> Finding:
+        manifest = self._checked
+        content = read_model(self._folder, manifest)
         try:
-            with open_board(name, device, exclusive=False) as board:
-                load_model(board, self._checked, content)
-                return self._judge(board, "model")
-        except (RuntimeMissing, Unreachable, HostKeyMismatch) as error:
+            with _open(name, device) as board:
+                loaded = load_model(board, manifest, content)
+                golden = golden_check(board, self._folder, manifest)
+                must = board.is_strict
+                checks = [golden, delegate_check(board, manifest, loaded, must=must)]
+                checks.append(latency_check(board, manifest))
+        except (RuntimeMissing, Unreachable, HostKeyMismatch, Busy) as error:
             raise _NotRun(str(error)) from error
+        return _whole(golden.detail, checks)
 
-    def _judge(self, board: Board, key: str) -> str:
-        raw, golden = read_golden(self._folder, self._checked)
-        result = judge(run_model(board, self._checked, raw, key=key), golden, self._checked)
-        if not result.ok:
-            raise IntegrityError(f"the answers differ: {result}")
-        return str(result)
+
+def _open(name: str, device: Device) -> Board:
+    """A board, alone where nobody else measures on it, so that it may be timed and asked for its nodes; a stand-in also beside others."""
+    try:
+        return open_board(name, device)
+    except Busy:
+        if not device.stand_in:
+            raise
+        return open_board(name, device, exclusive=False)
 
 
 def _check_weights(manifest: Manifest, content: bytes) -> str:
-    counts = weight_elements(manifest.model.format, content)
+    counts = weight_elements(file_kind(manifest), content)
     if counts is None:
         return f"weights of {manifest.model.format} files are not read here"
     ratio = eight_bit_ratio(counts)

@@ -16,7 +16,8 @@ import struct
 from collections.abc import Callable, Iterator
 
 from edgeprune.errors import IntegrityError
-from edgeprune.formats._flatbuffer import root
+from edgeprune.formats._flatbuffer import Table, root
+from edgeprune.formats._protobuf import fields, varints
 from edgeprune.formats._pte import read_program
 
 _TFLITE_TYPES = {0: "float32", 1: "float16", 3: "uint8", 9: "int8", 10: "float64", 17: "int4"}
@@ -50,12 +51,35 @@ def eight_bit_ratio(counts: dict[str, int]) -> float:
     return narrow / total if total else 0.0
 
 
-def _tflite(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tflite_graph(content: bytes) -> tuple[Table, Table, list[bool]]:
+    """The model, its first graph, and which buffers hold something.
+
+    Raises:
+        ValueError, IndexError, struct.error: the bytes are no such file.
+    """
+    model, filled = _tflite_model(content)
+    graph = next(model.tables(2), None)
+    if graph is None:
+        raise ValueError("it has no graph")
+    return model, graph, filled
+
+
+def tflite_kind(tensor: Table) -> str:
+    """Storage type of a tensor; ``other`` for one that no weights have."""
+    return _TFLITE_TYPES.get(tensor.scalar(1, "<b"), "other")
+
+
+def _tflite_model(content: bytes) -> tuple[Table, list[bool]]:
     if content[4:8] != b"TFL3":
         raise ValueError("it does not carry the identifier TFL3")
     model = root(content)
     # A constant is a tensor whose buffer holds bytes (field 0), or lies behind the flatbuffer (offset and size, fields 1 and 2).
     filled = [buffer.vector(0)[1] > 0 or buffer.scalar(2, "<Q") > 1 for buffer in model.tables(4)]
+    return model, filled
+
+
+def _tflite(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    model, filled = _tflite_model(content)
     for number, graph in enumerate(model.tables(2)):
         if number >= _MAX_SUBGRAPHS:
             raise ValueError(f"it has more than {_MAX_SUBGRAPHS} subgraphs")
@@ -66,69 +90,40 @@ def _tflite(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield kind, tensor.integers(0)
 
 
-def _onnx(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
+def onnx_graph(content: bytes) -> memoryview:
+    """The graph of an ONNX model.
+
+    Raises:
+        ValueError, IndexError: the bytes are no such file.
+    """
     whole = memoryview(content)
-    graphs = [value for number, value in _fields(whole) if number == 7]
+    graphs = [value for number, value, _ in fields(whole) if number == 7]
     if len(graphs) != 1 or isinstance(graphs[0], int):
         raise ValueError("it does not hold one graph")
-    for number, tensor in _fields(graphs[0]):
+    return graphs[0]
+
+
+def _onnx(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for number, tensor, _ in fields(onnx_graph(content)):
         if number == 5 and not isinstance(tensor, int):
-            kind, shape = _onnx_tensor(tensor)
+            kind, shape, _ = onnx_tensor(tensor)
             if kind is not None:
                 yield kind, shape
 
 
-def _onnx_tensor(tensor: memoryview) -> tuple[str | None, tuple[int, ...]]:
+def onnx_tensor(tensor: memoryview) -> tuple[str | None, tuple[int, ...], str]:
+    """Storage type, shape and name of a constant; ``None`` for a type that no weights have."""
     kind: str | None = None
+    name = ""
     shape: list[int] = []
-    for number, value in _fields(tensor):
+    for number, value, _ in fields(tensor):
         if number == 1:  # dims: packed or one by one
-            shape += [value] if isinstance(value, int) else _varints(value)
+            shape += [value] if isinstance(value, int) else varints(value)
         elif number == 2 and isinstance(value, int):
             kind = _ONNX_TYPES.get(value)
-    return kind, tuple(shape)
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Field numbers and values of a protobuf message: integers, or bytes for everything that has a length."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(message, at)
-            yield number, value
-            continue
-        if wire == 2:
-            size, at = _varint(message, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire} is not used")
-        if at + size > len(message):
-            raise ValueError("a field runs past the end")
-        yield number, message[at : at + size]
-        at += size
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("an integer is longer than ten bytes")
-
-
-def _varints(packed: memoryview) -> list[int]:
-    values: list[int] = []
-    at = 0
-    while at < len(packed):
-        value, at = _varint(packed, at)
-        values.append(value)
-    return values
+        elif number == 8 and not isinstance(value, int):
+            name = bytes(value).decode()
+    return kind, tuple(shape), name
 
 
 def _executorch(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:

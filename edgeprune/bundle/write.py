@@ -5,26 +5,33 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.resources
+import json
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import ValidationError
 
 from edgeprune.bundle.archive import write_zip
+from edgeprune.bundle.card import card_text, license_text, notice_text
 from edgeprune.bundle.golden import check_golden, default_tolerance, file_input, npy_bytes
 from edgeprune.bundle.integrity import labels_text, sums_text
 from edgeprune.bundle.manifest import (
+    BOM,
+    CARD,
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
     JETSON_SAMPLE,
     LABELS,
+    LICENSE,
     MANIFEST,
+    NOT_STATED,
+    NOTICE,
     README,
     RECIPE,
-    SAMPLE,
     SUMS,
     TOLERANCE,
     BundleFile,
@@ -34,14 +41,21 @@ from edgeprune.bundle.manifest import (
     Role,
     Tolerance,
     created_text,
+    identity,
 )
 from edgeprune.bundle.readme import readme_text
+from edgeprune.bundle.sbom import bom_text
 from edgeprune.errors import IntegrityError, NoSpace, SpecError
+from edgeprune.formats._metadata import PREFIX, carrier
 from edgeprune.records import sha256_bytes, to_json
 from edgeprune.results import Artifact
 
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
 REPORT_HTML = "report/report.html"
 REPORT_JSON = "report/report.json"
+ALWAYS = ("python", "cpp")  # samples that every bundle has
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,7 @@ class Payload:
         tolerance: how far a board may be from the golden outputs; :func:`~edgeprune.bundle.golden.default_tolerance` when ``None``.
         report_html: the report's page, if there is one.
         report_json: the report's record, if there is one.
+        repro: files of ``repro/`` by path; see :func:`~edgeprune.bundle.repro.repro_files`.
     """
 
     model: Artifact
@@ -65,6 +80,7 @@ class Payload:
     tolerance: Tolerance | None = None
     report_html: bytes | None = None
     report_json: bytes | None = None
+    repro: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def write_bundle(folder: Path, facts: Facts, payload: Payload) -> Path:
@@ -106,9 +122,7 @@ def zip_path(folder: Path) -> Path:
 
 def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest and the content of every file, none of it on disk yet."""
-    model_bytes = _model_bytes(payload)
-    precision, suffix = payload.model.precision, payload.model_file.suffix
-    model = payload.model.model_copy(update={"path": f"models/model.{precision}{suffix}"})
+    model, model_bytes, embedded = _shipped(facts, payload)
     # The samples go through the same preprocessing as on the board, so that a mismatch shows here and not there.
     file_input(payload.golden_inputs, facts.preprocess, model.inputs[0])
     files: dict[str, tuple[Role, bytes]] = {
@@ -116,26 +130,66 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
         LABELS: ("labels", labels_text(facts.labels)),
         GOLDEN_INPUTS: ("golden", npy_bytes(payload.golden_inputs)),
         GOLDEN_OUTPUTS: ("golden", npy_bytes(payload.golden_outputs)),
-        SAMPLE: ("sample", _sample_bytes(SAMPLE)),
+        **{path: ("sample", content) for path, content in sample_files(facts.kind).items()},
+        **{path: ("repro", content) for path, content in payload.repro.items()},
     }
     if model.format == "tensorrt":
-        files[JETSON_SAMPLE] = ("sample", _sample_bytes(JETSON_SAMPLE))
+        files[JETSON_SAMPLE] = ("sample", sample_files("jetson")[JETSON_SAMPLE])
     for path, content in ((REPORT_HTML, payload.report_html), (REPORT_JSON, payload.report_json)):
         if content is not None:
             files[path] = ("report", content)
-    # These three are written from the manifest, which lists them: first with no content, then with the real one.
-    for path, role in _DERIVED.items():
+    # These are written from the manifest, which lists them: first with no content, then with the real one.
+    for path, (role, _) in _DERIVED.items():
         files[path] = (role, b"")
-    draft = _manifest(facts, payload, model, files)
-    files[RECIPE] = ("recipe", to_json(draft.recipe()))
-    files[TOLERANCE] = ("golden", to_json(draft.golden_file()))
-    files[README] = ("readme", readme_text(draft))
-    manifest = _manifest(facts, payload, model, files, created=draft.created)
+    draft = _manifest(facts, payload, model, files, embedded)
+    for path, (role, text) in _DERIVED.items():
+        files[path] = (role, text(draft))
+    manifest = _manifest(facts, payload, model, files, embedded, created=draft.created)
     contents = {path: content for path, (_, content) in files.items()}
     return manifest, {**contents, MANIFEST: to_json(manifest)}
 
 
-_DERIVED: dict[str, Role] = {RECIPE: "recipe", TOLERANCE: "golden", README: "readme"}
+_DERIVED: dict[str, tuple[Role, Callable[[Manifest], bytes]]] = {
+    RECIPE: ("recipe", lambda manifest: to_json(manifest.recipe())),
+    TOLERANCE: ("golden", lambda manifest: to_json(manifest.golden_file())),
+    README: ("readme", readme_text),
+    CARD: ("card", card_text),
+    LICENSE: ("license", license_text),
+    NOTICE: ("license", notice_text),
+    BOM: ("sbom", bom_text),
+}
+
+
+def _shipped(facts: Facts, payload: Payload) -> tuple[Artifact, bytes, tuple[str, ...]]:
+    """The record and content of the file that ships, and the keys of the texts that were put into it."""
+    content, suffix = _model_bytes(payload), payload.model_file.suffix
+    path = f"models/model.{payload.model.precision}{suffix}"
+    found = carrier(suffix)
+    keys: tuple[str, ...] = ()
+    if found is not None:
+        texts = model_texts(facts, payload.model.sha256)
+        content = found.attach(content, texts, labels_text(facts.labels))
+        keys = tuple(sorted(texts))
+    changes = {"path": path, "sha256": sha256_bytes(content), "size_bytes": len(content)}
+    return payload.model.model_copy(update=changes), content, keys
+
+
+def model_texts(facts: Facts, source_sha256: str) -> dict[str, str]:
+    """What goes into the model file, by key.
+
+    Args:
+        facts: what the maker states.
+        source_sha256: digest of the file without these texts: the one that was measured.
+    """
+    preprocess = json.dumps(facts.preprocess.model_dump(mode="json"), sort_keys=True)
+    return {
+        PREFIX + "name": facts.name,
+        PREFIX + "version": facts.version or NOT_STATED,
+        PREFIX + "source_sha256": source_sha256,
+        PREFIX + "manifest_id": identity(facts, source_sha256),
+        PREFIX + "preprocess": preprocess,
+        PREFIX + "license": facts.license or NOT_STATED,
+    }
 
 
 def _manifest(
@@ -143,6 +197,7 @@ def _manifest(
     payload: Payload,
     model: Artifact,
     files: dict[str, tuple[Role, bytes]],
+    embedded: tuple[str, ...],
     *,
     created: str | None = None,
 ) -> Manifest:
@@ -157,6 +212,9 @@ def _manifest(
             created=created or created_text(),
             status="best-effort" if facts.failed_gates else "passed",
             model=model,
+            source_sha256=payload.model.sha256,
+            manifest_id=identity(facts, payload.model.sha256),
+            embedded=embedded,
             golden=Golden(n=len(payload.golden_inputs), tolerance=tolerance),
             files=listed,
         )
@@ -179,8 +237,31 @@ def _model_bytes(payload: Payload) -> bytes:
     return content
 
 
-def _sample_bytes(path: str) -> bytes:
-    return importlib.resources.files("edgeprune.bundle").joinpath(path).read_bytes()
+def sample_files(kind: str) -> dict[str, bytes]:
+    """The sample programs of a bundle by path: those of ``python`` and ``cpp``, and those of the app platform where there are some.
+
+    Args:
+        kind: the target's ``bundle``, the name of a folder of :mod:`edgeprune.bundle` ``samples``.
+    """
+    root = importlib.resources.files("edgeprune.bundle").joinpath("samples")
+    found: dict[str, bytes] = {}
+    for name in dict.fromkeys((*ALWAYS, kind)):
+        if root.joinpath(name).is_dir():
+            found.update(_under(root.joinpath(name), f"samples/{name}"))
+    return dict(sorted(found.items()))
+
+
+def _under(folder: Traversable, path: str) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for item in folder.iterdir():
+        if item.name.startswith(".") or item.name in ("__pycache__", "build"):
+            continue
+        place = f"{path}/{item.name}"
+        if item.is_dir():
+            found.update(_under(item, place))
+        else:
+            found[place] = item.read_bytes()
+    return found
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:

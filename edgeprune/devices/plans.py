@@ -35,13 +35,17 @@ REPORT = TimingPlan(rounds=8, block_ms=200, min_runs=5, max_runs=500, warmup_ms=
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is loaded and has run once. ``first_ns`` holds allocation and the first inference."""
+    """A model that is loaded and has run once. ``first_ns`` holds allocation and the first inference.
+
+    ``delegated`` counts the operators that a delegate took, and all operators, where the runtime tells.
+    """
 
     key: str
     load_ns: int
     first_ns: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    delegated: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

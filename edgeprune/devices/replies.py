@@ -78,13 +78,21 @@ class Tensor(Record):
         return TensorSpec(**self.model_dump())
 
 
+class Placement(Record):
+    """How many operators there are and how many of them a delegate took."""
+
+    operators: Annotated[int, Field(ge=0, lt=10**6)]
+    delegated: Annotated[int, Field(ge=0, lt=10**6)]
+
+
 class LoadedModel(Record):
-    """A model that loaded and ran once."""
+    """A model that loaded and ran once. ``placement`` only where the runtime tells."""
 
     load_ns: Nanoseconds
     first_ns: Nanoseconds
     inputs: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=256)]
     outputs: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=256)]
+    placement: Placement | None = None
 
 
 class LoadFailure(Record):

@@ -40,7 +40,10 @@ def costs(report: Report) -> Markup:
         Column("reused"),
     ]
     reused = sum(s.seconds for s in report.stages if s.cached)
-    text = f"{seconds_text(whole)} in all, peak memory {bytes_text(report.peak_memory_bytes)} on the host."
+    text = f"{seconds_text(whole)} in all."
+    if report.peak_memory_bytes:  # not in a bundle, where it would differ from run to run
+        peak = bytes_text(report.peak_memory_bytes)
+        text = f"{seconds_text(whole)} in all, peak memory {peak} on the host."
     if any(s.cached for s in report.stages):
         text += f" Stages marked cached ({seconds_text(reused)}) were reused from an earlier run."
     return section(

@@ -230,8 +230,12 @@ def test_a_bundle_made_on_the_host_passes_verify_on_the_board(
     bundle = bundle_of(files, host, (form, precision), runtime, project / "net.epb")
     cli.main(["verify", str(bundle), "--device", runtime])  # ends the program when a level fails
     shown = capsys.readouterr().out
-    assert f"L5 golden on {runtime}" in shown
-    assert "passed" in shown.splitlines()[-1]
+    lines = shown.splitlines()
+    (at,) = (i for i, line in enumerate(lines) if line.startswith(f"L5 golden on {runtime}"))
+    assert "passed" in lines[at]
+    (latency,) = (line for line in lines[at:] if "- latency" in line)
+    assert "not-run" in latency
+    assert "are emulated" in latency
 
 
 @pytest.mark.parametrize(

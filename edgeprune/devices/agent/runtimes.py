@@ -64,6 +64,7 @@ class TfliteModel:
             interpreter.set_tensor(detail["index"], realistic(spec, seed))
         self.run: Callable[[], Any] = interpreter.invoke
         self.first_ns = allocated_ns + sample(self.run, 1)
+        self.placement = delegated(interpreter)
 
     @staticmethod
     def _spec(detail: Dict[str, Any]) -> Dict[str, Any]:
@@ -110,6 +111,7 @@ class OnnxModel:
         self._feeds = {spec["name"]: realistic(spec, i) for i, spec in enumerate(self.inputs)}
         self.run: Callable[[], Any] = partial(self._session.run, self._names, self._feeds)
         self.first_ns = sample(self.run, 1)
+        self.placement = None  # its profile tells
 
     def _open(self, profile_prefix: str = "") -> Any:
         options = self._runtime.SessionOptions()
@@ -222,6 +224,30 @@ class ExecutorchModel:
 
 
 MODELS = {"onnxruntime": OnnxModel, "executorch": ExecutorchModel}
+
+
+def delegated(interpreter: Any) -> Any:
+    """How many operators of a TFLite file a delegate took, and of how many; None where the runtime does not tell.
+
+    A delegate's node stands for the operators between its inputs and its outputs, which stay in the list.
+    """
+    try:
+        nodes = interpreter._get_ops_details()
+    except AttributeError:
+        return None
+    own = [node for node in nodes if node["op_name"] != "DELEGATE"]
+    maker = {int(name): at for at, node in enumerate(own) for name in node["outputs"]}
+    taken = set()
+    for node in nodes:
+        if node["op_name"] != "DELEGATE":
+            continue
+        given, wanted = {int(name) for name in node["inputs"]}, [int(n) for n in node["outputs"]]
+        while wanted:
+            at = maker.get(wanted.pop())
+            if at is not None and at not in taken:
+                taken.add(at)
+                wanted += [int(name) for name in own[at]["inputs"] if int(name) not in given]
+    return {"operators": len(own), "delegated": len(taken)}
 
 
 def open_model(

@@ -130,6 +130,8 @@ class Worker:
                 continue
             names = ("load_ns", "first_ns", "inputs", "outputs")
             loaded[key] = {name: getattr(model, name) for name in names}
+            if getattr(model, "placement", None):  # not every runtime tells
+                loaded[key]["placement"] = model.placement
         return {"models": loaded}, b""
 
     def warm(self, request: Dict[str, Any], blob: bytes) -> Message:

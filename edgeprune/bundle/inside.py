@@ -1,0 +1,91 @@
+"""Level 3: what the model file says and is, against what the manifest says, read without any runtime."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from edgeprune.bundle.anatomy import anatomy
+from edgeprune.bundle.behaviour import Check
+from edgeprune.bundle.integrity import labels_text
+from edgeprune.bundle.manifest import Manifest, identity
+from edgeprune.bundle.write import model_texts
+from edgeprune.errors import IntegrityError
+from edgeprune.formats._metadata import carrier
+from edgeprune.records import sha256_bytes
+
+MIN_EIGHT_BIT_OPS = 0.9
+_KINDS = {".tflite": "tflite", ".onnx": "onnx"}
+
+
+def file_kind(manifest: Manifest) -> str:
+    """How the model file is read: by its suffix, so that an ONNX file for TensorRT is read as ONNX."""
+    return _KINDS.get(PurePosixPath(manifest.model.path).suffix, manifest.model.format)
+
+
+def metadata_check(manifest: Manifest, content: bytes) -> Check:
+    """Whether the texts inside the model are those of the manifest, and the model without them the one that was measured.
+
+    Raises:
+        IntegrityError: they are not; names the first that differs.
+    """
+    facts = manifest.facts()
+    if manifest.manifest_id != identity(facts, manifest.source_sha256):
+        raise IntegrityError("manifest_id is not that of the manifest")
+    found = carrier(PurePosixPath(manifest.model.path).suffix)
+    if found is None or not manifest.embedded:
+        if manifest.source_sha256 != manifest.model.sha256:
+            raise IntegrityError(
+                "source_sha256 must be the model's own digest where it carries no texts"
+            )
+        return Check(name="metadata", status="not-run", detail="the model file carries no texts")
+    inside = found.read(content)
+    if inside is None:
+        raise IntegrityError(
+            "the model must carry the texts that the manifest lists, but carries none"
+        )
+    wanted = model_texts(facts, manifest.source_sha256)
+    for key in sorted({*wanted, *inside.texts}):
+        if inside.texts.get(key) != wanted.get(key):
+            raise IntegrityError(f"{key} inside the model does not say what the manifest says")
+    if inside.labels != labels_text(manifest.labels):
+        raise IntegrityError("the labels inside the model are not those of the manifest")
+    if sha256_bytes(inside.model) != manifest.source_sha256:
+        raise IntegrityError("the model without its texts is not the one that was measured")
+    return Check(
+        name="metadata",
+        status="passed",
+        detail=f"{len(wanted)} texts and the labels are the manifest's",
+    )
+
+
+def operators_check(manifest: Manifest, content: bytes) -> Check:
+    """Whether the operators are those of the manifest, and those of an INT8 file compute in 8 bits.
+
+    Raises:
+        IntegrityError: they are not.
+    """
+    found = anatomy(file_kind(manifest), content)
+    if found is None:
+        return Check(
+            name="operators",
+            status="not-run",
+            detail=f"{manifest.model.format} files are not read here",
+        )
+    wanted = {op: n for op, n in manifest.model.op_counts.items() if ":" not in op}
+    if wanted and found.names and wanted != dict(found.operators):
+        differ = sorted(
+            op
+            for op in {*wanted, *found.operators}
+            if wanted.get(op, 0) != found.operators.get(op, 0)
+        )
+        raise IntegrityError(
+            f"the model must have {wanted.get(differ[0], 0)} {differ[0]}, but has {found.operators.get(differ[0], 0)}"
+        )
+    detail = f"{found.operators.total()} operators, {found.eight_bit} of {found.weighted} with weights compute in 8 bits"
+    if manifest.model.precision == "int8" and found.eight_bit_ratio < MIN_EIGHT_BIT_OPS:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(found.tensors.items()))
+        raise IntegrityError(
+            f"an int8 model must compute at least {MIN_EIGHT_BIT_OPS:.0%} of its layers in 8 bits, "
+            f"but {found.eight_bit} of {found.weighted} do (tensors: {kinds})"
+        )
+    return Check(name="operators", status="passed", detail=detail)

@@ -1,0 +1,86 @@
+"""``edgeprune verify`` and ``edgeprune bundle``: whether a bundle is what it says, and who says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from edgeprune.console import plain
+from edgeprune.errors import SpecError
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--device", "-d", "names", multiple=True, help="Also run it there, and time it.")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Public key of its maker (PEM or OpenSSH, Ed25519): the bundle must carry its signature.",
+)
+@click.option("--require-signature", is_flag=True, help="Fail without --key.")
+@click.option("--json", "as_json", is_flag=True)
+def verify(
+    bundle: Path, names: Sequence[str], key: Path | None, require_signature: bool, as_json: bool
+) -> None:
+    """Check a bundle: structure, hashes, signature, model, golden samples here and on devices.
+
+    Exit code 0: every level that ran passed. 7: not what it says. 6: too slow on a device, all else fine. 4: a device could not be used.
+    """
+    from edgeprune import catalog, records
+    from edgeprune.bundle.verify import Level, require_ok
+    from edgeprune.bundle.verify import verify as verify_bundle
+
+    if not bundle.exists():
+        raise SpecError(f"there is no bundle at {bundle}")
+    devices = [(name, catalog.device(name)) for name in names]
+    found = verify_bundle(bundle, devices=devices, key=key, require_signature=require_signature)
+    shown = found
+    if not names:
+        missing = Level(
+            level=5,
+            name="on a device",
+            status="not-run",
+            detail="no device was named: see --device",
+        )
+        shown = found.model_copy(update={"levels": (*found.levels, missing)})
+    if as_json:
+        click.echo(records.to_json(shown).decode(), nl=False)
+    else:
+        for level in shown.levels:
+            click.echo(f"L{level.level} {level.name:28} {level.status:8} {plain(level.detail)}")
+            for check in level.checks:
+                if check.detail not in level.detail:
+                    click.echo(f"   - {check.name:26} {check.status:8} {plain(check.detail)}")
+    require_ok(found)
+
+
+@click.group()
+def bundle() -> None:
+    """Sign bundles, and describe their files."""
+
+
+@bundle.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--key", required=True, help="Private Ed25519 key: a file of mode 0600, env:NAME or file:/path."
+)
+def sign(folder: Path, key: str) -> None:
+    """Sign the manifest of a bundle; prints the public key that verifiers need."""
+    from edgeprune.bundle.sign import sign_bundle
+
+    click.echo(sign_bundle(folder, key), nl=False)
+    click.echo(f"signed {folder / 'manifest.json'}; verify with --key and the key above", err=True)
+
+
+@bundle.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+def schema(folder: Path) -> None:
+    """Write the JSON Schemas of the files in a bundle into FOLDER."""
+    from edgeprune.bundle.schemas import schema_files
+    from edgeprune.records import write_bytes
+
+    for name, content in schema_files().items():
+        write_bytes(folder / name, content)
+        click.echo(f"wrote {folder / name}")
