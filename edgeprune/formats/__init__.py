@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -74,6 +74,47 @@ class Resizable(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How an INT8 file is made where there is a choice; the defaults are what every format does by itself.
+
+    ``ranges`` is where the range of an activation ends: at the extremes of the calibration samples (``minmax``, smoothed as the
+    format's own tools do), with ``tail_ratio`` of the values left outside at each end (``percentile``), or where the squared error of
+    rounding and clipping is least (``mse``). The layers in ``float_layers`` (torch paths, as :attr:`Kernel.layer`) stay in float.
+    ``io`` is the type of the file's inputs and outputs; ``None`` is the format's own.
+    """
+
+    ranges: Literal["minmax", "percentile", "mse"] = "minmax"
+    tail_ratio: float = 1e-4
+    float_layers: tuple[str, ...] = ()
+    io: Literal["float", "int8"] | None = None
+
+
+DEFAULT_OPTIONS = QuantizeOptions()
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A format that can show what happens inside its files."""
+
+    def activations(self, fp32: Path, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """All float tensors that are no constants, by name, for one sample after the other.
+
+        Args:
+            fp32: a file that :meth:`Format.export` wrote.
+            x: ``float32 [N, C, H, W]`` as the torch model sees it.
+        """
+        ...
+
+    def ranges(self, int8: Path) -> dict[str, tuple[float, float]]:
+        """Smallest and largest value that each quantised activation can hold, by its name in the FP32 file."""
+        ...
+
+    def readers(self, fp32: Path) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+        """For each tensor that an operator writes: the operator's type, its torch layer or ``""``, and the tensors that it reads."""
+        ...
+
+
 class Format(Protocol):
     """What a format module offers; ends with ``FORMAT: Format = ...``."""
 
@@ -93,13 +134,24 @@ class Format(Protocol):
         """
         ...
 
-    def quantize(self, fp32: Path, calibration: np.ndarray, path: Path) -> Artifact:
+    def quantize(
+        self,
+        fp32: Path,
+        calibration: np.ndarray,
+        path: Path,
+        *,
+        options: QuantizeOptions = DEFAULT_OPTIONS,
+    ) -> Artifact:
         """Write the static INT8 file (per-channel weights) of an FP32 file.
 
         Args:
             fp32: a file that :meth:`export` wrote.
             calibration: real inputs as the torch model sees them, ``float32 [N, C, H, W]``.
             path: where the file goes; written atomically.
+            options: ranges, layers that stay in float, type of inputs and outputs.
+
+        Raises:
+            FormatError: the toolchain refused the file, or an option that this format does not have.
         """
         ...
 
@@ -145,4 +197,15 @@ def load(name: str) -> Format:
     return found
 
 
-__all__ = ["Format", "FormatInfo", "Kernel", "Resizable", "Sequence", "load", "names"]
+__all__ = [
+    "DEFAULT_OPTIONS",
+    "Format",
+    "FormatInfo",
+    "Inspectable",
+    "Kernel",
+    "QuantizeOptions",
+    "Resizable",
+    "Sequence",
+    "load",
+    "names",
+]

@@ -19,11 +19,13 @@ import numpy as np
 
 from edgeprune import records
 from edgeprune.errors import FormatError, MissingTool
-from edgeprune.formats import Format, FormatInfo
+from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
+from edgeprune.formats import _onnx_inspect as inspection
 from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._onnx_blocks import drop_zero_additions
 from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
 from edgeprune.formats._onnx_resize import OnnxResizable, encode
+from edgeprune.formats._ranges import ends, spreads
 from edgeprune.formats._resize import WidthDecoder
 from edgeprune.results import Artifact, TensorSpec
 
@@ -66,8 +68,15 @@ class OnnxFormat:
         records.write_bytes(path, encode(proto))
         return self.describe(path)
 
-    def quantize(self, fp32: Path, calibration: np.ndarray, path: Path) -> Artifact:
-        """Static INT8 in QDQ form: int8 weights per output channel, uint8 activations, ranges from the samples (MinMax).
+    def quantize(
+        self,
+        fp32: Path,
+        calibration: np.ndarray,
+        path: Path,
+        *,
+        options: QuantizeOptions = DEFAULT_OPTIONS,
+    ) -> Artifact:
+        """Static INT8 in QDQ form: int8 weights per output channel, uint8 activations, ranges from the samples.
 
         Activations are unsigned (U8S8) although onnxruntime's guide proposes S8S8 first. Its x86-64 CPU provider fuses
         quantised operators only for uint8 activations; it rewrites signed ones on loading, but not where a tensor has several
@@ -77,6 +86,10 @@ class OnnxFormat:
 
         Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html (read 2026-11-23).
         """
+        if options.io == "int8":
+            raise FormatError(
+                "ONNX files take and return float; io int8 is for tflite", hint="set io: float"
+            )
         onnx = onnx_package()
         tools = _quantizer()
         model = parse_model(fp32.read_bytes())
@@ -95,6 +108,8 @@ class OnnxFormat:
                     activation_type=tools.QuantType.QUInt8,
                     weight_type=tools.QuantType.QInt8,
                     calibrate_method=tools.CalibrationMethod.MinMax,
+                    nodes_to_exclude=inspection.float_nodes(model, options.float_layers),
+                    extra_options=_overrides(fp32.read_bytes(), calibration, options),
                 )
             except Exception as error:
                 raise FormatError(
@@ -134,6 +149,18 @@ class OnnxFormat:
             op_counts=dict(sorted(counts.items())),
         )
 
+    def activations(self, fp32: Path, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """The values of all tensors for each sample; see :class:`edgeprune.formats.Inspectable`."""
+        return inspection.activations(fp32.read_bytes(), np.asarray(x, np.float32))
+
+    def ranges(self, int8: Path) -> dict[str, tuple[float, float]]:
+        """What each quantised activation can hold; see :class:`edgeprune.formats.Inspectable`."""
+        return inspection.ranges(int8.read_bytes())
+
+    def readers(self, fp32: Path) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+        """What writes each tensor; see :class:`edgeprune.formats.Inspectable`."""
+        return inspection.readers(fp32.read_bytes())
+
     def resizable(
         self,
         dense: Path,
@@ -163,6 +190,19 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def _overrides(fp32: bytes, calibration: np.ndarray, options: QuantizeOptions) -> dict[str, Any]:
+    """The ranges of all activations as onnxruntime's quantiser takes them; nothing where its own are wanted."""
+    if options.ranges == "minmax":
+        return {}
+    found = spreads(lambda: inspection.activations(fp32, calibration))
+    overrides = {}
+    for name, spread in found.items():
+        low, high = ends(spread, options)
+        if high > low:
+            overrides[name] = [{"rmin": np.float32(low), "rmax": np.float32(high)}]
+    return {"TensorQuantOverrides": overrides}
 
 
 def _require_exporter() -> None:
