@@ -90,6 +90,7 @@ def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
         "quantization": job.target.quantization,
         "versions": versions(),
         "seed": job.seed,
+        **({} if job.int8.io is None else {"io": job.int8.io}),
     }
     dense = run.stage(
         "dense", "conversion", inputs, DenseFiles, lambda f: stages.dense_files(context, f)

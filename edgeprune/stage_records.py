@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeprune.int8_results import Int8Report
 from edgeprune.latency.kernel_times import KernelTime
 from edgeprune.latency.table import LatencyTable
 from edgeprune.records import Record
@@ -84,6 +85,7 @@ class PrunedFiles(Record):
     int8: Artifact
     built_in_agreement: float
     notes: tuple[str, ...] = ()
+    quantised: Int8Report | None = None
 
 
 class FinalLatency(Record):

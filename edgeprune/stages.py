@@ -30,8 +30,10 @@ from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.report_tier import measure_report, report_options
 from edgeprune.devices.sustained import sustained
 from edgeprune.errors import FormatError, ModelError
-from edgeprune.formats import Resizable
+from edgeprune.formats import QuantizeOptions, Resizable, check_runtime
 from edgeprune.formats._resize import distinct_widths
+from edgeprune.int8 import best_int8
+from edgeprune.int8_checks import warnings as int8_warnings
 from edgeprune.results import Artifact, LedgerEntry, SustainedRun
 from edgeprune.specs import Precision, Recovery
 from edgeprune.stage_records import (
@@ -90,7 +92,13 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
     check_traceable(context.model, context.example)
     audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
     fp32 = context.form.export(audible, context.example, fp32_path)
-    int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
+    io = QuantizeOptions(io=context.job.int8.io)
+    int8 = context.form.quantize(fp32_path, context.calibration, int8_path, options=io)
+    for path in (fp32_path, int8_path):
+        check_runtime(context.form, path, context.job.shipped_runtime)
+    doubts = int8_warnings(context.form, fp32_path, context.calibration)
+    for line in doubts:
+        context.progress.say(f"      warning: {line}")
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     expected = logits(context.model, torch.from_numpy(x))
     found = context.run_file(context.host, fp32_path, x)
@@ -106,7 +114,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         int8=int8,
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, int8_path, x),
-        notes=notes,
+        notes=(*notes, *doubts),
     )
 
 
@@ -158,7 +166,8 @@ def variant_file(context: Context, precision: Precision, folder: Path) -> Varian
     artifact = context.form.export(narrower, context.example, path)
     if precision == "int8":
         few = context.calibration[:VARIANT_CALIBRATION]
-        artifact = context.form.quantize(path, few, folder / f"variant.int8{suffix}")
+        io = QuantizeOptions(io=context.job.int8.io)
+        artifact = context.form.quantize(path, few, folder / f"variant.int8{suffix}", options=io)
     return VariantFile(widths=widths, artifact=artifact)
 
 
@@ -299,19 +308,24 @@ def heal(
     )
 
 
-def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFiles:
-    """Export and quantise the healed model."""
+def pruned_files(
+    context: Context, model: nn.Module, folder: Path, *, limit_ms: float
+) -> PrunedFiles:
+    """Export and quantise the healed model; ``limit_ms`` bounds what layers of the INT8 file may cost in float."""
     suffix = context.form.info.suffix
     fp32_path, int8_path = folder / f"pruned.fp32{suffix}", folder / f"pruned.int8{suffix}"
     audible, notes = rescue_silent(model, torch.from_numpy(context.calibration))
     fp32 = context.form.export(audible, context.example, fp32_path)
-    int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
+    quantised = best_int8(context, audible, fp32_path, int8_path, limit_ms=limit_ms)
+    for path in (fp32_path, int8_path):
+        check_runtime(context.form, path, context.job.shipped_runtime)
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
         fp32=fp32,
-        int8=int8,
+        int8=quantised.artifact,
         built_in_agreement=_built_in_agreement(context, int8_path, x),
-        notes=notes,
+        notes=(*notes, *quantised.report.lines()),
+        quantised=quantised.report,
     )
 
 

@@ -100,11 +100,11 @@ def _fit(first: nn.Module, second: nn.Module) -> bool:
 
 
 def _outputs(layer: nn.Module) -> int:
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type,union-attr]
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
 
 
 def _inputs(layer: nn.Module) -> int:
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type,union-attr]
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
 
 
 def _groups(layer: nn.Module) -> int:
@@ -113,7 +113,7 @@ def _groups(layer: nn.Module) -> int:
 
 def _reads(layer: nn.Module) -> Tensor:
     """Largest weight that each input channel meets, ``[C]``."""
-    weight: Tensor = layer.weight.detach().abs()  # type: ignore[union-attr,operator]
+    weight: Tensor = layer.weight.detach().abs()  # type: ignore[operator]
     if _groups(layer) == 1:
         return weight.transpose(0, 1).flatten(1).amax(1)
     per_output = weight.flatten(1).amax(1)  # depthwise: consecutive outputs of one input channel
@@ -159,7 +159,7 @@ def _balance(modules: Mapping[str, nn.Module], pair: Pair) -> float:
     r1 = weight.abs().flatten(1).amax(1)
     norm = modules[pair.norm] if pair.norm else None
     if norm is not None:
-        r1 = r1 * (norm.weight.abs() / (norm.running_var + norm.eps).sqrt())  # type: ignore[operator,union-attr,arg-type]
+        r1 = r1 * (norm.weight.abs() / (norm.running_var + norm.eps).sqrt())  # type: ignore[operator]
     r2 = _reads(second)
     scale = torch.where((r1 > 0) & (r2 > 0), (r1 / r2.clamp_min(1e-30)).sqrt(), torch.ones_like(r1))
     scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
@@ -196,25 +196,22 @@ def correct_biases(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
         x: real inputs ``[N, ...]``.
     """
     corrected = copy.deepcopy(model).eval()
+    quantised = copy.deepcopy(corrected)
     changed = 0
     wanted = _means(corrected, x)
-    counts = Counter(id(module.weight) for _, module in _layers(corrected))
-    for name, layer in _layers(corrected):
+    counts = Counter(id(layer.weight) for _, layer in _layers(quantised))
+    for name, layer in _layers(quantised):
         if counts[id(layer.weight)] > 1 or name not in wanted:
             continue
-        place = _constant_of(corrected, name, x[:1])
-        if place is None:
-            continue
-        kept = layer.weight.detach().clone()  # type: ignore[operator]
+        places = [_constant_of(m, name, x[:1]) for m in (corrected, quantised)]
         with torch.no_grad():
-            layer.weight.copy_(rounded(kept))  # type: ignore[operator]
-        found = _means(corrected, x, only=name)[name]
-        with torch.no_grad():
-            layer.weight.copy_(kept)  # type: ignore[operator]
-            # A running mean is subtracted, a bias is added.
-            shift = found - wanted[name]
-            place[0].add_(shift if place[1] else -shift)
-        changed += 1
+            layer.weight.copy_(rounded(layer.weight.detach()))  # type: ignore[operator]
+        shift = _means(quantised, x, only=name)[name] - wanted[name]
+        for place in places:
+            if place is not None:
+                constant, is_subtracted = place
+                constant.data.add_(shift if is_subtracted else -shift)
+        changed += places[0] is not None
     return corrected, f"the biases of {changed} layers corrected"
 
 
@@ -266,7 +263,7 @@ def _means(model: nn.Module, x: Tensor, only: str | None = None) -> dict[str, Te
 
     handles = [
         layer.register_forward_hook(
-            lambda _, __, out, at=name, lin=isinstance(layer, nn.Linear): ran(at, out, lin)
+            lambda m, __, out, at=name: ran(at, out, isinstance(m, nn.Linear))
         )
         for name, layer in _layers(model)
         if (only is None or name == only)

@@ -175,6 +175,28 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class Versioned(Protocol):
+    """A format whose files may be too new for a runtime."""
+
+    def check_versions(self, path: Path, runtime: str) -> tuple[str, ...]:
+        """What a user must know about a file, one line each.
+
+        Raises:
+            FormatError: the oldest supported version of the runtime cannot load it; names what is too new.
+        """
+        ...
+
+
+def check_runtime(form: Format, path: Path, runtime: str) -> tuple[str, ...]:
+    """What must be known about a file before a runtime gets it; nothing where the format has no such check.
+
+    Raises:
+        FormatError: as :meth:`Versioned.check_versions`.
+    """
+    return form.check_versions(path, runtime) if isinstance(form, Versioned) else ()
+
+
 def names() -> list[str]:
     """Names of the formats that have a module here."""
     import edgeprune.formats as package
@@ -206,6 +228,8 @@ __all__ = [
     "QuantizeOptions",
     "Resizable",
     "Sequence",
+    "Versioned",
+    "check_runtime",
     "load",
     "names",
 ]

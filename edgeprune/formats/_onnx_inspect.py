@@ -68,7 +68,7 @@ def readers(content: bytes) -> dict[str, tuple[str, str, tuple[str, ...]]]:
     """Operator type, torch layer and inputs of every tensor that a node writes."""
     graph = parse_model(content).graph
     constants = {item.name for item in graph.initializer}
-    found = {}
+    found: dict[str, tuple[str, str, tuple[str, ...]]] = {}
     for node in graph.node:
         names = tuple(str(n) for n in node.input if n and n not in constants)
         found |= {str(o): (str(node.op_type), layer_of(node), names) for o in node.output}

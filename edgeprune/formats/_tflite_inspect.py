@@ -51,7 +51,7 @@ def activations(content: bytes, x: np.ndarray) -> Iterator[dict[str, np.ndarray]
 def ranges(content: bytes) -> dict[str, tuple[float, float]]:
     """Smallest and largest value of every quantised activation."""
     model = read_model(content)
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
     for tensor in model.subgraphs[0].tensors:
         if is_constant(model, tensor) or not is_quantized(tensor) or tensor.type not in DTYPES:
             continue
@@ -79,7 +79,7 @@ def readers(content: bytes) -> dict[str, tuple[str, str, tuple[str, ...]]]:
     """Operator type, torch layer and inputs of every tensor that an operator writes."""
     model = read_model(content)
     tensors = model.subgraphs[0].tensors
-    found = {}
+    found: dict[str, tuple[str, str, tuple[str, ...]]] = {}
     for op in model.subgraphs[0].operators:
         inputs = [int(i) for i in op.inputs if i >= 0 and not is_constant(model, tensors[i])]
         names = tuple(text(tensors[i].name) for i in inputs)

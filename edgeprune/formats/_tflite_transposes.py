@@ -28,8 +28,8 @@ def drop_flattened_transposes(model: Any) -> None:
         reshape, readers = found
         _, height, width, channels = shape_of(graph.tensors[op.inputs[0]])
         # Where channels-last position i stands in channels-first order.
-        order = np.arange(channels * height * width).reshape(channels, height, width)
-        order = order.transpose(1, 2, 0).ravel()
+        places = np.arange(channels * height * width).reshape(channels, height, width)
+        order = places.transpose(1, 2, 0).ravel()
         for reader in readers:
             reader.inputs = np.asarray(
                 [

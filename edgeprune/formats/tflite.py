@@ -225,6 +225,16 @@ class TfliteFormat:
             op_counts=dict(sorted(counts.items())),
         )
 
+    def check_versions(self, path: Path, runtime: str) -> tuple[str, ...]:
+        """Refuse what the oldest runtime cannot load, and name inner transposes; see :class:`edgeprune.formats.Versioned`."""
+        inspection.check_versions(path.read_bytes(), runtime)
+        count = self.describe(path).op_counts.get("TRANSPOSE", 0)
+        if not count:
+            return ()
+        return (
+            f"{path.name} holds {count} TRANSPOSE operators, which move memory and compute nothing",
+        )
+
     def activations(self, fp32: Path, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         """The values of all tensors for each sample; see :class:`edgeprune.formats.Inspectable`."""
         laid_out = to_layout(np.asarray(x, np.float32), self.info.layout)
