@@ -53,7 +53,8 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     # A recording holds what one board answered, so that board works alone.
     is_alone = options.record is not None or device.transport == "replay"
     companions = () if is_alone else catalog.companions_for(target.name, device_name, device)
-    runtime = stand_in_runtime(target.runtime, device)
+    io = workload.int8.io or target.quantization.io
+    for_runtime, runtime = target.runtime.name, stand_in_runtime(target.runtime, device)
     if runtime != target.runtime:
         instead = f"{runtime.name} stands in for {target.runtime.name}, which is for boards only"
         notes = (*notes, instead)
@@ -78,6 +79,8 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         companions=companions,
         widths=given_widths(options, target.name),
         tables=options.tables,
+        int8=workload.int8.model_copy(update={"io": io}),
+        for_runtime=for_runtime,
     )
 
 

@@ -13,7 +13,12 @@ import click
 
 from edgeprune.cli_bundle import bundle, verify
 from edgeprune.cli_devices import devices
-from edgeprune.cli_options import schedule_options, schedule_settings
+from edgeprune.cli_options import (
+    int8_options,
+    int8_settings,
+    schedule_options,
+    schedule_settings,
+)
 from edgeprune.console import plain, print_list
 from edgeprune.errors import BudgetError, EdgepruneError, SpecError
 from edgeprune.version import VERSION
@@ -153,6 +158,7 @@ def _budget_options(command: Command) -> Command:
 @_model_options
 @_budget_options
 @schedule_options
+@int8_options
 @click.option(
     "--dry-run", is_flag=True, help="Stop after the measured plan: feasibility without training."
 )
@@ -476,5 +482,7 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
         record["preprocess"] = {**record.get("preprocess", {}), **preprocess}
     if schedule := schedule_settings(flags):
         record["recovery"] = {**record.get("recovery", {}), **schedule}
+    if int8 := int8_settings(flags):
+        record["int8"] = {**record.get("int8", {}), **int8}
     # The file was checked when it was read.
     return records.parse(Workload, {**record, **given}, where="the command line"), base

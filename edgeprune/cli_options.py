@@ -22,6 +22,29 @@ def schedule_options(command: Command) -> Command:
     return command
 
 
+def int8_options(command: Command) -> Command:
+    """Add the flags of the keys under ``int8``."""
+    options = [
+        click.option(
+            "--int8",
+            "effort",
+            type=click.Choice(["plain", "auto", "thorough"]),
+            help="What is done for INT8 accuracy: auto (default) where it costs over 0.3 points.",
+        ),
+        click.option(
+            "--io", type=click.Choice(["float", "int8"]), help="Type of INT8 file inputs, outputs."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def int8_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags say, as keys under ``int8``."""
+    return {key: flags[key] for key in ("effort", "io") if flags.get(key) is not None}
+
+
 def schedule_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags say, as keys under ``recovery``; the record checks them."""
     names = ("steps", "start", "rewind_weights")

@@ -248,6 +248,7 @@ class Closing:
             settings=_settings(job, self.recovered.result, self.earlier_epochs),
             notes=(*job.loaded.notes, *job.notes, *self.run.notes, *self._notes()),
             bundle="bundle",
+            int8=self.files.result.quantised,
         )
 
     def _notes(self) -> Iterator[str]:

@@ -23,12 +23,13 @@ from edgeprune.formats import Format
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_file
 from edgeprune.results import Artifact, Fingerprint, FrozenGroup, LedgerEntry, Measurement
-from edgeprune.specs import Budget, Device, Precision, Profile, Runtime, Target
+from edgeprune.specs import Budget, Device, Int8, Precision, Profile, Runtime, Target
 from edgeprune.workload import LoadedWorkload
 
 INFER_CHUNK = 256
 NOT_RUN = "not run"
 PIXEL_SEED = 20261123
+AUTO = Int8()
 # tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine. TensorRT needs a GPU; onnxruntime runs
 # the files that its engines are built from.
 STAND_IN_RUNTIMES: dict[str, Literal["litert", "onnxruntime"]] = {
@@ -57,6 +58,13 @@ class Job:
     companions: tuple[tuple[str, Device], ...] = ()
     widths: Mapping[str, int] | None = None  # of a plan that is given instead of searched
     tables: Path | None = None  # kernel times of the board, read and added to
+    int8: Int8 = AUTO  # with the target's ``io`` filled in
+    for_runtime: str = ""  # that the target names, where another one stands in for it
+
+    @property
+    def shipped_runtime(self) -> str:
+        """The runtime that the files are for, whatever stands in for it here."""
+        return self.for_runtime or self.target.runtime.name
 
     def device_key(self) -> list[Any]:
         """What tells the device from others, as plain data; a replay is told by the content of its recording."""

@@ -103,6 +103,7 @@ def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
         "seed": job.seed,
         # Only where it differs, so that runs of the other formats keep their stages.
         **({"whole": context.whole.info.name} if context.has_twin else {}),
+        **({} if job.int8.io is None else {"io": job.int8.io}),
     }
     if int8_types.is_open(context):  # then the board decides about the files
         inputs["device"] = context.board_key()

@@ -26,7 +26,7 @@ from edgeprune.options import check_format
 from edgeprune.progress import Progress
 from edgeprune.results import Artifact
 from edgeprune.runfolder import RunFolder, Stage
-from edgeprune.specs import Device
+from edgeprune.specs import Device, Int8
 from edgeprune.stage_records import (
     FinalLatency,
     PrunedFiles,
@@ -56,6 +56,7 @@ def run_digest(job: Job) -> str:
             "seed": job.seed,
             "sustained": job.sustained,
             # Only where it is given, so that runs without one keep their folder.
+            **({} if job.int8 == Int8() else {"int8": job.int8}),
             **({} if job.widths is None else {"widths": dict(sorted(job.widths.items()))}),
             **({"earlier": job.loaded.earlier_digest} if job.loaded.earlier_digest else {}),
         }
@@ -218,15 +219,18 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
     model = stages.with_weights(
         stages.pruned_model(context, last.kept), recovered.path("recovered.safetensors")
     )
+    limit_ms = job.budget.limit_ms(planned.latency.result.measurements["int8"].median_ms)
     files = run.stage(
         "export",
         "conversion",
         {
             "weights": records.sha256_file(recovered.path("recovered.safetensors")),
             "recover": recovered.digest,
+            "int8": job.int8,
+            "limit_ms": limit_ms,
         },
         PrunedFiles,
-        lambda f: stages.pruned_files(context, model, f),
+        lambda f: stages.pruned_files(context, model, f, limit_ms=limit_ms),
     )
     four: dict[str, tuple[Path, Artifact]] = {
         "dense-fp32": (

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from edgeprune.int8_results import Int8Report
 from edgeprune.orderstats import percentile_overs
 from edgeprune.records import Record
 from edgeprune.specs import Precision, Stamp
@@ -504,3 +505,4 @@ class Report(Record):
     settings: dict[str, str | int | float | bool | None]
     notes: tuple[str, ...]
     bundle: str
+    int8: Int8Report | None = None

@@ -67,12 +67,32 @@ class Runtime(Record):
     threads: Annotated[int, Field(ge=1, le=64)] = 1
 
 
+class Int8(Record):
+    """How much is done for the quality of the INT8 file, and the type of its inputs and outputs.
+
+    ``plain`` takes the format's own ranges; ``auto`` tries more where that costs over 0.3 points; ``thorough`` tries all. ``io`` is the
+    target's or the format's own where it is ``None``.
+    """
+
+    effort: Literal["plain", "auto", "thorough"] = "auto"
+    io: Literal["float", "int8"] | None = None
+
+
 class Quantization(Record):
-    """Post-training INT8 settings."""
+    """Post-training INT8 settings; ``io`` is the type of the file's inputs and outputs, the format's own where it is ``None``."""
 
     scheme: Literal["static-int8"] = "static-int8"
     per_channel: bool = True
     calibration_samples: Annotated[int, Field(ge=8, le=10_000)] = 256
+    io: Literal["float", "int8"] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data; ``io`` only where it is set, so that digests of targets without it stay."""
+        plain: dict[str, Any] = handler(self)
+        if plain.get("io", "") is None:
+            del plain["io"]
+        return plain
 
 
 class Target(Record):
@@ -308,6 +328,7 @@ class Workload(Record):
     max_drop: str | None = None
     device: str | None = None
     recovery: Recovery = Recovery()
+    int8: Int8 = Int8()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     license: Annotated[str, Field(pattern=SPDX)] | None = None
     version: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+-]{0,39}$")] | None = None

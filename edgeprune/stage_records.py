@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeprune.int8_results import Int8Report
 from edgeprune.latency.kernel_times import KernelTime
 from edgeprune.latency.table import LatencyTable
 from edgeprune.records import Record
@@ -119,6 +120,8 @@ class RecoveredResult(Record):
 
 class PrunedFiles(_NetFiles):
     """The pruned model as files."""
+
+    quantised: Int8Report | None = None
 
 
 class FinalLatency(Record):

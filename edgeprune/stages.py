@@ -32,8 +32,10 @@ from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.report_tier import measure_report, report_options
 from edgeprune.devices.sustained import sustained
 from edgeprune.errors import FormatError, ModelError
-from edgeprune.formats import Format, Resizable
+from edgeprune.formats import Format, QuantizeOptions, Resizable, check_runtime
 from edgeprune.formats._resize import distinct_widths
+from edgeprune.int8 import best_int8
+from edgeprune.int8_checks import warnings as int8_warnings
 from edgeprune.results import Artifact, LedgerEntry, SustainedRun
 from edgeprune.specs import Precision, Recovery
 from edgeprune.stage_records import (
@@ -95,6 +97,10 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         fp32_path, int8_path = (folder / files[p].path for p in ("fp32", "int8"))
         chosen = int8_types.choose(context, fp32_path, int8_path)
         files["int8"], notes = chosen.artifact, (*notes, chosen.note())
+    shown = files.get("cuttable", files)["fp32"].path
+    doubts = int8_warnings(context.form, folder / shown, context.calibration)
+    for line in doubts:
+        context.progress.say(f"      warning: {line}")
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     expected = logits(context.model, torch.from_numpy(x))
     found = context.run_file(context.host, folder / files["fp32"].path, x)
@@ -109,7 +115,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         **files,
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
-        notes=notes,
+        notes=(*notes, *doubts),
         int8_types="" if chosen is None else chosen.types.name,
         types=() if chosen is None else chosen.rows,
     )
@@ -133,7 +139,11 @@ def _both(
     suffix = form.info.suffix
     fp32_path, int8_path = folder / f"{name}.fp32{suffix}", folder / f"{name}.int8{suffix}"
     fp32 = form.export(model, context.example, fp32_path)
-    int8 = form.quantize(fp32_path, context.calibration, int8_path, model=model)
+    io = QuantizeOptions(io=context.job.int8.io)
+    int8 = form.quantize(fp32_path, context.calibration, int8_path, model=model, options=io)
+    if form is context.whole:
+        for path in (fp32_path, int8_path):
+            check_runtime(form, path, context.job.shipped_runtime)
     return {"fp32": fp32, "int8": int8}
 
 
@@ -186,8 +196,8 @@ def variant_file(context: Context, precision: Precision, folder: Path) -> Varian
     artifact = context.form.export(narrower, context.example, path)
     if precision == "int8":
         few = context.calibration[:VARIANT_CALIBRATION]
-        int8_path = folder / f"variant.int8{suffix}"
-        artifact = context.form.quantize(path, few, int8_path, model=narrower)
+        int8_path, io = folder / f"variant.int8{suffix}", QuantizeOptions(io=context.job.int8.io)
+        artifact = context.form.quantize(path, few, int8_path, model=narrower, options=io)
     return VariantFile(widths=widths, artifact=artifact)
 
 
@@ -374,15 +384,26 @@ def heal(
     )
 
 
-def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFiles:
-    """Export and quantise the healed model."""
+def pruned_files(
+    context: Context, model: nn.Module, folder: Path, *, limit_ms: float
+) -> PrunedFiles:
+    """Export and quantise the healed model; ``limit_ms`` bounds what layers of the INT8 file may cost in float."""
     audible, notes = rescue_silent(model, torch.from_numpy(context.calibration))
-    files = _net_files(context, audible, folder, "pruned")
+    suffix = context.whole.info.suffix
+    fp32_path, int8_path = folder / f"pruned.fp32{suffix}", folder / f"pruned.int8{suffix}"
+    files: dict[str, Any] = {"fp32": context.whole.export(audible, context.example, fp32_path)}
+    quantised = best_int8(context, audible, fp32_path, int8_path, limit_ms=limit_ms)
+    files["int8"] = quantised.artifact
+    if context.ship is not context.whole:
+        files["shipping"] = _both(context, context.ship, audible, folder, "pruned")
+    for path in (fp32_path, int8_path):
+        check_runtime(context.whole, path, context.job.shipped_runtime)
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
         **files,
-        built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
-        notes=notes,
+        built_in_agreement=_built_in_agreement(context, int8_path, x),
+        notes=(*notes, *quantised.report.lines()),
+        quantised=quantised.report,
     )
 
 

@@ -117,6 +117,12 @@ def _units(model: nn.Module, x: torch.Tensor) -> dict[str, _Unit]:
     return units
 
 
+def norms_behind(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
+    """For each layer whose output only one batch norm takes, both running once: the name of that batch norm."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {n: names[id(u.norm)] for n, u in _units(model, x).items() if u.norm is not None}
+
+
 def _is_plain(norm: nn.Module) -> bool:
     return isinstance(norm, _BatchNorm) and norm.affine and norm.running_var is not None
 

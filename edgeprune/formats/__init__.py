@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -81,6 +81,47 @@ class Resizable(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How an INT8 file is made where there is a choice; the defaults are what every format does by itself.
+
+    ``ranges`` is where the range of an activation ends: at the extremes of the calibration samples (``minmax``, smoothed as the
+    format's own tools do), with ``tail_ratio`` of the values left outside at each end (``percentile``), or where the squared error of
+    rounding and clipping is least (``mse``). The layers in ``float_layers`` (torch paths, as :attr:`Kernel.layer`) stay in float.
+    ``io`` is the type of the file's inputs and outputs; ``None`` is the format's own.
+    """
+
+    ranges: Literal["minmax", "percentile", "mse"] = "minmax"
+    tail_ratio: float = 1e-4
+    float_layers: tuple[str, ...] = ()
+    io: Literal["float", "int8"] | None = None
+
+
+DEFAULT_OPTIONS = QuantizeOptions()
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A format that can show what happens inside its files."""
+
+    def activations(self, fp32: Path, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """All float tensors that are no constants, by name, for one sample after the other.
+
+        Args:
+            fp32: a file that :meth:`Format.export` wrote.
+            x: ``float32 [N, C, H, W]`` as the torch model sees it.
+        """
+        ...
+
+    def ranges(self, int8: Path) -> dict[str, tuple[float, float]]:
+        """Smallest and largest value that each quantised activation can hold, by its name in the FP32 file."""
+        ...
+
+    def readers(self, fp32: Path) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+        """For each tensor that an operator writes: the operator's type, its torch layer or ``""``, and the tensors that it reads."""
+        ...
+
+
 class Format(Protocol):
     """What a format module offers; ends with ``FORMAT: Format = ...``."""
 
@@ -107,6 +148,7 @@ class Format(Protocol):
         path: Path,
         *,
         model: nn.Module | None = None,
+        options: QuantizeOptions = DEFAULT_OPTIONS,
     ) -> Artifact:
         """Write the static INT8 file (per-channel weights) of an FP32 file.
 
@@ -116,9 +158,11 @@ class Format(Protocol):
             path: where the file goes; written atomically.
             model: what ``fp32`` was exported from, in eval mode; not changed. Callers always give it: formats with a twin quantise the
                 model, because their files cannot be read back. The others need ``fp32`` alone.
+            options: ranges, layers that stay in float, type of inputs and outputs.
 
         Raises:
-            FormatError: the toolchain refused the file or the model, or a model is needed and was not given.
+            FormatError: the toolchain refused the file or the model, a model is needed and was not given, or an option that this format
+                does not have.
             ModelError: a sample is not finite, or there is none.
         """
         ...
@@ -152,6 +196,28 @@ def cut_in_place_of(info: FormatInfo) -> FormatError:
     )
 
 
+@runtime_checkable
+class Versioned(Protocol):
+    """A format whose files may be too new for a runtime."""
+
+    def check_versions(self, path: Path, runtime: str) -> tuple[str, ...]:
+        """What a user must know about a file, one line each.
+
+        Raises:
+            FormatError: the oldest supported version of the runtime cannot load it; names what is too new.
+        """
+        ...
+
+
+def check_runtime(form: Format, path: Path, runtime: str) -> tuple[str, ...]:
+    """What must be known about a file before a runtime gets it; nothing where the format has no such check.
+
+    Raises:
+        FormatError: as :meth:`Versioned.check_versions`.
+    """
+    return form.check_versions(path, runtime) if isinstance(form, Versioned) else ()
+
+
 def names() -> list[str]:
     """Names of the formats that have a module here."""
     import edgeprune.formats as package
@@ -175,11 +241,16 @@ def load(name: str) -> Format:
 
 
 __all__ = [
+    "DEFAULT_OPTIONS",
     "Format",
     "FormatInfo",
+    "Inspectable",
     "Kernel",
+    "QuantizeOptions",
     "Resizable",
     "Sequence",
+    "Versioned",
+    "check_runtime",
     "cut_in_place_of",
     "load",
     "names",

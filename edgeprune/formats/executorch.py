@@ -9,7 +9,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,14 @@ import numpy as np
 
 from edgeprune import records
 from edgeprune.errors import FormatError, MissingTool
-from edgeprune.formats import Format, FormatInfo, Resizable, cut_in_place_of
+from edgeprune.formats import (
+    DEFAULT_OPTIONS,
+    Format,
+    FormatInfo,
+    QuantizeOptions,
+    Resizable,
+    cut_in_place_of,
+)
 from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._pte import Program, read_program
 from edgeprune.results import Artifact, TensorSpec
@@ -111,6 +118,7 @@ class ExecutorchFormat:
         path: Path,
         *,
         model: nn.Module | None = None,
+        options: QuantizeOptions = DEFAULT_OPTIONS,
     ) -> Artifact:
         """Static INT8 by PT2E: symmetric weights per output channel, asymmetric activations, ranges from the samples.
 
@@ -126,6 +134,10 @@ class ExecutorchFormat:
             raise FormatError(
                 f"{fp32.name} cannot be quantised: ExecuTorch programs cannot be read back",
                 hint="quantise the torch model that it was exported from",
+            )
+        if options != replace(DEFAULT_OPTIONS, io=options.io) or options.io == "int8":
+            raise FormatError(
+                "ExecuTorch programs take and return float, with the ranges of PT2E and no layers in float"
             )
         samples = np.ascontiguousarray(calibration, np.float32)
         check_calibration(samples, self.describe(fp32).inputs[0].shape)

@@ -20,11 +20,13 @@ import numpy as np
 
 from edgeprune import records
 from edgeprune.errors import FormatError, MissingTool
-from edgeprune.formats import Format, FormatInfo
+from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
+from edgeprune.formats import _onnx_inspect as inspection
 from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._onnx_blocks import drop_zero_additions
 from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
 from edgeprune.formats._onnx_resize import OnnxResizable, encode
+from edgeprune.formats._ranges import ends, spreads
 from edgeprune.formats._resize import WidthDecoder
 from edgeprune.results import Artifact, TensorSpec
 
@@ -109,8 +111,9 @@ class OnnxFormat:
         path: Path,
         *,
         model: nn.Module | None = None,
+        options: QuantizeOptions = DEFAULT_OPTIONS,
     ) -> Artifact:
-        """Static INT8 in QDQ form, by default int8 weights per output channel, uint8 activations; ranges from the samples (MinMax).
+        """Static INT8 in QDQ form, by default int8 weights per output channel, uint8 activations; ranges from the samples.
 
         By default activations are unsigned (U8S8) although onnxruntime's guide proposes S8S8 first. Its x86-64 CPU provider fuses
         quantised operators only for uint8 activations; it rewrites signed ones on loading, but not where a tensor has several
@@ -120,6 +123,10 @@ class OnnxFormat:
 
         Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html (read 2026-11-23).
         """
+        if options.io == "int8":
+            raise FormatError(
+                "ONNX files take and return float; io int8 is for tflite", hint="set io: float"
+            )
         onnx = onnx_package()
         tools = _quantizer()
         proto = parse_model(fp32.read_bytes())
@@ -140,7 +147,11 @@ class OnnxFormat:
                     activation_type=kinds[self.types.activations],
                     weight_type=tools.QuantType.QInt8,
                     calibrate_method=tools.CalibrationMethod.MinMax,
-                    extra_options=dict(self.types.extra),
+                    nodes_to_exclude=inspection.float_nodes(proto, options.float_layers),
+                    extra_options={
+                        **dict(self.types.extra),
+                        **_overrides(fp32.read_bytes(), calibration, options),
+                    },
                 )
             except Exception as error:
                 raise FormatError(
@@ -184,6 +195,18 @@ class OnnxFormat:
             op_counts=dict(sorted(counts.items())),
         )
 
+    def activations(self, fp32: Path, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """The values of all tensors for each sample; see :class:`edgeprune.formats.Inspectable`."""
+        return inspection.activations(fp32.read_bytes(), np.asarray(x, np.float32))
+
+    def ranges(self, int8: Path) -> dict[str, tuple[float, float]]:
+        """What each quantised activation can hold; see :class:`edgeprune.formats.Inspectable`."""
+        return inspection.ranges(int8.read_bytes())
+
+    def readers(self, fp32: Path) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+        """What writes each tensor; see :class:`edgeprune.formats.Inspectable`."""
+        return inspection.readers(fp32.read_bytes())
+
     def resizable(
         self,
         dense: Path,
@@ -213,6 +236,19 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def _overrides(fp32: bytes, calibration: np.ndarray, options: QuantizeOptions) -> dict[str, Any]:
+    """The ranges of all activations as onnxruntime's quantiser takes them; nothing where its own are wanted."""
+    if options.ranges == "minmax":
+        return {}
+    found = spreads(lambda: inspection.activations(fp32, calibration))
+    overrides = {}
+    for name, spread in found.items():
+        low, high = ends(spread, options)
+        if high > low:
+            overrides[name] = [{"rmin": np.float32(low), "rmax": np.float32(high)}]
+    return {"TensorQuantOverrides": overrides}
 
 
 def _require_exporter() -> None:

@@ -20,8 +20,10 @@ from torch import nn
 from edgeprune import records
 from edgeprune.datasets import to_layout
 from edgeprune.errors import FormatError, MissingTool
-from edgeprune.formats import Format, FormatInfo
+from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
+from edgeprune.formats import _tflite_inspect as inspection
 from edgeprune.formats._inputs import check_calibration
+from edgeprune.formats._ranges import ends, spreads
 from edgeprune.formats._resize import WidthDecoder
 from edgeprune.formats._tflite_blocks import drop_zero_additions
 from edgeprune.formats._tflite_graph import (
@@ -40,6 +42,7 @@ from edgeprune.formats._tflite_names import (
     rename_tensors,
 )
 from edgeprune.formats._tflite_resize import TfliteResizable
+from edgeprune.formats._tflite_transposes import drop_flattened_transposes
 from edgeprune.results import Artifact, TensorSpec
 
 SIGNATURE = "serving_default"
@@ -153,6 +156,7 @@ class TfliteFormat:
         if drop_zero_additions(converted):
             drop_unused(converted)
         drop_transposed_means(converted)
+        drop_flattened_transposes(converted)
         rename_tensors(converted, paths)
         records.write_bytes(path, write_model(converted))
         return self.describe(path)
@@ -164,23 +168,34 @@ class TfliteFormat:
         path: Path,
         *,
         model: nn.Module | None = None,
+        options: QuantizeOptions = DEFAULT_OPTIONS,
     ) -> Artifact:
         """Static INT8: weights per output channel, activations per tensor, ranges from the calibration samples.
 
         Raises:
             ModelError: a sample is not finite, or there is none.
         """
-        quantizer_module, recipe = _quantizer()
+        quantizer_module, _ = _quantizer()
+        content = fp32.read_bytes()
         samples = to_layout(np.asarray(calibration, np.float32), self.info.layout)
-        float_model = read_model(fp32.read_bytes())
+        float_model = read_model(content)
         entry = float_model.signatureDefs[0].inputs[0]
         check_calibration(samples, shape_of(float_model.subgraphs[0].tensors[entry.tensorIndex]))
         log = Log()
         try:
             with quiet() as log:
-                quantizer = quantizer_module.Quantizer(str(fp32), recipe.static_wi8_ai8())
+                quantizer = quantizer_module.Quantizer(str(fp32), _recipe(float_model, options))
                 feeds = [{text(entry.name): samples[i : i + 1]} for i in range(len(samples))]
                 ranges = quantizer.calibrate({SIGNATURE: feeds})
+                if options.ranges != "minmax":
+                    found = spreads(lambda: inspection.activations(content, samples))
+                    for name in ranges.keys() & found.keys():
+                        low, high = ends(found[name], options)
+                        shape = np.shape(ranges[name]["min"])
+                        ranges[name] |= {
+                            "min": np.full(shape, low, np.float32),
+                            "max": np.full(shape, high, np.float32),
+                        }
                 quantized = bytes(quantizer.quantize(ranges).quantized_model)
         except Exception as error:
             raise FormatError(
@@ -211,6 +226,29 @@ class TfliteFormat:
             op_counts=dict(sorted(counts.items())),
         )
 
+    def check_versions(self, path: Path, runtime: str) -> tuple[str, ...]:
+        """Refuse what the oldest runtime cannot load, and name inner transposes; see :class:`edgeprune.formats.Versioned`."""
+        inspection.check_versions(path.read_bytes(), runtime)
+        count = self.describe(path).op_counts.get("TRANSPOSE", 0)
+        if not count:
+            return ()
+        return (
+            f"{path.name} holds {count} TRANSPOSE operators, which move memory and compute nothing",
+        )
+
+    def activations(self, fp32: Path, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """The values of all tensors for each sample; see :class:`edgeprune.formats.Inspectable`."""
+        laid_out = to_layout(np.asarray(x, np.float32), self.info.layout)
+        return inspection.activations(fp32.read_bytes(), laid_out)
+
+    def ranges(self, int8: Path) -> dict[str, tuple[float, float]]:
+        """What each quantised activation can hold; see :class:`edgeprune.formats.Inspectable`."""
+        return inspection.ranges(int8.read_bytes())
+
+    def readers(self, fp32: Path) -> dict[str, tuple[str, str, tuple[str, ...]]]:
+        """What writes each tensor; see :class:`edgeprune.formats.Inspectable`."""
+        return inspection.readers(fp32.read_bytes())
+
     def resizable(
         self,
         dense: Path,
@@ -223,6 +261,28 @@ class TfliteFormat:
         leaves = {path for path, module in model.named_modules() if not [*module.children()]}
         decoder = WidthDecoder(full, changed)
         return TfliteResizable(dense.read_bytes(), variant.read_bytes(), decoder, leaves - {""})
+
+
+def _recipe(float_model: Any, options: QuantizeOptions) -> Any:
+    """INT8 everywhere but in the layers, inputs and outputs that stay in float."""
+    from ai_edge_quantizer import qtyping, recipe_manager
+
+    everything, skip = qtyping.TFLOperationName.ALL_SUPPORTED, "no_quantize"
+    manager = recipe_manager.RecipeManager()
+    manager.add_static_config(
+        regex=".*", operation_name=everything, activation_num_bits=8, weight_num_bits=8
+    )
+    if options.io == "float":
+        for edge in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+            manager.add_quantization_config(regex=".*", operation_name=edge, algorithm_key=skip)
+    graph = float_model.subgraphs[0]
+    for op in graph.operators:
+        if inspection.layer_of(float_model, op) in options.float_layers:
+            scope = "".join(f"{text(graph.tensors[i].name)};" for i in op.outputs)
+            manager.add_quantization_config(
+                regex=f"^{re.escape(scope)}$", operation_name=everything, algorithm_key=skip
+            )
+    return manager.get_quantization_recipe()
 
 
 def _spec(tensor: Any) -> TensorSpec:
