@@ -246,4 +246,4 @@ def test_the_report_in_a_bundle_has_nothing_that_another_run_of_the_command_woul
     )
     assert for_bundle(found) == for_bundle(again)
     assert for_bundle(found).command == "edgeprune deploy --run run"
-    assert "peak memory" not in render_html(for_bundle(found)).decode()
+    assert "in all, peak memory" not in render_html(for_bundle(found)).decode()
