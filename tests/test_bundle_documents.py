@@ -13,6 +13,7 @@ import yaml
 from bundle_fixture import facts, make_bundle
 from click.testing import CliRunner
 from pydantic import ValidationError
+from report_fixture import make_report
 from test_bundle_metadata import tflite_bundle
 
 from edgeprune import cli
@@ -20,7 +21,9 @@ from edgeprune.bundle.manifest import Manifest, Quality
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.schemas import SCHEMAS, schema_files
 from edgeprune.bundle.verify import verify
+from edgeprune.closing import for_bundle
 from edgeprune.records import read_json, to_json
+from edgeprune.report import render_html
 from edgeprune.specs import Workload
 
 SCHEMA_FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
@@ -231,3 +234,16 @@ def test_the_page_shows_what_verify_prints(tmp_path):
         return re.sub(r"[0-9.]+", "N", text)
 
     assert words(done.stdout) == words(quoted[1])
+
+
+def test_the_report_in_a_bundle_has_nothing_that_another_run_of_the_command_would_change():
+    found = make_report().model_copy(update={"command": "edgeprune deploy --run /home/ann/run"})
+    again = found.model_copy(
+        update={
+            "peak_memory_bytes": 7,
+            "stages": tuple(s.model_copy(update={"cached": not s.cached}) for s in found.stages),
+        }
+    )
+    assert for_bundle(found) == for_bundle(again)
+    assert for_bundle(found).command == "edgeprune deploy --run run"
+    assert "in all, peak memory" not in render_html(for_bundle(found)).decode()
