@@ -20,7 +20,8 @@ from edgeprune.errors import DeviceError
 from edgeprune.records import Record, read_yaml
 
 PINS_PATH = Path(__file__).with_name("runtime_pins.yaml")
-RUNTIME_PACKAGES = {name: package for name, (_, package) in RUNTIMES.items()}
+# What comes as wheels; TensorRT comes with the board's system.
+RUNTIME_PACKAGES = {n: package for n, (_, package) in RUNTIMES.items() if n != "tensorrt"}
 # PEP 425 and PEP 427: name-version(-build)?-python-abi-platform.whl; a platform may be several, joined by dots.
 _WHEEL = re.compile(
     r"^(?P<name>[A-Za-z0-9_.]+)-(?P<version>[0-9][A-Za-z0-9_.!+]*)-(?P<python>[a-z0-9.]+)"
