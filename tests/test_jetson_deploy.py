@@ -25,7 +25,7 @@ MISSED = 6
 def test_a_deployment_for_a_jetson_ships_what_its_board_can_build(tmp_path):
     home = tinynet.project(tmp_path / "project", recovery={"epochs": 0.2, "batch_size": 64})
     flags = ("--target", "jetson-orin-nano", "--latency", "80%", "--run", "run", "--json")
-    done = tinynet.edgeprune(home, "deploy", *flags)
+    done = tinynet.edgeprune(home, "deploy", *flags, timeout_s=900)
     found = Report.model_validate_json(done.stdout)
     assert done.returncode == (0 if found.passed else MISSED), done.stderr
     assert (found.stamp, found.shipped) == ("stand-in", "int8")
