@@ -111,7 +111,7 @@ def _runtimes_of(device: Device) -> list[str]:
     ):  # where LiteRT and onnxruntime run the files of runtimes for boards
         here = {"tflite-runtime": "litert", "tensorrt": "onnxruntime"}
         wanted = [here.get(name, name) for name in wanted]
-    return [name for name in dict.fromkeys(wanted) if name in RUNTIMES]
+    return [name for name in dict.fromkeys(wanted) if name in (*RUNTIMES, "tensorrt")]
 
 
 def _open(name: str, *, exclusive: bool) -> Board:
@@ -147,7 +147,8 @@ def setup(name: str, runtimes: Sequence[str], wheels: Path | None, quiet: bool) 
     from edgeprune import catalog
     from edgeprune.progress import Silent, Terminal
 
-    wanted = list(dict.fromkeys(runtimes)) or _runtimes_of(catalog.device(name))
+    of_wheels = [n for n in _runtimes_of(catalog.device(name)) if n in RUNTIMES]
+    wanted = list(dict.fromkeys(runtimes)) or of_wheels
     if not wanted:
         raise SpecError(
             f"no target of the device {name!r} says which runtime to set up",

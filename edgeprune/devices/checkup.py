@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 from edgeprune.devices import replies
+from edgeprune.devices.agent.runtimes import RUNTIMES as AGENT_RUNTIMES
 from edgeprune.devices.board import Board
 from edgeprune.devices.frames import Refusal
 from edgeprune.records import Record
@@ -91,7 +92,8 @@ def check_up(board: Board, needed: Sequence[str] = ()) -> Checkup:
     hello = asked(board, replies.Hello, "hello", {})
     offset_s = (hello.wall_clock_ns - (before_ns + time.time_ns()) / 2) / 1e9
     status = asked(board, replies.Status, "status", {})
-    runtimes = tuple(_runtime(board, name) for name in RUNTIMES)
+    names = dict.fromkeys([*RUNTIMES, *(name for name in needed if name in AGENT_RUNTIMES)])
+    runtimes = tuple(_runtime(board, name) for name in names)
     name, device = board.name, board.device
     findings = (
         *_machine(hello, device),
