@@ -6,7 +6,13 @@ import pytest
 from pydantic import ValidationError
 
 from edgeprune.devices.agent.environments import RUNTIMES, env_name
-from edgeprune.devices.runtime_pins import RUNTIME_PACKAGES, RuntimePins, Wheel, load_pins
+from edgeprune.devices.runtime_pins import (
+    RUNTIME_PACKAGES,
+    WITHOUT_WHEELS,
+    RuntimePins,
+    Wheel,
+    load_pins,
+)
 from edgeprune.errors import DeviceError
 
 PINS = load_pins()
