@@ -101,10 +101,9 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
             hint="the converter changed the model; try a target with another format",
         )
     return DenseFiles(
-        **files,
+        **{**files, "notes": (*notes, *files.get("notes", ()))},
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
-        notes=notes,
     )
 
 
@@ -117,7 +116,29 @@ def _net_files(
         found["cuttable"] = _both(context, context.form, model, folder, name)
     if context.ship is not context.whole:
         found["shipping"] = _both(context, context.ship, model, folder, name)
+    for precision, artifact in found.get("shipping", found).items():
+        if isinstance(artifact, Artifact):
+            _check_operators(context, artifact)
+            found["notes"] = (
+                *found.get("notes", ()),
+                *(f"{name} {precision}: {note}" for note in artifact.notes),
+            )
     return found
+
+
+def _check_operators(context: Context, artifact: Artifact) -> None:
+    """Nothing, when the runner that the target describes has every operator that the file needs beside its delegates.
+
+    Raises:
+        FormatError: it has not; names them.
+    """
+    available = context.job.target.operators
+    missing = sorted(set(artifact.operators) - set(available or artifact.operators))
+    if missing:
+        raise FormatError(
+            f"{artifact.path} needs operators that the runner of {context.job.target.name} lacks: {', '.join(missing)}",
+            hint="replace those operations in the model, or link the operators and add them to the target's `operators`",
+        )
 
 
 def _both(
@@ -352,9 +373,8 @@ def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFile
     files = _net_files(context, audible, folder, "pruned")
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
-        **files,
+        **{**files, "notes": (*notes, *files.get("notes", ()))},
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
-        notes=notes,
     )
 
 

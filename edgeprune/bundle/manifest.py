@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from edgeprune.errors import SpecError
 from edgeprune.records import Record
 from edgeprune.results import Artifact, Sha256, TensorSpec
-from edgeprune.specs import Name, Preprocess, Stamp
+from edgeprune.specs import BundleKind, Name, Preprocess, Stamp
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -28,6 +28,15 @@ GOLDEN_INPUTS = "golden/inputs.npy"
 GOLDEN_OUTPUTS = "golden/outputs.npy"
 TOLERANCE = "golden/tolerance.json"
 SAMPLE = "samples/python/predict.py"
+# What a bundle of each kind brings for its app, beside the sample in Python.
+APP_SAMPLES: Mapping[BundleKind, tuple[str, ...]] = {
+    "python": (),
+    "android": (
+        "samples/android/EdgepruneModel.kt",
+        "samples/android/build.gradle.kts",
+    ),
+    "ios": (),
+}
 REQUIRED = (RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE, SAMPLE)
 
 MIN_GOLDEN = 8

@@ -17,6 +17,7 @@ from edgeprune.bundle.archive import write_zip
 from edgeprune.bundle.golden import check_golden, default_tolerance, file_input, npy_bytes
 from edgeprune.bundle.integrity import labels_text, sums_text
 from edgeprune.bundle.manifest import (
+    APP_SAMPLES,
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
     LABELS,
@@ -38,6 +39,7 @@ from edgeprune.bundle.readme import readme_text
 from edgeprune.errors import IntegrityError, NoSpace, SpecError
 from edgeprune.records import sha256_bytes, to_json
 from edgeprune.results import Artifact
+from edgeprune.specs import BundleKind
 
 REPORT_HTML = "report/report.html"
 REPORT_JSON = "report/report.json"
@@ -55,6 +57,8 @@ class Payload:
         tolerance: how far a board may be from the golden outputs; :func:`~edgeprune.bundle.golden.default_tolerance` when ``None``.
         report_html: the report's page, if there is one.
         report_json: the report's record, if there is one.
+        kind: of the app that the bundle is for; it brings that app's sample beside the Python one.
+        golden_model: a model file with the golden samples inside, and its suffix, if the format has such files.
     """
 
     model: Artifact
@@ -64,6 +68,8 @@ class Payload:
     tolerance: Tolerance | None = None
     report_html: bytes | None = None
     report_json: bytes | None = None
+    kind: BundleKind = "python"
+    golden_model: tuple[str, bytes] | None = None
 
 
 def write_bundle(folder: Path, facts: Facts, payload: Payload) -> Path:
@@ -115,8 +121,11 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
         LABELS: ("labels", labels_text(facts.labels)),
         GOLDEN_INPUTS: ("golden", npy_bytes(payload.golden_inputs)),
         GOLDEN_OUTPUTS: ("golden", npy_bytes(payload.golden_outputs)),
-        SAMPLE: ("sample", _sample_bytes()),
+        **{path: ("sample", _sample_bytes(path)) for path in (SAMPLE, *APP_SAMPLES[payload.kind])},
     }
+    if payload.golden_model is not None:
+        golden_suffix, content = payload.golden_model
+        files[f"golden/model.{precision}{golden_suffix}"] = ("golden", content)
     for path, content in ((REPORT_HTML, payload.report_html), (REPORT_JSON, payload.report_json)):
         if content is not None:
             files[path] = ("report", content)
@@ -176,8 +185,8 @@ def _model_bytes(payload: Payload) -> bytes:
     return content
 
 
-def _sample_bytes() -> bytes:
-    return importlib.resources.files("edgeprune.bundle").joinpath(SAMPLE).read_bytes()
+def _sample_bytes(path: str) -> bytes:
+    return importlib.resources.files("edgeprune.bundle").joinpath(path).read_bytes()
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:

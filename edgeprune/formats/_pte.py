@@ -227,4 +227,3 @@ def _node(entry: Table, values: dict[int, Tensor]) -> Operation:
     else:
         macs = result.size * source.shape[-1]
     return Operation(name, macs, {source.dtype, weight.dtype} <= {"int8", "uint8"})
-

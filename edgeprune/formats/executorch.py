@@ -140,8 +140,7 @@ class ExecutorchFormat:
                 converted = tools.convert(prepared)
         except Exception as error:
             raise FormatError(f"torchao could not quantise the model: {_reason(error)}") from error
-        found = self._written(tools, converted, samples[:1], path, floats=_float_layers(converted))
-        return found
+        return self._written(tools, converted, samples[:1], path, floats=_float_layers(converted))
 
     def _written(
         self,
@@ -173,8 +172,8 @@ class ExecutorchFormat:
     def describe(self, path: Path) -> Artifact:
         """The record of a file.
 
-        ``op_counts`` counts XNNPACK nodes as ``xnnpack:Conv2d``, those of them on 8-bit integers as ``int8:Conv2d``, operators of the runtime
-        by name, weights by type, and multiply-accumulates: ``macs``, ``macs:xnnpack``, ``macs:int8``.
+        ``op_counts`` counts XNNPACK nodes as ``xnnpack:Conv2d``, those on 8-bit integers as ``int8:Conv2d``, operators of the runtime by
+        name, weights by type, and multiply-accumulates: ``macs``, ``macs:xnnpack``, ``macs:int8``.
 
         Raises:
             FormatError: it is no ExecuTorch program.
@@ -212,6 +211,41 @@ class ExecutorchFormat:
             FormatError: always; names the twin.
         """
         raise cut_in_place_of(self.info)
+
+
+def golden_file(file: Path, inputs: np.ndarray, outputs: np.ndarray) -> tuple[str, bytes]:
+    """The program with its golden samples inside, which ExecuTorch's own runner compares on the phone: ``(".bpte", content)``.
+
+    Args:
+        file: the program.
+        inputs: ``float32 [N, ...]``, one test case each.
+        outputs: what it answers to them, ``float32 [N, K]``.
+
+    Raises:
+        MissingTool: ExecuTorch is not installed.
+    """
+    import torch
+
+    from edgeprune.formats.tflite import quiet
+
+    try:
+        with quiet():
+            from executorch.devtools import BundledProgram
+            from executorch.devtools.bundled_program.config import MethodTestCase, MethodTestSuite
+            from executorch.devtools.bundled_program.serialize import (
+                serialize_from_bundled_program_to_flatbuffer,
+            )
+    except ImportError as error:
+        raise MissingTool("executorch", "executorch") from error
+    rows = [
+        (torch.from_numpy(inputs[i : i + 1].copy()), torch.from_numpy(outputs[i : i + 1].copy()))
+        for i in range(len(inputs))
+    ]
+    cases = [MethodTestCase(inputs=[x], expected_outputs=[y]) for x, y in rows]
+    with quiet():
+        suite = MethodTestSuite(method_name="forward", test_cases=cases)
+        bundled = BundledProgram(None, [suite], pte_file_path=str(file))
+        return ".bpte", bytes(serialize_from_bundled_program_to_flatbuffer(bundled))
 
 
 def missing_operators(needed: Iterable[str], available: Collection[str]) -> tuple[str, ...]:
