@@ -28,7 +28,7 @@ from edgeprune.context import Context, Job
 from edgeprune.errors import ModelError
 from edgeprune.formats import Resizable, golden_file
 from edgeprune.planning import Stand
-from edgeprune.results import Artifact, PruningPlan, Report, SustainedRun
+from edgeprune.results import Artifact, Gate, PruningPlan, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
     DenseFiles,
@@ -132,7 +132,7 @@ class Closing:
             TestQuality,
             lambda _: stages.test_quality(context, self.four[shipped][0]),
         )
-        gates = (
+        gates: tuple[Gate, ...] = (
             verdict.latency_gate(measured, job.budget, choice.precision),
             verdict.quality_gate(measured, job.max_drop, choice.precision),
             verdict.numerics_gate(

@@ -124,8 +124,8 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
         **{path: ("sample", _sample_bytes(path)) for path in (SAMPLE, *APP_SAMPLES[payload.kind])},
     }
     if payload.golden_model is not None:
-        golden_suffix, content = payload.golden_model
-        files[f"golden/model.{precision}{golden_suffix}"] = ("golden", content)
+        golden_suffix, golden_bytes = payload.golden_model
+        files[f"golden/model.{precision}{golden_suffix}"] = ("golden", golden_bytes)
     for path, content in ((REPORT_HTML, payload.report_html), (REPORT_JSON, payload.report_json)):
         if content is not None:
             files[path] = ("report", content)

@@ -1,5 +1,5 @@
-// The model of this bundle in an Android app. Not compiled here: written against the API of org.pytorch:executorch-android.
-//
+// The model of this bundle in an Android app, by org.pytorch:executorch-android. Not compiled here for Android: a Kotlin compiler
+// took it with declarations in place of the Android SDK and of ExecuTorch, and it never ran on a phone.
 // Copy these files of the bundle into app/src/main/assets/edgeprune/, with their folders: models/, golden/, preprocess.json, labels.txt
 //
 //   val model = EdgepruneModel(context)
@@ -7,7 +7,6 @@
 //   val best = model.classify(bitmap).first()  // label to score
 
 package edgeprune
-
 import android.content.Context
 import android.graphics.Bitmap
 import android.graphics.Color
@@ -26,9 +25,7 @@ class EdgepruneModel(private val context: Context, private val folder: String = 
 
     private val recipe = JSONObject(bytes("preprocess.json").decodeToString())
     private val shape = longs(recipe.getJSONObject("input").getJSONArray("shape")) // [1, channels, height, width]
-    private val channels = shape[1].toInt()
-    private val height = shape[2].toInt()
-    private val width = shape[3].toInt()
+    private val (channels, height, width) = shape.drop(1).map { it.toInt() }
     private val mean = floats("mean")
     private val std = floats("std")
     val labels: List<String> = bytes("labels.txt").decodeToString().trim('\n').split("\n")
@@ -96,7 +93,6 @@ class EdgepruneModel(private val context: Context, private val folder: String = 
     }
 
     private fun longs(list: JSONArray) = LongArray(list.length()) { list.getLong(it) }
-
     private fun floats(name: String): FloatArray {
         val list = recipe.getJSONObject("preprocess").getJSONArray(name)
         return FloatArray(list.length()) { list.getDouble(it).toFloat() }
