@@ -101,7 +101,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
             hint="the converter changed the model; try a target with another format",
         )
     return DenseFiles(
-        **{**files, "notes": (*notes, *files.get("notes", ()))},
+        **{**files, "notes": (*notes, *files["notes"])},
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
     )
@@ -116,13 +116,12 @@ def _net_files(
         found["cuttable"] = _both(context, context.form, model, folder, name)
     if context.ship is not context.whole:
         found["shipping"] = _both(context, context.ship, model, folder, name)
-    for precision, artifact in found.get("shipping", found).items():
-        if isinstance(artifact, Artifact):
-            _check_operators(context, artifact)
-            found["notes"] = (
-                *found.get("notes", ()),
-                *(f"{name} {precision}: {note}" for note in artifact.notes),
-            )
+    shipped: Mapping[str, Artifact] = found.get("shipping") or {
+        p: found[p] for p in ("fp32", "int8")
+    }
+    for artifact in shipped.values():
+        _check_operators(context, artifact)
+    found["notes"] = tuple(f"{name} {p}: {note}" for p, a in shipped.items() for note in a.notes)
     return found
 
 
@@ -373,7 +372,7 @@ def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFile
     files = _net_files(context, audible, folder, "pruned")
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
-        **{**files, "notes": (*notes, *files.get("notes", ()))},
+        **{**files, "notes": (*notes, *files["notes"])},
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
     )
 

@@ -77,13 +77,14 @@ def _how_to_run(manifest: Manifest) -> str:
 def _android_text(manifest: Manifest) -> str:
     runtime = manifest.runtime
     return f"""1. Copy `models/`, `golden/`, `preprocess.json` and `labels.txt` into `app/src/main/assets/edgeprune/`.
-2. Take the lines of `samples/android/build.gradle.kts` into the app's; the release is {runtime.min_version}, which this file was tried with.
+2. Take the lines of `samples/android/build.gradle.kts` into the app's; this file was tried with
+   release {runtime.min_version}.
 3. Add `samples/android/EdgepruneModel.kt` to the sources: `EdgepruneModel(context).classify(bitmap)` gives labels with scores, and
    `goldenCheck()` says whether the phone answers as this bundle says.
 
 The sample was not compiled for Android by the maker of this bundle, and nothing here was run on a phone unless the stamp below says so.
-`golden/` also holds the model with its samples inside, for ExecuTorch's own `executor_runner` built with bundled programs. On a computer with
-Python, `pip install numpy pillow executorch` and `python samples/python/predict.py --check` run the same file.
+`golden/` also holds the model with its samples inside, for ExecuTorch's own `executor_runner` built with bundled programs.
+On a computer with Python, `pip install numpy pillow executorch` and `python samples/python/predict.py --check` run the same file.
 """
 
 
