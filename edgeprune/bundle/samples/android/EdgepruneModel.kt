@@ -25,7 +25,9 @@ class EdgepruneModel(private val context: Context, private val folder: String = 
 
     private val recipe = JSONObject(bytes("preprocess.json").decodeToString())
     private val shape = longs(recipe.getJSONObject("input").getJSONArray("shape")) // [1, channels, height, width]
-    private val (channels, height, width) = shape.drop(1).map { it.toInt() }
+    private val channels = shape[1].toInt()
+    private val height = shape[2].toInt()
+    private val width = shape[3].toInt()
     private val mean = floats("mean")
     private val std = floats("std")
     val labels: List<String> = bytes("labels.txt").decodeToString().trim('\n').split("\n")
@@ -34,8 +36,7 @@ class EdgepruneModel(private val context: Context, private val folder: String = 
         val name = recipe.getString("model")
         // The runtime reads a path. A file of another version of the app must not be used again, hence the size in its name.
         val content = bytes(name)
-        val file = File(context.filesDir, "edgeprune-${content.size}-${File(name).name}")
-        file.writeBytes(content)
+        val file = File(context.filesDir, "edgeprune-${content.size}-${File(name).name}").apply { writeBytes(content) }
         Module.load(file.path)
     }
 
@@ -80,9 +81,8 @@ class EdgepruneModel(private val context: Context, private val folder: String = 
             found.indices.forEach { error = maxOf(error, abs(found[it] - wanted[it]).toDouble()) }
             if (found.indices.maxByOrNull { found[it] } == wanted.indices.maxByOrNull { wanted[it] }) same++
         }
-        val needed = rules.getJSONObject("tolerance").getDouble("min_argmax_agreement")
-        val share = same.toDouble() / n
-        return Golden(error <= rules.getDouble("max_abs_error") * 1.001 && share >= needed, error, share)
+        val enough = same >= n * rules.getJSONObject("tolerance").getDouble("min_argmax_agreement")
+        return Golden(enough && error <= rules.getDouble("max_abs_error") * 1.001, error, same.toDouble() / n)
     }
 
     private fun bytes(name: String) = context.assets.open("$folder/$name").use { it.readBytes() }
