@@ -83,10 +83,8 @@ def load_tflite(content, threads):
 def load_executorch(content, threads):
     """A function from one input to one output, run by ExecuTorch for Python, which needs torch."""
     import torch
-    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    portable_lib._unsafe_reset_threadpool(threads)
     method = Runtime.get().load_program(content).load_method("forward")
     return lambda x: method.execute([torch.from_numpy(x)])[0].numpy()
 
@@ -107,9 +105,9 @@ def main(argument):
     """Check the golden samples, or classify one file."""
     recipe = json.loads(checked("preprocess.json").decode("utf-8"))
     loaders = {".onnx": load_onnx, ".tflite": load_tflite, ".pte": load_executorch}
-    load = loaders.get(Path(recipe["model"]).suffix)
-    if load is None:
-        sys.exit("FAIL: %s runs in an app only, not in Python" % recipe["model"])
+    load = loaders.get(Path(recipe["model"]).suffix) or sys.exit(
+        "FAIL: this file runs in an app only"
+    )
     run = load(checked(recipe["model"]), recipe["runtime"]["threads"])
     if argument == "--check":
         rules = json.loads(checked("golden/tolerance.json").decode("utf-8"))
