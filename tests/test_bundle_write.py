@@ -222,7 +222,7 @@ def test_the_sample_program_is_short_and_speaks_python_3_8() -> None:
     import ast
 
     source = (Path(write.__file__).parent / "samples/python/predict.py").read_text()
-    assert len(source.splitlines()) <= 130
+    assert len(source.splitlines()) <= 135
     ast.parse(source, feature_version=(3, 8))
 
 
