@@ -408,6 +408,7 @@ def doctor() -> None:
         "core": ("torch", "torch-pruning", "paramiko", "numpy"),
         "tflite": ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
         "onnx": ("onnx", "onnxruntime", "onnxscript"),
+        "executorch": ("executorch", "torchao"),
     }
     for extra, packages in wanted.items():
         found = []
@@ -416,8 +417,8 @@ def doctor() -> None:
                 found.append(f"{package} {metadata.version(package)}")
             except metadata.PackageNotFoundError:
                 found.append(f"{package} MISSING (pip install 'edgeprune[{extra}]')")
-        click.echo(f"{extra:8} {', '.join(found)}")
-    click.echo(f"devices  {', '.join(catalog.devices())}")
+        click.echo(f"{extra:10} {', '.join(found)}")
+    click.echo(f"devices    {', '.join(catalog.devices())}")
 
 
 def _progress(quiet: bool) -> Progress:

@@ -26,7 +26,7 @@ from edgeprune.compress.source import model_source
 from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
 from edgeprune.errors import ModelError
-from edgeprune.formats import Resizable
+from edgeprune.formats import Resizable, golden_file
 from edgeprune.planning import Stand
 from edgeprune.results import Artifact, Gate, PruningPlan, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
@@ -274,6 +274,8 @@ class Closing:
         raw = job.loaded.dataset.development.head(GOLDEN_SAMPLES)
         x = context.development[: len(raw)].numpy()
         answers = context.run_file(context.host, asked, x).numpy()
+        shipped_file = self.files.path(artifact.path)
+        golden = golden_file(context.ship, shipped_file, x, answers)
         row = next(
             r for r in found.variants if (r.variant, r.precision) == ("pruned", found.shipped)
         )
@@ -327,12 +329,13 @@ class Closing:
             ),
             Payload(
                 model=artifact,
-                model_file=self.files.path(artifact.path),
+                model_file=shipped_file,
                 golden_inputs=np.ascontiguousarray(raw.x),
                 golden_outputs=answers,
                 report_html=report.render_html(shown),
                 report_json=records.to_json(shown),
                 repro=_repro(job, found),
+                golden_model=golden,
             ),
         )
 

@@ -34,8 +34,7 @@ class TensorSpec(Record):
 class Artifact(Record):
     """One model file, by content. ``path`` is relative to the run folder or the bundle.
 
-    ``operators`` are those that the runtime must have beside its delegates, where it may lack some; ``notes`` is what the toolchain did
-    that the user of the file should know, one line each.
+    ``operators`` are what the runtime must have beside its delegates; ``notes`` is what the user of the file should know of its conversion.
     """
 
     path: str
@@ -442,10 +441,7 @@ class ProfileReport(Record):
 
 
 class Gate(Record):
-    """One promise, judged on the exported file on the device.
-
-    A gate that could not be judged, because nothing here runs the file, has ``not_run`` and is never ``met``; it is not missed either.
-    """
+    """One promise, judged on the exported file on the device; ``not_run`` where nothing here runs it: then neither met nor missed."""
 
     name: Literal["latency", "accuracy", "agreement", "numerics"]
     limit: float
@@ -457,7 +453,7 @@ class Gate(Record):
 
     @property
     def missed(self) -> bool:
-        """Whether it was judged, and broken."""
+        """Whether it was judged and broken."""
         return not self.met and not self.not_run
 
     @model_validator(mode="after")

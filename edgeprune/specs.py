@@ -25,6 +25,7 @@ SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}$"  # of a licence, such as Apache-2
 FormatName = Literal["tflite", "onnx", "tensorrt", "executorch", "coreml"]
 Precision = Literal["fp32", "int8"]
 Stamp = Literal["measured", "stand-in", "emulated"]
+BundleKind = Literal["python", "android", "ios"]
 
 
 class Fact(Record):
@@ -108,7 +109,9 @@ class Target(Record):
     quantization: Quantization = Quantization()
     latency: str = "60%"
     max_drop: str = "1%"
-    bundle: Literal["python", "android", "ios"] = "python"
+    bundle: BundleKind = "python"
+    # What the runner of the app registers, where that is less than the runtime on this machine has; for formats with delegates.
+    operators: tuple[str, ...] | None = None
 
     @field_validator("latency")
     @classmethod

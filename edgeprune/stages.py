@@ -112,10 +112,9 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
             hint="the converter changed the model; try a target with another format",
         )
     return DenseFiles(
-        **files,
+        **{**files, "notes": (*notes, *doubts, *files["notes"])},
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
-        notes=(*notes, *doubts),
         int8_types="" if chosen is None else chosen.types.name,
         types=() if chosen is None else chosen.rows,
     )
@@ -130,7 +129,37 @@ def _net_files(
         found["cuttable"] = _both(context, context.form, model, folder, name)
     if context.ship is not context.whole:
         found["shipping"] = _both(context, context.ship, model, folder, name)
+    found["notes"] = _shipped_notes(context, found, name)
     return found
+
+
+def _shipped_notes(context: Context, files: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """What the user of the shipped files must know; their operators are checked first.
+
+    Raises:
+        FormatError: as :func:`_check_operators`.
+    """
+    shipped: Mapping[str, Artifact] = files.get("shipping") or {
+        p: files[p] for p in ("fp32", "int8")
+    }
+    for artifact in shipped.values():
+        _check_operators(context, artifact)
+    return tuple(f"{name} {p}: {note}" for p, a in shipped.items() for note in a.notes)
+
+
+def _check_operators(context: Context, artifact: Artifact) -> None:
+    """Nothing, when the runner that the target describes has every operator that the file needs beside its delegates.
+
+    Raises:
+        FormatError: it has not; names them.
+    """
+    available = context.job.target.operators
+    missing = sorted(set(artifact.operators) - set(available or artifact.operators))
+    if missing:
+        raise FormatError(
+            f"{artifact.path} needs operators that the runner of {context.job.target.name} lacks: {', '.join(missing)}",
+            hint="replace those operations in the model, or link the operators and add them to the target's `operators`",
+        )
 
 
 def _both(
@@ -396,13 +425,13 @@ def pruned_files(
     files["int8"] = quantised.artifact
     if context.ship is not context.whole:
         files["shipping"] = _both(context, context.ship, audible, folder, "pruned")
+    files["notes"] = _shipped_notes(context, files, "pruned")
     for path in (fp32_path, int8_path):
         check_runtime(context.whole, path, context.job.shipped_runtime)
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
-        **files,
+        **{**files, "notes": (*notes, *quantised.report.lines(), *files["notes"])},
         built_in_agreement=_built_in_agreement(context, int8_path, x),
-        notes=(*notes, *quantised.report.lines()),
         quantised=quantised.report,
     )
 

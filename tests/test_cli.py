@@ -20,7 +20,7 @@ from edgeprune.specs import Profile, Target, Workload
 from edgeprune.stage_records import PlanResult
 from edgeprune.workload import from_objects
 
-COMMANDS = ("compare", "deploy", "devices", "doctor", "init", "profile", "profiles", "report", 
+COMMANDS = ("compare", "deploy", "devices", "doctor", "init", "profile", "profiles", "report",
     "search", "targets", "verify", "bundle")  # fmt: skip
 
 

@@ -9,6 +9,7 @@ _PACKAGES = {
     "litert": "ai-edge-litert",
     "tflite-runtime": "tflite-runtime 'numpy<2'",
     "onnxruntime": "onnxruntime",
+    "executorch": "executorch",
 }
 
 
@@ -39,9 +40,7 @@ def readme_text(manifest: Manifest) -> bytes:
     table = "".join(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in rows)
     text = f"""{title}
 
-## Run it on the board
-
-{_run_text(manifest)}
+{_how_to_run(manifest)}
 ## What it is
 
 | | |
@@ -83,6 +82,26 @@ def _embedded(manifest: Manifest) -> str:
     if not manifest.embedded:
         return "The model file itself carries no texts."
     return "The model file itself carries its name, preprocessing and labels, so that it can be told apart without this folder."
+
+
+def _how_to_run(manifest: Manifest) -> str:
+    if any(file.path.startswith("samples/android/") for file in manifest.files):
+        return f"## Run it in an Android app\n\n{_android_text(manifest)}"
+    return f"## Run it on the board\n\n{_run_text(manifest)}"
+
+
+def _android_text(manifest: Manifest) -> str:
+    runtime = manifest.runtime
+    return f"""1. Copy `models/`, `golden/`, `preprocess.json` and `labels.txt` into `app/src/main/assets/edgeprune/`.
+2. Take the lines of `samples/android/build.gradle.kts` into the app's; this file was tried with
+   release {runtime.min_version}.
+3. Add `samples/android/EdgepruneModel.kt` to the sources: `EdgepruneModel(context).classify(bitmap)` gives labels with scores, and
+   `goldenCheck()` says whether the phone answers as this bundle says.
+
+The sample was not compiled for Android by the maker of this bundle, and nothing here was run on a phone unless the stamp below says so.
+`golden/` also holds the model with its samples inside, for ExecuTorch's own `executor_runner` built with bundled programs.
+On a computer with Python, `pip install numpy pillow executorch` and `python samples/python/predict.py --check` run the same file.
+"""
 
 
 def _run_text(manifest: Manifest) -> str:

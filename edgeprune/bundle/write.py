@@ -71,6 +71,7 @@ class Payload:
         report_html: the report's page, if there is one.
         report_json: the report's record, if there is one.
         repro: files of ``repro/`` by path; see :func:`~edgeprune.bundle.repro.repro_files`.
+        golden_model: a model file with the golden samples inside, and its suffix, if the format has such files.
     """
 
     model: Artifact
@@ -81,6 +82,7 @@ class Payload:
     report_html: bytes | None = None
     report_json: bytes | None = None
     repro: Mapping[str, bytes] = field(default_factory=dict)
+    golden_model: tuple[str, bytes] | None = None
 
 
 def write_bundle(folder: Path, facts: Facts, payload: Payload) -> Path:
@@ -135,6 +137,9 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
     }
     if model.format == "tensorrt":
         files[JETSON_SAMPLE] = ("sample", sample_files("jetson")[JETSON_SAMPLE])
+    if payload.golden_model is not None:
+        golden_suffix, golden_bytes = payload.golden_model
+        files[f"golden/model.{model.precision}{golden_suffix}"] = ("golden", golden_bytes)
     for path, content in ((REPORT_HTML, payload.report_html), (REPORT_JSON, payload.report_json)):
         if content is not None:
             files[path] = ("report", content)

@@ -240,6 +240,27 @@ def load(name: str) -> Format:
     return found
 
 
+def golden_file(
+    form: Format, file: Path, inputs: np.ndarray, outputs: np.ndarray
+) -> tuple[str, bytes] | None:
+    """A model file that carries the golden samples, as ``(suffix, content)``, where the format has such files.
+
+    The module of a format that has them offers a function of this name that takes the last three arguments.
+
+    Args:
+        form: the format.
+        file: a file of it.
+        inputs: samples as the file takes them, ``float32 [N, ...]``.
+        outputs: its answers, ``float32 [N, K]``.
+    """
+    module = importlib.import_module(f"edgeprune.formats.{form.info.name}")
+    make = getattr(module, "golden_file", None)
+    if make is None:
+        return None
+    suffix, content = make(file, inputs, outputs)
+    return str(suffix), bytes(content)
+
+
 __all__ = [
     "DEFAULT_OPTIONS",
     "Format",
@@ -252,6 +273,7 @@ __all__ = [
     "Versioned",
     "check_runtime",
     "cut_in_place_of",
+    "golden_file",
     "load",
     "names",
 ]

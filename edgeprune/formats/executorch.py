@@ -225,6 +225,41 @@ class ExecutorchFormat:
         raise cut_in_place_of(self.info)
 
 
+def golden_file(file: Path, inputs: np.ndarray, outputs: np.ndarray) -> tuple[str, bytes]:
+    """The program with its golden samples inside, which ExecuTorch's own runner compares on the phone: ``(".bpte", content)``.
+
+    Args:
+        file: the program.
+        inputs: ``float32 [N, ...]``, one test case each.
+        outputs: what it answers to them, ``float32 [N, K]``.
+
+    Raises:
+        MissingTool: ExecuTorch is not installed.
+    """
+    import torch
+
+    from edgeprune.formats.tflite import quiet
+
+    try:
+        with quiet():
+            from executorch.devtools import BundledProgram
+            from executorch.devtools.bundled_program.config import MethodTestCase, MethodTestSuite
+            from executorch.devtools.bundled_program.serialize import (
+                serialize_from_bundled_program_to_flatbuffer,
+            )
+    except ImportError as error:
+        raise MissingTool("executorch", "executorch") from error
+    rows = [
+        (torch.from_numpy(inputs[i : i + 1].copy()), torch.from_numpy(outputs[i : i + 1].copy()))
+        for i in range(len(inputs))
+    ]
+    cases = [MethodTestCase(inputs=[x], expected_outputs=[y]) for x, y in rows]
+    with quiet():
+        suite = MethodTestSuite(method_name="forward", test_cases=cases)
+        bundled = BundledProgram(None, [suite], pte_file_path=str(file))
+        return ".bpte", bytes(serialize_from_bundled_program_to_flatbuffer(bundled))
+
+
 def missing_operators(needed: Iterable[str], available: Collection[str]) -> tuple[str, ...]:
     """Operators of a program that a runtime lacks.
 

@@ -80,6 +80,15 @@ def load_tflite(content, threads):
     return run
 
 
+def load_executorch(content, threads):
+    """A function from one input to one output, run by ExecuTorch for Python, which needs torch."""
+    import torch
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(content).load_method("forward")
+    return lambda x: method.execute([torch.from_numpy(x)])[0].numpy()
+
+
 def read_sample(path, recipe):
     """A raw sample from a .npy file or an image file."""
     if path.endswith(".npy"):
@@ -95,7 +104,10 @@ def read_sample(path, recipe):
 def main(argument):
     """Check the golden samples, or classify one file."""
     recipe = json.loads(checked("preprocess.json").decode("utf-8"))
-    load = load_onnx if recipe["model"].endswith(".onnx") else load_tflite
+    loaders = {".onnx": load_onnx, ".tflite": load_tflite, ".pte": load_executorch}
+    load = loaders.get(Path(recipe["model"]).suffix) or sys.exit(
+        "FAIL: this file runs in an app only"
+    )
     run = load(checked(recipe["model"]), recipe["runtime"]["threads"])
     if argument == "--check":
         rules = json.loads(checked("golden/tolerance.json").decode("utf-8"))
