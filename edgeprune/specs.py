@@ -23,6 +23,8 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 FormatName = Literal["tflite", "onnx", "tensorrt", "executorch", "coreml"]
 Precision = Literal["fp32", "int8"]
+# What a file stores: in the "fp32" place of a target for Apple devices stands a file in half precision.
+FilePrecision = Literal["fp32", "fp16", "int8"]
 Stamp = Literal["measured", "stand-in", "emulated"]
 
 

@@ -19,6 +19,7 @@ LAYERS = {
     "version": 0,
     "errors": 0,
     "records": 0,
+    "folders": 1,
     "orderstats": 0,
     "specs": 1,
     "results": 1,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from edgeprune.errors import UnknownName
+from edgeprune.errors import FormatError, UnknownName
 from edgeprune.results import Artifact
+from edgeprune.specs import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,13 +21,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FormatInfo:
-    """Facts about a format: its file suffix, the runtimes that can run it, and the extra that installs its toolchain."""
+    """Facts about a format: its file suffix, the runtimes that can run it, and the extra that installs its toolchain.
+
+    A file of some formats cannot be cut to other widths in place. ``twin`` names the format with the same kernels whose files are cut and
+    timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.converted.Converted`). Without a twin it
+    is ``""``. ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
+    """
 
     name: str
     suffix: str
     runtimes: tuple[str, ...]
     extra: str
     layout: str  # layout of image inputs inside the file: NHWC or NCHW
+    twin: str = ""
+    built_in_kernels: bool = True
+
+
+@dataclass(frozen=True)
+class AppFacts:
+    """What a file can say to the app that ships it, for formats that have a place for it.
+
+    ``labels`` name the outputs in order. ``int8_scheme`` is the one of the profile that ships, ``compute_units`` which processors the app
+    should ask for. ``notes`` are further facts by name; they must not change with the day, so that equal nets give equal files.
+    """
+
+    preprocess: Preprocess
+    labels: tuple[str, ...] | None = None
+    description: str = ""
+    author: str = ""
+    license: str = ""
+    version: str = ""
+    int8_scheme: str = ""
+    compute_units: str = "ALL"
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,13 +120,26 @@ class Format(Protocol):
         """
         ...
 
-    def quantize(self, fp32: Path, calibration: np.ndarray, path: Path) -> Artifact:
+    def quantize(
+        self,
+        fp32: Path,
+        calibration: np.ndarray,
+        path: Path,
+        *,
+        model: nn.Module | None = None,
+    ) -> Artifact:
         """Write the static INT8 file (per-channel weights) of an FP32 file.
 
         Args:
             fp32: a file that :meth:`export` wrote.
             calibration: real inputs as the torch model sees them, ``float32 [N, C, H, W]``.
             path: where the file goes; written atomically.
+            model: what ``fp32`` was exported from, in eval mode; not changed. Callers always give it: formats with a twin quantise the
+                model, because their files cannot be read back. The others need ``fp32`` alone.
+
+        Raises:
+            FormatError: the toolchain refused the file or the model, or a model is needed and was not given.
+            ModelError: a sample is not finite, or there is none.
         """
         ...
 
@@ -118,9 +158,40 @@ class Format(Protocol):
         """Pair two exports of the same precision. ``full`` and ``changed`` are the group widths of each.
 
         Raises:
-            FormatError: the two files are not the same graph, or a dimension fits no group.
+            FormatError: the two files are not the same graph, or a dimension fits no group; or the format has a twin, whose files are
+                cut in place of its own.
         """
         ...
+
+
+@runtime_checkable
+class ForApps(Protocol):
+    """A format whose files carry what an app wants to know."""
+
+    def for_app(self, facts: AppFacts) -> Format:
+        """The same format, for one app."""
+        ...
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+    """A format whose files can be worked out here without their runtime: evidence of what is in the file, never a run."""
+
+    def evaluate(self, path: Path, x: np.ndarray) -> np.ndarray:
+        """Logits ``[N, K]`` for samples as the torch model sees them.
+
+        Raises:
+            FormatError: the file has an operation that is not worked out.
+        """
+        ...
+
+
+def cut_in_place_of(info: FormatInfo) -> FormatError:
+    """The error of :meth:`Format.resizable` of a format with a twin."""
+    return FormatError(
+        f"files of {info.name} cannot be cut to other widths",
+        hint=f"use those of its twin, {info.twin}",
+    )
 
 
 def names() -> list[str]:
@@ -145,4 +216,16 @@ def load(name: str) -> Format:
     return found
 
 
-__all__ = ["Format", "FormatInfo", "Kernel", "Resizable", "Sequence", "load", "names"]
+__all__ = [
+    "AppFacts",
+    "Evaluated",
+    "ForApps",
+    "Format",
+    "FormatInfo",
+    "Kernel",
+    "Resizable",
+    "Sequence",
+    "cut_in_place_of",
+    "load",
+    "names",
+]
