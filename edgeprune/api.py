@@ -148,7 +148,7 @@ def deploy(
         progress: where to report; nowhere when not given.
 
     Returns:
-        The report; ``report.passed`` says whether every gate was met. The bundle lies in the run folder.
+        The report; ``report.passed`` says whether every gate was judged and met. The bundle lies in the run folder.
 
     Raises:
         SpecError, ModelError, DeviceError, FormatError, BudgetError: see :mod:`edgeprune.errors`.

@@ -50,7 +50,7 @@ GOLDEN_SAMPLES = 16
 PRUNED_FILE, SOURCE_FILE = "pruned.safetensors", "pruned.py"
 PACKAGES = (
     "torch", "torch-pruning", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert",
-    "onnx", "onnxruntime", "onnxscript", "paramiko", "pydantic", "safetensors",
+    "onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "paramiko", "pydantic", "safetensors",
 )  # fmt: skip
 
 
@@ -138,12 +138,15 @@ class Closing:
             verdict.numerics_gate(
                 quality.result.device_agreement[choice.precision],
                 self.files.result.built_in_agreement if choice.precision == "int8" else 1.0,
+                not_run="" if context.runs_ship else context.notes[0],
             ),
         )
+        if not context.runs_ship:
+            gates = tuple(verdict.of_twin(g, context.form.info.name) for g in gates)
         found = self._report(measured, choice, gates, quality.result, test.result)
         with self.run.timed("bundle and report", "other"):
             folder = self.run.path / "bundle"
-            self._write(found, folder, self.four[shipped])
+            self._write(found, folder, self.four[shipped][0])
             save_pruned(self.model, self.run.path / PRUNED_FILE, self.context.job.loaded.model)
             self._write_source()
         found = found.model_copy(update={"stages": tuple(self.run.costs)})
@@ -250,12 +253,13 @@ class Closing:
         if self.context.is_host:
             yield "host and device are the same machine; each file was run once"
 
-    def _write(self, found: Report, folder: Path, shipped: tuple[Path, Artifact]) -> None:
+    def _write(self, found: Report, folder: Path, asked: Path) -> None:
+        """The bundle; the golden answers are those of the file ``asked``, which is the one that ships where that runs here."""
         context, job = self.context, self.context.job
-        path, artifact = shipped
+        artifact = self.files.result.shipped(found.shipped)
         raw = job.loaded.dataset.development.head(GOLDEN_SAMPLES)
         x = context.development[: len(raw)].numpy()
-        answers = context.run_file(context.host, path, x).numpy()
+        answers = context.run_file(context.host, asked, x).numpy()
         row = next(
             r for r in found.variants if (r.variant, r.precision) == ("pruned", found.shipped)
         )
@@ -270,10 +274,11 @@ class Closing:
                 edgeprune_version=VERSION,
                 target=job.target.name,
                 profile=job.profile.name,
-                failed_gates=tuple(g.name for g in found.gates if not g.met),
+                failed_gates=tuple(g.name for g in found.gates if g.missed),
+                not_run=tuple(g.name for g in found.gates if g.not_run),
                 runtime=RuntimeNeed(
                     name=job.target.runtime.name,
-                    min_version=context.proof.runtime_version(job.target.runtime.name),
+                    min_version=context.shipping_version(),
                     threads=job.target.runtime.threads,
                 ),
                 preprocess=job.loaded.preprocess,
@@ -304,7 +309,7 @@ class Closing:
             ),
             Payload(
                 model=artifact,
-                model_file=path,
+                model_file=self.files.path(artifact.path),
                 golden_inputs=np.ascontiguousarray(raw.x),
                 golden_outputs=answers,
                 report_html=report.render_html(found),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,12 @@ from edgeprune.devices.recording import recording_path
 from edgeprune.formats import Format
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_file
-from edgeprune.results import Artifact, FrozenGroup, LedgerEntry
+from edgeprune.results import Artifact, Fingerprint, FrozenGroup, LedgerEntry, Measurement
 from edgeprune.specs import Budget, Device, Precision, Profile, Runtime, Target
 from edgeprune.workload import LoadedWorkload
 
 INFER_CHUNK = 256
+NOT_RUN = "not run"
 PIXEL_SEED = 20261123
 # tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine.
 STAND_IN_RUNTIMES: dict[str, Literal["litert"]] = {"tflite-runtime": "litert"}
@@ -65,16 +66,32 @@ class Job:
 class Context:
     """What every stage needs: the job, the boards, the data as the model sees it.
 
+    ``ship`` is the format of the file that ships. ``form`` is the one that structures are searched with: the twin of ``ship`` where it has
+    one, because files of ``ship`` cannot be cut then, else the same. ``runs_ship`` says whether every board here has the runtime of
+    ``ship``; where one has not, whole nets are files of the twin too, and what ships is converted but never run.
+
     ``board`` is timed, the answers of ``proof`` are judged, and ``host`` runs what needs no device. The device of the job is both ``board``
     and ``proof``, unless it is emulated: its answers are real and its times mean nothing, so ``board`` is then this machine.
     """
 
     job: Job
     form: Format
+    ship: Format
     board: Board
     proof: Board
     host: Board
     progress: Progress
+    runs_ship: bool = True
+
+    @property
+    def whole(self) -> Format:
+        """The format of the whole nets that are timed and asked: what ships, where it runs here."""
+        return self.ship if self.runs_ship else self.form
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether kernels are cut from files of another format than the one that ships."""
+        return self.form is not self.ship
 
     @property
     def is_host(self) -> bool:
@@ -83,7 +100,21 @@ class Context:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What must be said when times and numerics are of two machines."""
+        """What must be said when times and numerics are of two machines, or of a file that is not the one that ships."""
+        return (*self._twin_notes(), *self._proof_notes())
+
+    def _twin_notes(self) -> tuple[str, ...]:
+        if not self.has_twin:
+            return ()
+        ship, twin, runtime = self.ship.info.name, self.form.info.name, self.job.target.runtime.name
+        if self.runs_ship:
+            return (f"single kernels are those of {twin}, which has the kernels of {ship}",)
+        return (
+            f"the {ship} file was not run: no board here has {runtime};"
+            f" times, quality and answers are of a {twin} file of the same net (stand-in)",
+        )
+
+    def _proof_notes(self) -> tuple[str, ...]:
         if self.board is self.proof:
             return ()
         runtime, proof = self.runtime_on(self.board).name, self.proof.name
@@ -99,8 +130,36 @@ class Context:
         return [self.board.name, self.board.device.model_dump(mode="json")]
 
     def runtime_on(self, board: Board) -> Runtime:
-        """What runs the target's files on a board: on this machine, when it stands in, LiteRT for tflite-runtime."""
+        """What runs whole nets on a board: on this machine, when it stands in, LiteRT for tflite-runtime."""
+        if not self.runs_ship:
+            return self.kernel_runtime_on(board)
         return stand_in_runtime(self.job.target.runtime, board.device)
+
+    def kernel_runtime_on(self, board: Board) -> Runtime:
+        """What runs the files that single kernels are cut from."""
+        if self.has_twin:
+            name, threads = self.form.info.runtimes[0], self.job.target.runtime.threads
+            return Runtime.model_validate({"name": name, "threads": threads})
+        return stand_in_runtime(self.job.target.runtime, board.device)
+
+    def fingerprint(self, runtime: Runtime) -> Fingerprint:
+        """What measurements on the timed board are made on; a stand-in where the file that ships does not run."""
+        found = self.board.fingerprint(runtime.name, runtime.threads)
+        if self.runs_ship or found.stamp != "measured":
+            return found
+        return found.model_copy(update={"stamp": "stand-in"})
+
+    def stamped(self, found: Iterable[Measurement]) -> dict[str, Measurement]:
+        """Measurements by name, as stand-ins where the file that ships does not run."""
+        if self.runs_ship:
+            return {m.name: m for m in found}
+        stamp = self.fingerprint(self.runtime_on(self.board)).stamp
+        return {m.name: m.model_copy(update={"stamp": stamp}) for m in found}
+
+    def shipping_version(self) -> str:
+        """Version of the runtime that the shipped file was tried with; says so where it was not run."""
+        name = self.job.target.runtime.name
+        return self.proof.runtime_version(name) if self.runs_ship else NOT_RUN
 
     @cached_property
     def prepared(self) -> tuple[nn.Module, tuple[str, ...]]:
@@ -178,14 +237,14 @@ class Context:
     def run_file(
         self, board: Board, file: Path, x: np.ndarray, *, delegate: bool = True
     ) -> torch.Tensor:
-        """Logits ``[N, K]`` of a file on a board, in that board's child process."""
+        """Logits ``[N, K]`` of a whole net on a board, in that board's child process."""
         runtime = self.runtime_on(board)
         key = f"{file.name}-{'fast' if delegate else 'built-in'}"
         board.load(
             key, file.read_bytes(), runtime=runtime.name, threads=runtime.threads, delegate=delegate
         )
         try:
-            laid_out = to_layout(x, self.form.info.layout)
+            laid_out = to_layout(x, self.whole.info.layout)
             parts = [
                 board.infer(key, laid_out[i : i + INFER_CHUNK])
                 for i in range(0, len(laid_out), INFER_CHUNK)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from edgeprune import planning, stages
 from edgeprune.closing import Planned, Prepared, chance_note, versions
-from edgeprune.context import Context, Job
+from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
@@ -21,7 +22,9 @@ from edgeprune.latency.kernel_times import (
     write_times,
 )
 from edgeprune.planning import Stand
+from edgeprune.results import Fingerprint
 from edgeprune.runfolder import RunFolder, Stage
+from edgeprune.specs import FormatName, Precision
 from edgeprune.stage_records import (
     DenseFiles,
     DenseLatency,
@@ -44,7 +47,14 @@ def prepare(context: Context, run: RunFolder) -> Prepared:
     dense = _dense(context, run)
     latency = _latency(context, run, dense)
     file, variant = _resizable(context, run, dense, latency)
-    stand = Stand(context.board, context.runtime_on(context.board), latency.result.precision)
+    board = context.board
+    kernel_runtime = context.kernel_runtime_on(board) if context.has_twin else None
+    stand = Stand(
+        board,
+        context.runtime_on(board),
+        latency.result.precision,
+        kernel_runtime=kernel_runtime,
+    )
     table = _table(context, run, latency, variant, stand, file)
     nets = run.stage(
         "nets",
@@ -90,6 +100,8 @@ def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
         "quantization": job.target.quantization,
         "versions": versions(),
         "seed": job.seed,
+        # Only where it differs, so that runs of the other formats keep their stages.
+        **({"whole": context.whole.info.name} if context.has_twin else {}),
     }
     dense = run.stage(
         "dense", "conversion", inputs, DenseFiles, lambda f: stages.dense_files(context, f)
@@ -144,12 +156,12 @@ def _resizable(
         VariantFile,
         lambda f: stages.variant_file(context, precision, f),
     )
-    artifact = dense.result.int8 if precision == "int8" else dense.result.fp32
     file = stages.resizable(
         context,
-        dense.path(artifact.path),
+        dense.path(dense.result.cut_from(precision).path),
         variant.path(variant.result.artifact.path),
         variant.result.widths,
+        precision,
     )
     return file, variant
 
@@ -166,26 +178,30 @@ def _table(
     context.progress.say(
         f"[3/8] kernel times of {len(groups)} channel groups, {latency.result.precision}"
     )
+    made_on = latency.result.fingerprint
+    if stand.kernel_runtime is not None:
+        made_on = context.fingerprint(stand.kernel_runtime)
     table = run.stage(
         "kernels",
         "measuring",
         {"latency": latency.digest, "variant": variant.digest},
         MeasuredTable,
-        lambda _: _measured_table(context, run, latency.result, stand, file),
+        lambda _: _measured_table(context, run, made_on, stand, file),
     )
-    _share_times(context.job, latency.result, table.result, context.progress.say)
+    _share_times(context, made_on, latency.result.precision, table.result)
     return table
 
 
 def _measured_table(
-    context: Context, run: RunFolder, latency: DenseLatency, stand: Stand, file: Resizable
+    context: Context, run: RunFolder, made_on: Fingerprint, stand: Stand, file: Resizable
 ) -> MeasuredTable:
     """The kernel table, timed by every board of the class that is free; they are held for this stage alone."""
-    job, runtime = context.job, context.job.target.runtime
+    job, runtime = context.job, stand.kernel_runtime or context.job.target.runtime
+    form, precision = _table_format(context), stand.precision
     earlier = None if job.tables is None else read_times(job.tables)
     known: dict[KernelKey, float] = {}
     if job.tables is not None and earlier is not None:
-        earlier.check(latency.fingerprint, latency.precision, job.target.format, job.tables)
+        earlier.check(made_on, precision, form, job.tables)
         known = earlier.known()
         context.progress.say(
             f"      {len(known)} kernel times of {earlier.created} are taken from {job.tables}"
@@ -202,8 +218,8 @@ def _measured_table(
             dataclasses.replace(stand, pool=pool),
             file,
             context.groups[0],
-            fingerprint_key=latency.fingerprint.key(),
-            format_name=job.target.format,
+            fingerprint_key=made_on.key(),
+            format_name=form,
             progress=context.progress,
             known=known,
         )
@@ -213,10 +229,17 @@ def _measured_table(
     )
 
 
+def _table_format(context: Context) -> FormatName:
+    """The format of the files that kernels are cut from."""
+    found: FormatName = TypeAdapter(FormatName).validate_python(context.form.info.name)
+    return found
+
+
 def _share_times(
-    job: Job, latency: DenseLatency, table: MeasuredTable, say: Callable[[str], None]
+    context: Context, made_on: Fingerprint, precision: Precision, table: MeasuredTable
 ) -> None:
     """Add the kernel times of a run to the file that was named for them, whether they were taken now or earlier."""
+    job, say, form = context.job, context.progress.say, _table_format(context)
     if job.tables is None:
         return
     if len(table.boards) > 1:
@@ -226,14 +249,14 @@ def _share_times(
         return
     new = KernelTimes(
         created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        fingerprint=latency.fingerprint,
-        precision=latency.precision,
-        format=job.target.format,
+        fingerprint=made_on,
+        precision=precision,
+        format=form,
         times=table.times,
     )
     earlier = read_times(job.tables)
     if earlier is not None:
-        earlier.check(latency.fingerprint, latency.precision, job.target.format, job.tables)
+        earlier.check(made_on, precision, form, job.tables)
     write_times(job.tables, earlier, new)
 
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.store import MeasurementStore
+from edgeprune.errors import Busy, DeviceError, LinkLost, Unreachable
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import check_format
 from edgeprune.progress import Progress
@@ -81,7 +82,8 @@ def opened(
         DeviceError: the device cannot be reached, or lacks the runtime.
     """
     check_format(job.target)
-    form = formats.load(job.target.format)
+    ship = formats.load(job.target.format)
+    form = formats.load(ship.info.twin) if ship.info.twin else ship
     torch.manual_seed(job.seed)
     for note in job.notes:
         progress.say(f"note: {note}")
@@ -112,15 +114,35 @@ def opened(
             )
         if is_replaced:
             board = host
+        boards = {id(b): b for b in (device, board)}.values()
         context = Context(
-            job=job, form=form, board=board, proof=device, host=host, progress=progress
+            job=job,
+            form=form,
+            ship=ship,
+            board=board,
+            proof=device,
+            host=host,
+            progress=progress,
+            runs_ship=form is ship or _all_have(job.target.runtime.name, (*boards, host)),
         )
-        for opened_board in {id(b): b for b in (device, board)}.values():
+        for opened_board in boards:
             runtime = context.runtime_on(opened_board)
             opened_board.fingerprint(runtime.name, runtime.threads)
         for note in context.notes:
             progress.say(f"note: {note}")
         yield context
+
+
+def _all_have(runtime: str, boards: Iterable[Board]) -> bool:
+    """Whether every board can run the files of a runtime."""
+    try:
+        for board in boards:
+            board.runtime_version(runtime)
+    except (LinkLost, Unreachable, Busy):
+        raise
+    except DeviceError:
+        return False
+    return True
 
 
 def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
@@ -132,7 +154,7 @@ def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
         progress: where to report.
 
     Returns:
-        The report; ``report.passed`` says whether every gate was met.
+        The report; ``report.passed`` says whether every gate was judged and met.
 
     Raises:
         BudgetError: the budget is below what any structure reaches; found before training.

@@ -50,7 +50,8 @@ UNKNOWN_NS = 1.0
 class Stand:
     """Where and how the candidate files run. Single kernels may be timed on other boards of the class too: those of ``pool``.
 
-    ``phase`` goes before the purpose of whole files, so that a second search of one run has purposes of its own.
+    ``phase`` goes before the purpose of whole files, so that a second search of one run has purposes of its own. ``kernel_runtime`` runs
+    single kernels where they are cut from files of another format than whole nets.
     """
 
     board: Board
@@ -58,6 +59,7 @@ class Stand:
     precision: Precision
     pool: Pool | None = None
     phase: str = ""
+    kernel_runtime: Runtime | None = None
 
     def measure(self, files: Mapping[str, bytes], purpose: str) -> dict[str, Measurement]:
         """Interleaved measurements of whole files, by name. ``purpose`` is used once in a run; see :meth:`Board.time`."""
@@ -92,9 +94,8 @@ class Stand:
         self, files: Mapping[str, bytes], progress: Progress, purpose: str
     ) -> dict[str, float]:
         """Nanoseconds of single kernels, by name. ``purpose`` is used once in a run; see :meth:`Board.time`."""
-        pool = self.pool or Pool(
-            self.board, runtime=self.runtime.name, threads=self.runtime.threads
-        )
+        runtime = self.kernel_runtime or self.runtime
+        pool = self.pool or Pool(self.board, runtime=runtime.name, threads=runtime.threads)
         return pool.time_kernels(files, progress=progress, purpose=purpose)
 
 

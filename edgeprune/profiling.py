@@ -14,7 +14,7 @@ from edgeprune.devices.measure import measure, time_kernels
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.sustained import sustained
 from edgeprune.records import Record
-from edgeprune.results import Artifact, LayerTime, ProfileReport
+from edgeprune.results import Artifact, LayerTime, Measurement, ProfileReport
 
 PROFILED_RUNS = 50
 PROFILER_FROM_MS = (
@@ -43,15 +43,14 @@ def profile(context: Context) -> ProfileReport:
         files = {"fp32": dense.fp32, "int8": dense.int8}
         models = [context.model_file(p, folder / a.path, a) for p, a in files.items()]
         context.progress.say(f"measuring on {job.device_name}")
-        measured = {
-            m.name: m
-            for m in measure(
+        measured = context.stamped(
+            measure(
                 context.board, models, runtime=runtime.name, threads=runtime.threads, plan=SEARCH
             )
-        }
+        )
         times = {
             precision: _layer_times(
-                context, folder / artifact.path, artifact, measured[precision].median_ms
+                context, folder, artifact, dense.cut_from(artifact.precision), measured[precision]
             )
             for precision, artifact in files.items()
         }
@@ -70,7 +69,7 @@ def profile(context: Context) -> ProfileReport:
         model=job.loaded.workload.model,
         target=job.target.name,
         device=job.device_name,
-        fingerprint=context.board.fingerprint(runtime.name, runtime.threads),
+        fingerprint=context.fingerprint(runtime),
         measurements=measured,
         layers=_joined(times),
         covered_ratio={
@@ -91,14 +90,15 @@ class _Timed(Record):
 
 
 def _layer_times(
-    context: Context, path: Path, artifact: Artifact, whole_ms: float
+    context: Context, folder: Path, artifact: Artifact, cut_from: Artifact, measured: Measurement
 ) -> dict[str, _Timed]:
-    """Time of each kernel of a file by its name, in the order of the file."""
+    """Time of each kernel of a file by its name, in the order of the file; single ones come from the file that can be cut."""
     runtime = context.runtime_on(context.board)
     nodes = None
-    if whole_ms >= PROFILER_FROM_MS:
+    if measured.median_ms >= PROFILER_FROM_MS:
         key = f"profile-{artifact.precision}"
-        context.board.load(key, path.read_bytes(), runtime=runtime.name, threads=runtime.threads)
+        content = (folder / artifact.path).read_bytes()
+        context.board.load(key, content, runtime=runtime.name, threads=runtime.threads)
         try:
             nodes = context.board.profile(key, PROFILED_RUNS)
         finally:
@@ -114,6 +114,7 @@ def _layer_times(
             )
             for n in nodes
         }
+    path, runtime = folder / cut_from.path, context.kernel_runtime_on(context.board)
     file = context.form.resizable(path, path, {}, {}, context.model)
     found = time_kernels(
         context.board,

@@ -9,7 +9,7 @@ import statistics
 from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edgeprune.orderstats import percentile_overs
 from edgeprune.records import Record
@@ -433,7 +433,10 @@ class ProfileReport(Record):
 
 
 class Gate(Record):
-    """One promise, judged on the exported file on the device."""
+    """One promise, judged on the exported file on the device.
+
+    A gate that could not be judged, because nothing here runs the file, has ``not_run`` and is never ``met``; it is not missed either.
+    """
 
     name: Literal["latency", "accuracy", "agreement", "numerics"]
     limit: float
@@ -441,6 +444,18 @@ class Gate(Record):
     unit: str
     met: bool
     note: str = ""
+    not_run: bool = False
+
+    @property
+    def missed(self) -> bool:
+        """Whether it was judged, and broken."""
+        return not self.met and not self.not_run
+
+    @model_validator(mode="after")
+    def _check_not_run(self) -> Gate:
+        if self.not_run and self.met:
+            raise ValueError("a gate that was not run must not be met")
+        return self
 
 
 class Report(Record):

@@ -19,14 +19,38 @@ from edgeprune.search_results import GroupCurve, ParetoPoint
 from edgeprune.specs import Precision
 
 
-class DenseFiles(Record):
-    """The dense model as files, checked against torch."""
+class _NetFiles(Record):
+    """A net as files in both precisions.
+
+    ``fp32`` and ``int8`` are timed and asked whole. Where they cannot be cut, ``cuttable`` has their twins, by precision; where they are
+    not what ships, because that runs nowhere here, ``shipping`` has the files that do. ``built_in_agreement`` is ``None`` where the
+    runtime has no built-in kernels to compare with.
+    """
 
     fp32: Artifact
     int8: Artifact
-    parity_error_ratio: float
-    built_in_agreement: float
+    cuttable: dict[Precision, Artifact] = {}
+    shipping: dict[Precision, Artifact] = {}
+    built_in_agreement: float | None
     notes: tuple[str, ...] = ()
+
+    def whole(self, precision: Precision) -> Artifact:
+        """The file that is timed and asked."""
+        return self.int8 if precision == "int8" else self.fp32
+
+    def cut_from(self, precision: Precision) -> Artifact:
+        """The file that kernels are cut from."""
+        return self.cuttable.get(precision, self.whole(precision))
+
+    def shipped(self, precision: Precision) -> Artifact:
+        """The file that ships."""
+        return self.shipping.get(precision, self.whole(precision))
+
+
+class DenseFiles(_NetFiles):
+    """The dense model as files, checked against torch."""
+
+    parity_error_ratio: float
 
 
 class DenseLatency(Record):
@@ -77,13 +101,8 @@ class RecoveredResult(Record):
     interrupted: bool
 
 
-class PrunedFiles(Record):
+class PrunedFiles(_NetFiles):
     """The pruned model as files."""
-
-    fp32: Artifact
-    int8: Artifact
-    built_in_agreement: float
-    notes: tuple[str, ...] = ()
 
 
 class FinalLatency(Record):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +24,15 @@ from edgeprune.compress.groups import ChannelGroup, remove_channels
 from edgeprune.compress.recover import recover
 from edgeprune.compress.silent import rescue_silent
 from edgeprune.compress.structure import work
-from edgeprune.context import Context
+from edgeprune.context import NOT_RUN, Context
+from edgeprune.converted import Converted
 from edgeprune.datasets import model_input
 from edgeprune.devices.measure import compare, measure
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.report_tier import measure_report, report_options
 from edgeprune.devices.sustained import sustained
 from edgeprune.errors import FormatError, ModelError
-from edgeprune.formats import Resizable
+from edgeprune.formats import Format, Resizable
 from edgeprune.formats._resize import distinct_widths
 from edgeprune.results import Artifact, LedgerEntry, SustainedRun
 from edgeprune.specs import Precision, Recovery
@@ -85,15 +87,12 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         ModelError: the model cannot be traced.
         FormatError: the export fails, or its numbers are not torch's.
     """
-    suffix = context.form.info.suffix
-    fp32_path, int8_path = folder / f"dense.fp32{suffix}", folder / f"dense.int8{suffix}"
     check_traceable(context.model, context.example)
     audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
-    fp32 = context.form.export(audible, context.example, fp32_path)
-    int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
+    files = _net_files(context, audible, folder, "dense", cuttable=True)
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     expected = logits(context.model, torch.from_numpy(x))
-    found = context.run_file(context.host, fp32_path, x)
+    found = context.run_file(context.host, folder / files["fp32"].path, x)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not error <= PARITY_TOLERANCE:
         raise FormatError(
@@ -102,20 +101,43 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
             hint="the converter changed the model; try a target with another format",
         )
     return DenseFiles(
-        fp32=fp32,
-        int8=int8,
+        **files,
         parity_error_ratio=error,
-        built_in_agreement=_built_in_agreement(context, int8_path, x),
+        built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
         notes=notes,
     )
 
 
-def _built_in_agreement(context: Context, file: Path, x: np.ndarray) -> float:
+def _net_files(
+    context: Context, model: nn.Module, folder: Path, name: str, *, cuttable: bool = False
+) -> dict[str, Any]:
+    """A net in both precisions: as it is timed and asked, to be cut (if that is wanted), and as it ships; see the record of it."""
+    found: dict[str, Any] = _both(context, context.whole, model, folder, name)
+    if cuttable and context.form is not context.whole:
+        found["cuttable"] = _both(context, context.form, model, folder, name)
+    if context.ship is not context.whole:
+        found["shipping"] = _both(context, context.ship, model, folder, name)
+    return found
+
+
+def _both(
+    context: Context, form: Format, model: nn.Module, folder: Path, name: str
+) -> dict[str, Artifact]:
+    suffix = form.info.suffix
+    fp32_path, int8_path = folder / f"{name}.fp32{suffix}", folder / f"{name}.int8{suffix}"
+    fp32 = form.export(model, context.example, fp32_path)
+    int8 = form.quantize(fp32_path, context.calibration, int8_path, model=model)
+    return {"fp32": fp32, "int8": int8}
+
+
+def _built_in_agreement(context: Context, file: Path, x: np.ndarray) -> float | None:
     """Share of samples on which the runtime's built-in kernels and its fast kernels name the same class.
 
     The built-in kernels of ARM64 refuse files that XNNPACK runs (a channel whose scale is too small), so every INT8 file is tried on
-    them before it may be shipped.
+    them before it may be shipped. ``None`` where a file is bound to its kernels.
     """
+    if not context.whole.info.built_in_kernels:
+        return None
     fast = context.run_file(context.host, file, x)
     plain = context.run_file(context.host, file, x, delegate=False)
     return float((fast.argmax(1) == plain.argmax(1)).double().mean())
@@ -126,9 +148,8 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
     runtime = context.runtime_on(context.board)
     pair = {"fp32": files.fp32, "int8": files.int8}
     models = [context.model_file(p, folder / a.path, a) for p, a in pair.items()]
-    found = {
-        m.name: m
-        for m in measure(
+    found = context.stamped(
+        measure(
             context.board,
             models,
             runtime=runtime.name,
@@ -136,10 +157,10 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
             plan=SEARCH,
             purpose="dense",
         )
-    }
+    )
     allowed = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
     faster = min(allowed, key=lambda p: found[p].median_ms)
-    fingerprint = context.board.fingerprint(runtime.name, runtime.threads)
+    fingerprint = context.fingerprint(runtime)
     return DenseLatency.model_validate(
         {"fingerprint": fingerprint, "measurements": found, "precision": faster}
     )
@@ -158,13 +179,39 @@ def variant_file(context: Context, precision: Precision, folder: Path) -> Varian
     artifact = context.form.export(narrower, context.example, path)
     if precision == "int8":
         few = context.calibration[:VARIANT_CALIBRATION]
-        artifact = context.form.quantize(path, few, folder / f"variant.int8{suffix}")
+        int8_path = folder / f"variant.int8{suffix}"
+        artifact = context.form.quantize(path, few, int8_path, model=narrower)
     return VariantFile(widths=widths, artifact=artifact)
 
 
-def resizable(context: Context, dense: Path, variant: Path, widths: Mapping[str, int]) -> Resizable:
-    """The dense file as one that can take any widths."""
-    return context.form.resizable(dense, variant, context.full, widths, context.model)
+def resizable(
+    context: Context,
+    dense: Path,
+    variant: Path,
+    widths: Mapping[str, int],
+    precision: Precision = "fp32",
+) -> Resizable:
+    """The dense file as one that can take any widths.
+
+    Args:
+        context: of the run.
+        dense: the dense file that kernels are cut from.
+        variant: the same at ``widths``.
+        widths: of every group in ``variant``.
+        precision: of both; asked where whole nets are of another format, and converted one by one.
+    """
+    file = context.form.resizable(dense, variant, context.full, widths, context.model)
+    if context.form is context.whole:
+        return file
+    return Converted(
+        file,
+        form=context.whole,
+        model=context.model,
+        groups=context.groups[0],
+        example=context.example,
+        calibration=context.calibration[:VARIANT_CALIBRATION] if precision == "int8" else None,
+        progress=context.progress,
+    )
 
 
 def score(
@@ -301,16 +348,12 @@ def heal(
 
 def pruned_files(context: Context, model: nn.Module, folder: Path) -> PrunedFiles:
     """Export and quantise the healed model."""
-    suffix = context.form.info.suffix
-    fp32_path, int8_path = folder / f"pruned.fp32{suffix}", folder / f"pruned.int8{suffix}"
     audible, notes = rescue_silent(model, torch.from_numpy(context.calibration))
-    fp32 = context.form.export(audible, context.example, fp32_path)
-    int8 = context.form.quantize(fp32_path, context.calibration, int8_path)
+    files = _net_files(context, audible, folder, "pruned")
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
-        fp32=fp32,
-        int8=int8,
-        built_in_agreement=_built_in_agreement(context, int8_path, x),
+        **files,
+        built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
         notes=notes,
     )
 
@@ -322,9 +365,8 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
     """
     runtime = context.runtime_on(context.board)
     models = [context.model_file(name, path, artifact) for name, (path, artifact) in files.items()]
-    found = {
-        m.name: m
-        for m in measure_report(
+    found = context.stamped(
+        measure_report(
             context.board,
             models,
             runtime=runtime.name,
@@ -332,7 +374,7 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
             purpose="final",
             **report_options(context.board.device.report),
         )
-    }
+    )
     pairs = [
         ("pruned-fp32", "dense-fp32"),
         ("pruned-int8", "dense-int8"),
@@ -347,7 +389,7 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
 
 def sustained_latency(context: Context, name: str, path: Path, artifact: Artifact) -> SustainedRun:
     """One file run without a pause for as long as the request says."""
-    runtime, seconds = context.job.target.runtime, context.job.sustained
+    runtime, seconds = context.runtime_on(context.board), context.job.sustained
     if seconds is None:
         raise ValueError("a sustained run must have a duration")
     return sustained(
@@ -376,15 +418,19 @@ def final_quality(
     for precision in context.job.target.precisions:
         path, _ = files[f"pruned-{precision}"]
         host = found[f"pruned-{precision}"]
-        if precision == "int8":
+        if precision == "int8" and context.whole.info.built_in_kernels:
             plain = context.run_file(context.host, path, x, delegate=False)
             place = "host, built-in kernels"
             entries.append(context.entry("quantised", plain, precision=precision, where=place))
+        elif precision == "int8":
+            entries.append(context.entry("quantised", host, precision=precision, where="host"))
         entries.append(context.entry("exported", host, precision=precision, where="host"))
         on_device = host if context.is_host else context.run_file(context.proof, path, asked)
         same = on_device.argmax(1) == host[: len(on_device)].argmax(1)
         agreement[precision] = float(same.double().mean())
         note = "this machine is the device" if context.is_host else ""
+        if not context.runs_ship:
+            note = f"{NOT_RUN}: answers are of a {context.form.info.name} file of the same net"
         entries.append(
             context.entry("on-device", on_device, precision=precision, where=where, note=note)
         )

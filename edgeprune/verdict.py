@@ -127,17 +127,37 @@ def choose(
     return Choice(chosen, f"no precision meets every gate; {chosen} comes closest: {pace}")
 
 
-def numerics_gate(device_agreement: float, built_in_agreement: float) -> Gate:
-    """The device must answer as the host does, and the fast kernels as the built-in ones."""
-    worst = min(device_agreement, built_in_agreement)
-    met = device_agreement >= MIN_DEVICE_AGREEMENT and built_in_agreement >= MIN_BUILT_IN_AGREEMENT
+def numerics_gate(
+    device_agreement: float, built_in_agreement: float | None, *, not_run: str = ""
+) -> Gate:
+    """The device must answer as the host does, and the fast kernels as the built-in ones, where there are any.
+
+    ``not_run`` says why the file that ships was not run at all: then nothing was judged.
+    """
+    if not_run:
+        return Gate(
+            name="numerics",
+            limit=MIN_DEVICE_AGREEMENT,
+            value=0.0,
+            unit="agreement",
+            met=False,
+            note=not_run,
+            not_run=True,
+        )
+    parts = [f"device and host {device_agreement:.2%}"]
+    met = device_agreement >= MIN_DEVICE_AGREEMENT
+    worst = device_agreement
+    if built_in_agreement is not None:
+        parts.append(f"built-in and fast kernels {built_in_agreement:.2%}")
+        met = met and built_in_agreement >= MIN_BUILT_IN_AGREEMENT
+        worst = min(worst, built_in_agreement)
     return Gate(
         name="numerics",
         limit=MIN_DEVICE_AGREEMENT,
         value=worst if not met else device_agreement,
         unit="agreement",
         met=met,
-        note=f"device and host {device_agreement:.2%}, built-in and fast kernels {built_in_agreement:.2%}",
+        note=", ".join(parts),
     )
 
 
@@ -175,11 +195,23 @@ def rows(measured: Measured, sizes: Mapping[str, tuple[int, int]]) -> tuple[Vari
     return tuple(found)
 
 
+def of_twin(gate: Gate, twin: str) -> Gate:
+    """A gate that was judged on a file of the twin format, which is not the one that ships; says so."""
+    if gate.not_run:
+        return gate
+    said = f"judged on a {twin} file of the same net, a stand-in for the file that ships"
+    return gate.model_copy(update={"note": "; ".join(filter(None, (gate.note, said)))})
+
+
 def headline(measured: Measured, precision: Precision, gates: Sequence[Gate]) -> str:
     """One sentence: what was gained by pruning alone, what it cost, and whether the promises hold."""
     name = f"pruned-{precision}"
     ratio = measured.ratio(name, f"dense-{precision}")
-    missed = [g.name for g in gates if not g.met]
-    verdict = "all gates met" if not missed else f"missed: {', '.join(missed)}"
+    missed = [g.name for g in gates if g.missed]
+    not_run = [g.name for g in gates if g.not_run]
+    verdict = f"missed: {', '.join(missed)}" if missed else "all gates met"
+    if not_run:
+        others = "" if missed else "the other gates met; "
+        verdict = f"{others or verdict + '; '}not run: {', '.join(not_run)}"
     drop = measured.drop(name) * 100
     return f"{1 / ratio:.2f}x faster than dense {precision}, {measured.metric} {-drop:+.2f} points; {verdict}"

@@ -53,6 +53,7 @@ LAYERS = {
     "options": 5,
     "pipeline": 5,
     "stages": 5,
+    "converted": 5,
     "schedule": 5,
     "verdict": 5,
     "runfolder": 5,

@@ -321,7 +321,8 @@ def context_of(folder: Path, *, seed: int = 0, **recovery: object) -> Context:
     )  # fmt: skip
     job = api.resolve(loaded, Options(target="this-machine"))
     board = None
-    return Context(job, formats.load("onnx"), board, board, board, Silent())  # type: ignore[arg-type]
+    form = formats.load("onnx")
+    return Context(job, form, form, board, board, board, Silent())  # type: ignore[arg-type]
 
 
 KEPT = {"0": tuple(range(0, 32, 2)), "3": tuple(range(3, 43)), "6": tuple(range(64))}

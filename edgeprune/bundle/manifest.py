@@ -170,7 +170,10 @@ class Provenance(Record):
 
 
 class Facts(Record):
-    """What the maker of a bundle states about it; the files say the rest."""
+    """What the maker of a bundle states about it; the files say the rest.
+
+    ``failed_gates`` were judged and missed. ``not_run`` could not be judged, because nothing that the maker had runs the file.
+    """
 
     name: Name
     edgeprune_version: Line
@@ -179,6 +182,7 @@ class Facts(Record):
     task: Literal["classification"] = "classification"
     license: Annotated[str, Field(pattern=_SPDX)] | None = None
     failed_gates: tuple[Line, ...] = ()
+    not_run: tuple[Line, ...] = ()
     runtime: RuntimeNeed
     preprocess: Preprocess
     labels: Annotated[tuple[Line, ...], Field(min_length=1, max_length=100_000)]

@@ -22,6 +22,8 @@ def readme_text(manifest: Manifest) -> bytes:
     title = f"# {manifest.name}"
     if manifest.status == "best-effort":
         title += f" - BEST EFFORT, gates missed: {', '.join(manifest.failed_gates)}"
+    if manifest.not_run:
+        title += f" - NOT RUN by its maker: {', '.join(manifest.not_run)}"
     model = manifest.model
     rows = [
         ("model", f"`{model.path}` ({model.precision}, {model.size_bytes} bytes)"),
@@ -33,6 +35,7 @@ def readme_text(manifest: Manifest) -> bytes:
             f"median {latency.median_ms:.3g} ms, p90 {latency.p90_ms:.3g} ms; "
             f"limit {latency.limit_ms:.3g} ms (budget {latency.budget})",
         ),
+        *_not_run(manifest),
         ("latency stamp", f"{_STAMPS[latency.stamp]} ({latency.device})"),
         ("made by", f"edgeprune {manifest.edgeprune_version}, {manifest.created}"),
         ("seed, data, model, plan", _digests(manifest)),
@@ -57,6 +60,13 @@ samples with the answers of this file, and `SHA256SUMS` the digest of every file
 On the host, `edgeprune verify` checks all of it, on any board you have.
 """
     return text.encode()
+
+
+def _not_run(manifest: Manifest) -> list[tuple[str, str]]:
+    if not manifest.not_run:
+        return []
+    text = "this file was converted and never run; times, quality and golden answers are of another format of the same net"
+    return [("not run", text)]
 
 
 def _run_text(manifest: Manifest) -> str:

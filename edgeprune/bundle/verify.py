@@ -159,6 +159,7 @@ class _Subject:
         self._manifest = check_structure(self._folder)
         found = self._manifest
         gates = f", gates missed: {', '.join(found.failed_gates)}" if found.failed_gates else ""
+        gates += f", not run by its maker: {', '.join(found.not_run)}" if found.not_run else ""
         return f"{found.name} for {found.target}, {found.status}{gates}"
 
     def hashes(self) -> str:

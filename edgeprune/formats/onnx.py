@@ -66,7 +66,14 @@ class OnnxFormat:
         records.write_bytes(path, encode(proto))
         return self.describe(path)
 
-    def quantize(self, fp32: Path, calibration: np.ndarray, path: Path) -> Artifact:
+    def quantize(
+        self,
+        fp32: Path,
+        calibration: np.ndarray,
+        path: Path,
+        *,
+        model: nn.Module | None = None,
+    ) -> Artifact:
         """Static INT8 in QDQ form: int8 weights per output channel, uint8 activations, ranges from the samples (MinMax).
 
         Activations are unsigned (U8S8) although onnxruntime's guide proposes S8S8 first. Its x86-64 CPU provider fuses
@@ -79,14 +86,14 @@ class OnnxFormat:
         """
         onnx = onnx_package()
         tools = _quantizer()
-        model = parse_model(fp32.read_bytes())
-        name = model.graph.input[0].name
-        check_calibration(calibration, _spec(model.graph.input[0]).shape)
+        proto = parse_model(fp32.read_bytes())
+        name = proto.graph.input[0].name
+        check_calibration(calibration, _spec(proto.graph.input[0]).shape)
         with tempfile.TemporaryDirectory(prefix="edgeprune-onnx-") as folder, quiet():
             target = Path(folder) / "int8.onnx"
             try:
                 tools.quantize_static(
-                    onnx.shape_inference.infer_shapes(model),
+                    onnx.shape_inference.infer_shapes(proto),
                     str(target),
                     _samples(tools, name, calibration),
                     quant_format=tools.QuantFormat.QDQ,

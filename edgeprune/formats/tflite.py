@@ -157,7 +157,14 @@ class TfliteFormat:
         records.write_bytes(path, write_model(converted))
         return self.describe(path)
 
-    def quantize(self, fp32: Path, calibration: np.ndarray, path: Path) -> Artifact:
+    def quantize(
+        self,
+        fp32: Path,
+        calibration: np.ndarray,
+        path: Path,
+        *,
+        model: nn.Module | None = None,
+    ) -> Artifact:
         """Static INT8: weights per output channel, activations per tensor, ranges from the calibration samples.
 
         Raises:

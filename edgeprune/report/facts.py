@@ -176,7 +176,12 @@ def seconds_by_kind(stages: Sequence[StageCost]) -> dict[str, float]:
 
 def missed_gates(report: Report) -> list[Gate]:
     """The gates that were not met."""
-    return [gate for gate in report.gates if not gate.met]
+    return [gate for gate in report.gates if gate.missed]
+
+
+def verdict_text(gate: Gate) -> str:
+    """``met``, ``missed`` or ``not run``."""
+    return "not run" if gate.not_run else "met" if gate.met else "missed"
 
 
 def ledger_n(report: Report) -> int:
@@ -229,11 +234,35 @@ def unreliable(report: Report) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def not_run(report: Report) -> list[Gate]:
+    """The gates that could not be judged, because nothing here runs the file that ships."""
+    return [gate for gate in report.gates if gate.not_run]
+
+
+def is_best_effort(report: Report) -> bool:
+    """Whether a promise was broken, which is not said of a gate that could not be judged."""
+    return bool(missed_gates(report)) or not (report.passed or not_run(report))
+
+
+def is_sure(report: Report) -> bool:
+    """Whether every gate was judged and met, by times that can be believed."""
+    return report.passed and not unreliable(report)
+
+
 def verdict(report: Report) -> str:
     """What a report says first. A promise that was kept by doubtful times says so."""
-    if not report.passed:
+    if is_best_effort(report):
         return "BEST EFFORT"
+    if not_run(report):
+        return "NOT VERIFIED: THE FILE THAT SHIPS WAS NOT RUN"
     return "PASSED ON UNRELIABLE TIMES" if unreliable(report) else "PASSED"
+
+
+def short_verdict(report: Report) -> str:
+    """The verdict in a column of a table."""
+    if is_best_effort(report):
+        return "BEST EFFORT"
+    return "NOT VERIFIED" if not_run(report) else "PASSED"
 
 
 def latency_gate(report: Report) -> Gate | None:

@@ -119,9 +119,9 @@ def _body(report: Report) -> list[Markup]:
 
 
 def _hero(report: Report) -> Markup:
-    is_sure = report.passed and not facts.unreliable(report)
+    is_sure = facts.is_sure(report)
     missed = ", ".join(g.name for g in facts.missed_gates(report))
-    why = "" if report.passed else f"missed: {missed or 'see the notes'}"
+    why = f"missed: {missed or 'see the notes'}" if facts.is_best_effort(report) else ""
     return tag(
         "section",
         tag(

@@ -52,7 +52,7 @@ def gates(report: Report) -> Markup:
         (
             gate.name,
             _verdict(gate),
-            unit_text(gate.value, gate.unit, n),
+            NONE if gate.not_run else unit_text(gate.value, gate.unit, n),
             unit_text(gate.limit, gate.unit, n),
             gate.note or NONE,
         )
@@ -88,9 +88,7 @@ def budget_text(report: Report) -> str:
 
 
 def _verdict(gate: Gate) -> Markup:
-    return tag(
-        "span", "met" if gate.met else "missed", class_=f"chip {'good' if gate.met else 'bad'}"
-    )
+    return tag("span", facts.verdict_text(gate), class_=f"chip {'good' if gate.met else 'bad'}")
 
 
 def variants(report: Report) -> Markup:

@@ -121,7 +121,7 @@ class Page:
 
 
 def _headline(page: Page, report: Report) -> None:
-    is_sure = report.passed and not facts.unreliable(report)
+    is_sure = facts.is_sure(report)
     page.say(facts.verdict(report), "bold green" if is_sure else "bold red")
     page.say(report.headline, "bold")
     missed = facts.missed_gates(report)
@@ -166,8 +166,8 @@ def _gates(page: Page, report: Report) -> None:
     rows = [
         (
             gate.name,
-            "met" if gate.met else "MISSED",
-            unit_text(gate.value, gate.unit, n),
+            "met" if gate.met else facts.verdict_text(gate).upper(),
+            "-" if gate.not_run else unit_text(gate.value, gate.unit, n),
             unit_text(gate.limit, gate.unit, n),
         )
         for gate in report.gates
@@ -336,7 +336,7 @@ def _origin(page: Page, report: Report) -> None:
 def _compared(report: Report) -> dict[str, str]:
     n = facts.ledger_n(report)
     column = {
-        "result": "PASSED" if report.passed else "BEST EFFORT",
+        "result": facts.short_verdict(report),
         "model": report.model,
         "target": report.target,
         "device": f"{report.device}, {report.stamp}",

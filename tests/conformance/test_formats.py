@@ -14,7 +14,7 @@ from torch import nn
 from edgeprune import formats, records
 from edgeprune.datasets import to_layout
 from edgeprune.devices.board import Board, open_board
-from edgeprune.errors import EdgepruneError, UnknownName
+from edgeprune.errors import EdgepruneError, FormatError, UnknownName
 from edgeprune.formats import Format
 from edgeprune.specs import Device
 
@@ -72,7 +72,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for precision in ("fp32", "int8"):
             paths[name, precision] = folder / f"{name}-{precision}{form.info.suffix}"
         form.export(make(widths), samples(1), paths[name, "fp32"])
-        form.quantize(paths[name, "fp32"], samples(16), paths[name, "int8"])
+        int8 = paths[name, "int8"]
+        form.quantize(paths[name, "fp32"], samples(16), int8, model=make(widths))
     return Made(form, make(FULL), paths)
 
 
@@ -99,6 +100,14 @@ def test_a_format_says_what_it_is(name: str) -> None:
     assert info.runtimes
     assert info.extra
     assert info.layout in ("NHWC", "NCHW")
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_a_twin_is_a_format_whose_own_files_are_cut(name: str) -> None:
+    twin = formats.load(name).info.twin
+    assert twin != name
+    if twin:
+        assert not formats.load(twin).info.twin
 
 
 def test_suffixes_tell_the_formats_apart() -> None:
@@ -144,6 +153,10 @@ def test_files_take_other_widths_whole_and_kernel_by_kernel(
     made: Made, board: Board, precision: str
 ) -> None:
     paths = made.paths["full", precision], made.paths["changed", precision]
+    if made.form.info.twin:
+        with pytest.raises(FormatError, match=f"its twin, {made.form.info.twin}"):
+            made.form.resizable(*paths, FULL, CHANGED, made.model)
+        return
     resizable = made.form.resizable(*paths, FULL, CHANGED, made.model)
     assert answers(made, board, resizable.resized(OTHER), samples(1)).shape == (1, 5)
     layers = {k.layer: set(k.variables) for k in resizable.kernels}
@@ -173,6 +186,6 @@ def test_a_failed_quantisation_leaves_the_old_file_and_no_part_of_a_new_one(
     path = tmp_path / f"net{made.form.info.suffix}"
     path.write_bytes(b"old")
     with pytest.raises(EdgepruneError):
-        made.form.quantize(made.paths["full", "fp32"], samples(2) * np.nan, path)
+        made.form.quantize(made.paths["full", "fp32"], samples(2) * np.nan, path, model=made.model)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"old"
