@@ -50,7 +50,9 @@ def unpacked(content: bytes) -> dict[str, bytes]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_FILES or sum(e.file_size for e in entries) > MAX_BYTES:
-                raise IntegrityError(f"a packed model must hold at most {MAX_FILES} files and 2 GiB")
+                raise IntegrityError(
+                    f"a packed model must hold at most {MAX_FILES} files and 2 GiB"
+                )
             for entry in entries:
                 path = PurePosixPath(entry.filename)
                 is_safe = path.parts and not path.is_absolute() and ".." not in path.parts
@@ -125,5 +127,3 @@ def _write_synced(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-

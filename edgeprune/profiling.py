@@ -13,6 +13,7 @@ from edgeprune.context import Context
 from edgeprune.devices.measure import measure, time_kernels
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.sustained import sustained
+from edgeprune.folders import model_bytes
 from edgeprune.records import Record
 from edgeprune.results import Artifact, LayerTime, Measurement, ProfileReport
 
@@ -97,7 +98,7 @@ def _layer_times(
     nodes = None
     if measured.median_ms >= PROFILER_FROM_MS:
         key = f"profile-{artifact.precision}"
-        content = (folder / artifact.path).read_bytes()
+        content = model_bytes(folder / artifact.path)
         context.board.load(key, content, runtime=runtime.name, threads=runtime.threads)
         try:
             nodes = context.board.profile(key, PROFILED_RUNS)

@@ -25,6 +25,8 @@ FormatName = Literal["tflite", "onnx", "tensorrt", "executorch", "coreml"]
 Precision = Literal["fp32", "int8"]
 # What a file stores: in the "fp32" place of a target for Apple devices stands a file in half precision.
 FilePrecision = Literal["fp32", "fp16", "int8"]
+SPDX_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}$"
+Line = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Stamp = Literal["measured", "stand-in", "emulated"]
 
 
@@ -293,7 +295,10 @@ class Recovery(Record):
 
 
 class Workload(Record):
-    """``edgeprune.yaml``: the user's model, weights, data and defaults. Paths are relative to the file."""
+    """``edgeprune.yaml``: the user's model, weights, data and defaults. Paths are relative to the file.
+
+    ``author``, ``license`` (an SPDX expression) and ``version`` are of the model; bundles and Core ML files show them.
+    """
 
     schema_version: Literal[1] = 1
     model: Annotated[str, Field(pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$")]
@@ -301,6 +306,9 @@ class Workload(Record):
     data: str
     preprocess: Preprocess = Preprocess()
     labels: tuple[str, ...] | None = None
+    author: Line | None = None
+    license: Annotated[str, Field(pattern=SPDX_PATTERN)] | None = None
+    version: Line | None = None
     target: str | None = None
     latency: str | None = None
     max_drop: str | None = None

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from edgeprune.errors import SpecError
 from edgeprune.records import Record
 from edgeprune.results import Artifact, Sha256, TensorSpec
-from edgeprune.specs import Name, Preprocess, Stamp
+from edgeprune.specs import SPDX_PATTERN, Name, Preprocess, Stamp
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -28,13 +28,13 @@ GOLDEN_INPUTS = "golden/inputs.npy"
 GOLDEN_OUTPUTS = "golden/outputs.npy"
 TOLERANCE = "golden/tolerance.json"
 SAMPLE = "samples/python/predict.py"
-REQUIRED = (RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE, SAMPLE)
+IOS_SAMPLE = "samples/ios/GoldenCheck.swift"
+REQUIRED = (RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE)
 
 MIN_GOLDEN = 8
 MAX_PATH = 240
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 _RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?$", re.IGNORECASE)
-_SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}$"
 
 
 def check_path(path: str) -> str:
@@ -173,6 +173,7 @@ class Facts(Record):
     """What the maker of a bundle states about it; the files say the rest.
 
     ``failed_gates`` were judged and missed. ``not_run`` could not be judged, because nothing that the maker had runs the file.
+    The golden answers are then ``worked-out`` from the operations in the file, or those of a ``twin`` of another format.
     """
 
     name: Name
@@ -180,9 +181,10 @@ class Facts(Record):
     target: Name
     profile: Name
     task: Literal["classification"] = "classification"
-    license: Annotated[str, Field(pattern=_SPDX)] | None = None
+    license: Annotated[str, Field(pattern=SPDX_PATTERN)] | None = None
     failed_gates: tuple[Line, ...] = ()
     not_run: tuple[Line, ...] = ()
+    golden_source: Literal["run", "worked-out", "twin"] = "run"
     runtime: RuntimeNeed
     preprocess: Preprocess
     labels: Annotated[tuple[Line, ...], Field(min_length=1, max_length=100_000)]
@@ -239,6 +241,8 @@ class Manifest(Facts):
         missing = [path for path in REQUIRED if path not in paths]
         if missing:
             raise ValueError(f"files must list {', '.join(missing)}")
+        if all(file.role != "sample" for file in files):
+            raise ValueError("files must list a sample program")
         return files
 
     @model_validator(mode="after")
@@ -247,13 +251,18 @@ class Manifest(Facts):
             raise ValueError("status must be best-effort exactly when failed_gates is not empty")
         listed = {file.path: file for file in self.files}
         model = listed.get(self.model.path)
-        if model is None or model.sha256 != self.model.sha256:
+        # The digest of a folder is that of its files packed, which integrity.read_model compares.
+        if not self.model_parts() and (model is None or model.sha256 != self.model.sha256):
             raise ValueError(f"files must list {self.model.path} with the digest of the model")
         if not {self.golden.inputs, self.golden.outputs} <= set(listed):
             raise ValueError("files must list the golden inputs and outputs")
         if self.golden.tolerance.atol is None and self.model.outputs[0].scale is None:
             raise ValueError("max_abs_error_steps needs a quantised output; give atol instead")
         return self
+
+    def model_parts(self) -> tuple[str, ...]:
+        """Paths of the files of a model that is a folder, sorted; empty for a model that is one file."""
+        return tuple(sorted(f.path for f in self.files if f.path.startswith(f"{self.model.path}/")))
 
     def recipe(self) -> Recipe:
         """What ``preprocess.json`` must say."""

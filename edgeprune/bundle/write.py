@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.resources
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from edgeprune.bundle.integrity import labels_text, sums_text
 from edgeprune.bundle.manifest import (
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
+    IOS_SAMPLE,
     LABELS,
     MANIFEST,
     README,
@@ -36,9 +36,11 @@ from edgeprune.bundle.manifest import (
 )
 from edgeprune.bundle.readme import readme_text
 from edgeprune.errors import IntegrityError, NoSpace, SpecError
-from edgeprune.records import sha256_bytes, to_json
+from edgeprune.folders import model_bytes, unpacked
+from edgeprune.records import is_full, sha256_bytes, to_json
 from edgeprune.results import Artifact
 
+PACKAGE_STEM = "Classifier"
 REPORT_HTML = "report/report.html"
 REPORT_JSON = "report/report.json"
 
@@ -105,17 +107,15 @@ def zip_path(folder: Path) -> Path:
 
 def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest and the content of every file, none of it on disk yet."""
-    model_bytes = _model_bytes(payload)
-    precision, suffix = payload.model.precision, payload.model_file.suffix
-    model = payload.model.model_copy(update={"path": f"models/model.{precision}{suffix}"})
+    model, model_files = _model(payload)
     # The samples go through the same preprocessing as on the board, so that a mismatch shows here and not there.
     file_input(payload.golden_inputs, facts.preprocess, model.inputs[0])
     files: dict[str, tuple[Role, bytes]] = {
-        model.path: ("model", model_bytes),
+        **{path: ("model", content) for path, content in model_files.items()},
         LABELS: ("labels", labels_text(facts.labels)),
         GOLDEN_INPUTS: ("golden", npy_bytes(payload.golden_inputs)),
         GOLDEN_OUTPUTS: ("golden", npy_bytes(payload.golden_outputs)),
-        SAMPLE: ("sample", _sample_bytes()),
+        **{path: ("sample", _sample_bytes(path)) for path in samples_for(facts.runtime.name)},
     }
     for path, content in ((REPORT_HTML, payload.report_html), (REPORT_JSON, payload.report_json)):
         if content is not None:
@@ -164,9 +164,26 @@ def _manifest(
         raise SpecError(f"{place} of the bundle: {message}") from error
 
 
+def samples_for(runtime: str) -> tuple[str, ...]:
+    """Paths of the sample programs for a runtime."""
+    return (IOS_SAMPLE,) if runtime == "coreml" else (SAMPLE,)
+
+
+def _model(payload: Payload) -> tuple[Artifact, dict[str, bytes]]:
+    """The record of the model as it lies in the bundle, and its files there. Xcode makes a Swift class of a package's name."""
+    content = _model_bytes(payload)
+    suffix = payload.model_file.suffix
+    if not payload.model_file.is_dir():
+        path = f"models/model.{payload.model.precision}{suffix}"
+        return payload.model.model_copy(update={"path": path}), {path: content}
+    path = f"models/{PACKAGE_STEM}{suffix}"
+    files = {f"{path}/{name}": part for name, part in unpacked(content).items()}
+    return payload.model.model_copy(update={"path": path}), files
+
+
 def _model_bytes(payload: Payload) -> bytes:
     try:
-        content = payload.model_file.read_bytes()
+        content = model_bytes(payload.model_file)
     except OSError as error:
         raise IntegrityError(f"cannot read {payload.model_file}: {error.strerror}") from error
     if sha256_bytes(content) != payload.model.sha256:
@@ -176,8 +193,8 @@ def _model_bytes(payload: Payload) -> bytes:
     return content
 
 
-def _sample_bytes() -> bytes:
-    return importlib.resources.files("edgeprune.bundle").joinpath(SAMPLE).read_bytes()
+def _sample_bytes(path: str) -> bytes:
+    return importlib.resources.files("edgeprune.bundle").joinpath(path).read_bytes()
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -193,6 +210,6 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise NoSpace(f"no space left for the bundle {folder}") from error
         raise SpecError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -256,7 +256,7 @@ class Board:
         self._load_s[key] = model.load_ns / 1e9
         inputs = tuple(tensor.spec() for tensor in model.inputs)
         outputs = tuple(tensor.spec() for tensor in model.outputs)
-        return Loaded(key, model.load_ns, model.first_ns, inputs, outputs)
+        return Loaded(key, model.load_ns, model.first_ns, inputs, outputs, model.compile_ns)
 
     def unload(self, keys: Iterable[str]) -> None:
         """Forget models; unknown keys are no error."""

@@ -121,7 +121,11 @@ def _check_weights(program: Program, expected: list[tuple[str, np.ndarray]]) -> 
         fitting = [entry for entry in free if entry[1].shape == wanted.shape]
         excess = [_excess(value, step, wanted) for _, value, step in fitting]
         if not fitting or min(excess) > 0:
-            by = f", the nearest is off by {min(excess):.3g} more than its rounding" if fitting else ""
+            by = (
+                f", the nearest is off by {min(excess):.3g} more than its rounding"
+                if fitting
+                else ""
+            )
             raise FormatError(
                 f"the weight of {name or 'the model'} {list(wanted.shape)} is not in the Core ML file{by}"
             )

@@ -26,6 +26,7 @@ OBSERVERS_STAY = 10**9  # a step that never comes
 # other ranges before and after a flatten: answers are then wrong by their ratio (coremltools 9.0).
 BROKEN_PASS = "common::int_op_canonicalization"  # noqa: S105
 MAX_REASON = 300
+CALIBRATION_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class Dressed(nn.Module):
         self.mean: torch.Tensor | None
         self.std: torch.Tensor | None
         for name, values in (("mean", entry.mean), ("std", entry.std)):
-            self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1) if values else None)
+            self.register_buffer(
+                name, torch.tensor(values).reshape(1, -1, 1, 1) if values else None
+            )
 
     def forward(self, x: torch.Tensor) -> Any:
         """Logits, and probabilities if they are wanted."""
@@ -186,8 +189,8 @@ def calibrated_model(
             prepared = quantizer.prepare(example_inputs=(samples[:1],))
             quantizer.step()
             prepared.eval()
-            for i in range(len(samples)):
-                prepared(samples[i : i + 1])
+            for start in range(0, len(samples), CALIBRATION_BATCH):
+                prepared(samples[start : start + CALIBRATION_BATCH])
             finished: nn.Module = quantizer.finalize().eval()
     except Exception as error:
         raise FormatError(
@@ -221,9 +224,7 @@ def weight_bytes(found: Any) -> bytes:
     return file.read_bytes() if file is not None and file.is_file() else b""
 
 
-def _converted(
-    program: Any, shape: Sequence[int], entry: Entry, with_probabilities: bool
-) -> Any:
+def _converted(program: Any, shape: Sequence[int], entry: Entry, with_probabilities: bool) -> Any:
     coremltools = toolchain()
     names = [LOGITS, PROBABILITIES] if with_probabilities else [LOGITS]
     passes = coremltools.PassPipeline()
@@ -261,7 +262,9 @@ def _reason(error: BaseException, program: Any) -> str:
     """What went wrong, with the operation and the layer it stands in, where the converter names one."""
     said = str(error)
     found = [_first(error)]
-    operation = re.search(r"op '(?:\w+::)?(\w+?)'", said) or re.search(r"torch\.ops\.aten\.(\w+)", said)
+    operation = re.search(r"op '(?:\w+::)?(\w+?)'", said) or re.search(
+        r"torch\.ops\.aten\.(\w+)", said
+    )
     if operation is None or program is None:
         return found[0]
     for node in program.graph.nodes:

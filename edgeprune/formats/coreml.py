@@ -39,6 +39,16 @@ if TYPE_CHECKING:
 WEIGHT_ONLY = "weight-only-int8-per-channel"
 SCHEMES = ("static-int8-per-channel", "static-int8-per-tensor", WEIGHT_ONLY)
 CHECKED_SAMPLES = 4
+INFO = FormatInfo(
+    name="coreml",
+    suffix=".mlpackage",
+    runtimes=("coreml",),
+    extra="coreml",
+    layout="NCHW",
+    twin="onnx",
+    system="Mac",
+    built_in_kernels=False,
+)
 
 
 @dataclass(frozen=True)
@@ -46,15 +56,7 @@ class CoremlFormat:
     """See :class:`edgeprune.formats.Format`. With ``facts`` files are made for an app: image input, labels, and what Xcode shows."""
 
     facts: AppFacts | None = None
-    info: FormatInfo = FormatInfo(
-        name="coreml",
-        suffix=".mlpackage",
-        runtimes=("coreml",),
-        extra="coreml",
-        layout="NCHW",
-        twin="onnx",
-        built_in_kernels=False,
-    )
+    info: FormatInfo = INFO
 
     def for_app(self, facts: AppFacts) -> CoremlFormat:
         """The same format, for one app."""

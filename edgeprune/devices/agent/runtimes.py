@@ -11,6 +11,7 @@ import time
 from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
+from . import coreml
 from .wire import Refused
 
 RUNTIMES = {  # name on the wire: module to import, distribution that holds it
@@ -18,6 +19,10 @@ RUNTIMES = {  # name on the wire: module to import, distribution that holds it
     "tflite-runtime": ("tflite_runtime.interpreter", "tflite-runtime"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
 }
+
+
+# Also those that edgeprune does not install.
+MODULES = dict(RUNTIMES, **{name: coreml.MODULE for name in coreml.UNITS})
 
 
 def realistic(spec: Dict[str, Any], seed: int) -> Any:
@@ -156,11 +161,15 @@ class OnnxModel:
 
 def open_model(content: bytes, runtime: str, threads: int, delegate: bool) -> Any:
     """A model that has run once."""
-    if runtime not in RUNTIMES:
+    if runtime not in MODULES:
         raise Refused("runtime", "this agent cannot run the runtime " + runtime)
+    coreml.check_system(runtime)
     try:
-        model = OnnxModel if runtime == "onnxruntime" else TfliteModel
+        model: Any = OnnxModel if runtime == "onnxruntime" else TfliteModel
+        model = coreml.CoremlModel if runtime in coreml.UNITS else model
         return model(content, runtime, threads, delegate)
+    except Refused:
+        raise
     except ImportError as error:
         raise Refused("runtime", "cannot import %s: %s" % (runtime, error)) from error
     except Exception as error:  # a runtime may raise any type at a file that it dislikes
