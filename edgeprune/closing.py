@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from edgeprune.context import Context, Job
 from edgeprune.errors import ModelError
 from edgeprune.formats import Resizable
 from edgeprune.planning import Stand
-from edgeprune.results import Artifact, PruningPlan, Report, SustainedRun
+from edgeprune.results import Artifact, Gate, PruningPlan, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
     DenseFiles,
@@ -133,7 +133,7 @@ class Closing:
             TestQuality,
             lambda _: stages.test_quality(context, self.four[shipped][0]),
         )
-        gates = (
+        gates: tuple[Gate, ...] = (
             verdict.latency_gate(measured, job.budget, choice.precision),
             verdict.quality_gate(measured, job.max_drop, choice.precision),
             verdict.numerics_gate(
@@ -269,6 +269,7 @@ class Closing:
             if evidence is None
             else evidence.answers[: len(raw)]
         )
+        source: Literal["run", "worked-out", "twin"]
         source = "worked-out" if evidence else "run" if context.runs_ship else "twin"
         row = next(
             r for r in found.variants if (r.variant, r.precision) == ("pruned", found.shipped)

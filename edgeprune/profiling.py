@@ -51,7 +51,11 @@ def profile(context: Context) -> ProfileReport:
         )
         times = {
             precision: _layer_times(
-                context, folder, artifact, dense.cut_from(artifact.precision), measured[precision]
+                context,
+                folder,
+                artifact,
+                dense.cut_from("int8" if precision == "int8" else "fp32"),
+                measured[precision],
             )
             for precision, artifact in files.items()
         }

@@ -9,10 +9,10 @@ _PACKAGES = {
     "tflite-runtime": "tflite-runtime 'numpy<2'",
     "onnxruntime": "onnxruntime",
 }
-_IOS_TEXT = """1. Drag `{model}` into your Xcode project, and tick your target. Xcode shows its inputs, outputs, labels and metadata, compiles it, and
-   makes the Swift class `Classifier`. iOS 17 or newer.
-2. Add `samples/ios/GoldenCheck.swift`, `labels.txt`, `preprocess.json` and `golden/` to the app (a debug target is enough), and call
-   `try GoldenCheck(bundle: .main).run()` once on the device: it says whether Core ML there gives the golden answers.
+_IOS_TEXT = """1. Drag `{model}` into your Xcode project, and tick your target. Xcode shows its inputs, outputs, labels and
+   metadata, compiles it, and makes the Swift class `Classifier`. iOS 17 or newer.
+2. Add `samples/ios/GoldenCheck.swift`, `labels.txt`, `preprocess.json` and the files in `golden/` to the app (a debug target
+   is enough), and call `try GoldenCheck(bundle: .main).run()` once on the device: it says whether Core ML there gives the golden answers.
 3. Choose the processors by `{units}`; `.all` is the default.
 """
 _STAMPS = {

@@ -25,7 +25,8 @@ class FormatInfo:
 
     A file of some formats cannot be cut to other widths in place. ``twin`` names the format with the same kernels whose files are cut and
     timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.converted.Converted`). Without a twin it
-    is ``""``. ``system`` is the only kind of computer that runs its files, in words (``Mac``). ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
+    is ``""``. ``system`` is the only kind of computer that runs its
+    files, in words (``Mac``). ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ def raw_input(x: np.ndarray, entry: Entry) -> np.ndarray:
     wide = np.asarray(x, np.float64)
     if entry.std:
         wide = wide * _channels(entry.std) + _channels(entry.mean)
-    return ((wide - _channels(entry.bias)) / entry.scale).astype(np.float32)
+    raw: np.ndarray = ((wide - _channels(entry.bias)) / entry.scale).astype(np.float32)
+    return raw
 
 
 def _channels(values: tuple[float, ...]) -> np.ndarray:
@@ -105,7 +107,8 @@ def folded_weights(model: nn.Module) -> list[tuple[str, np.ndarray]] | None:
             fused = fuse(copy.deepcopy(model).eval())
     except Exception:  # a model that torch.fx cannot follow; the answers are compared all the same
         return None
-    used = {str(node.target) for node in fused.graph.nodes if node.op == "call_module"}
+    nodes: Any = fused.graph.nodes  # type: ignore[union-attr]
+    used = {str(node.target) for node in nodes if node.op == "call_module"}
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
     return [
         (name, module.weight.detach().numpy().astype(np.float32))

@@ -208,7 +208,7 @@ def quantized_model(
     sample = torch.zeros(tuple(shape))
     try:
         with quiet(), torch.no_grad():
-            traced = torch.jit.trace(dressed, sample)
+            traced = torch.jit.trace(dressed, sample)  # type: ignore[no-untyped-call]
             return _converted(traced, shape, entry, with_probabilities)
     except Exception as error:
         raise FormatError(

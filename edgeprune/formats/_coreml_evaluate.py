@@ -182,7 +182,7 @@ def _conv(call: _Call) -> torch.Tensor:
     function = (functional.conv1d, functional.conv2d, functional.conv3d)[spatial - 1]
     groups = int(call.number("groups", 1))
     bias = call.get("bias")
-    return function(x, weight, bias, strides, 0, dilations, groups)  # type: ignore[operator, no-any-return]
+    return function(x, weight, bias, strides, 0, dilations, groups)
 
 
 def _pool(call: _Call, kind: str) -> torch.Tensor:

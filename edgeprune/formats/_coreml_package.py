@@ -87,12 +87,12 @@ def read_files(files: Mapping[str, bytes], name: str) -> tuple[Any, dict[str, by
     """
     toolchain()
     from coremltools.proto import Model_pb2
-    from google.protobuf.message import DecodeError
 
+    decode_error: Any = importlib.import_module("google.protobuf.message").DecodeError
     spec = Model_pb2.Model()
     try:
         spec.ParseFromString(files[MODEL])
-    except (KeyError, DecodeError) as error:
+    except (KeyError, decode_error) as error:
         raise FormatError(f"{name} is no Core ML package: {MODEL} is missing or damaged") from error
     if spec.WhichOneof("Type") != "mlProgram" or MAIN not in spec.mlProgram.functions:
         raise FormatError(f"{name} must hold one ML program with a function {MAIN}")

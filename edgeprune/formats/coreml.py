@@ -1,7 +1,7 @@
 """Core ML packages for iPhone and Mac: converted by coremltools, run by Core ML on Apple devices only.
 
-The ``fp32`` file of a target is stored and computed in half precision (``fp16``), the only floating-point type of the Neural Engine. The
-``int8`` file has INT8 weights and INT8 activations (``static-int8-per-channel``), or INT8 weights alone (``weight-only-int8-per-channel``),
+The ``fp32`` file of a target is stored and computed in half precision (``fp16``), as coremltools makes ML programs by default. The ``int8``
+file has INT8 weights and INT8 activations (``static-int8-per-channel``), or INT8 weights alone (``weight-only-int8-per-channel``),
 whichever the profile names first.
 """
 
@@ -51,7 +51,7 @@ INFO = FormatInfo(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class CoremlFormat:
     """See :class:`edgeprune.formats.Format`. With ``facts`` files are made for an app: image input, labels, and what Xcode shows."""
 

@@ -22,7 +22,7 @@ RUNTIMES = {  # name on the wire: module to import, distribution that holds it
 
 
 # Also those that edgeprune does not install.
-MODULES = dict(RUNTIMES, **{name: coreml.MODULE for name in coreml.UNITS})
+MODULES = dict(RUNTIMES, **dict.fromkeys(coreml.UNITS, coreml.MODULE))
 
 
 def realistic(spec: Dict[str, Any], seed: int) -> Any:
