@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import coreml_fixture
@@ -56,14 +57,14 @@ class Tools:
         self.notes = {"edgeprune.scale": repr(SCALE), "edgeprune.bias": repr(BIAS)}
 
     def load_spec(self, path: str) -> Any:
-        self.calls.append(("load_spec", sorted(os.listdir(path))))
+        self.calls.append(("load_spec", sorted(p.name for p in Path(path).iterdir())))
         outputs = [Value("classLabel"), Value("output", (1, 3))]
         metadata = types.SimpleNamespace(userDefined=self.notes)
         description = types.SimpleNamespace(input=self.inputs, output=outputs, metadata=metadata)
         return types.SimpleNamespace(description=description)
 
     def compile_model(self, path: str, target: str) -> str:
-        self.calls.append(("compile", os.path.basename(target)))
+        self.calls.append(("compile", Path(target).name))
         return target
 
     def compiled(self, path: str, compute_units: str) -> Any:

@@ -11,6 +11,7 @@ from edgeprune.bundle.golden import file_input
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.devices.board import Board
 from edgeprune.devices.frames import Refusal
+from edgeprune.devices.plans import Loaded
 from edgeprune.errors import FormatError, IntegrityError
 from edgeprune.results import TensorSpec
 from edgeprune.specs import Device
@@ -25,8 +26,14 @@ class RuntimeMissing(FormatError):
 
 
 def load_model(
-    board: Board, manifest: Manifest, content: bytes, *, key: str = "model", delegate: bool = True
-) -> None:
+    board: Board,
+    manifest: Manifest,
+    content: bytes,
+    *,
+    key: str = "model",
+    delegate: bool = True,
+    runtime_name: str | None = None,
+) -> Loaded:
     """Load the shipped file on a board and compare its tensors with the manifest.
 
     Args:
@@ -35,6 +42,10 @@ def load_model(
         content: the file, already checked against its digest.
         key: the name it gets on the board.
         delegate: ``False`` runs a TFLite file on the built-in kernels instead of XNNPACK.
+        runtime_name: of a runtime for the same files on other processors; that of the manifest when ``None``.
+
+    Returns:
+        What the board says of the loaded file.
 
     Raises:
         IntegrityError: the runtime refuses the file, or its tensors are not the manifest's.
@@ -44,7 +55,11 @@ def load_model(
     runtime = manifest.runtime
     try:
         loaded = board.load(
-            key, content, runtime=runtime.name, threads=runtime.threads, delegate=delegate
+            key,
+            content,
+            runtime=runtime_name or runtime.name,
+            threads=runtime.threads,
+            delegate=delegate,
         )
     except Refusal as error:
         if error.kind == "runtime":
@@ -60,6 +75,7 @@ def load_model(
         raise
     _check_tensors("input", loaded.inputs, manifest.model.inputs)
     _check_tensors("output", loaded.outputs, manifest.model.outputs)
+    return loaded
 
 
 def run_model(

@@ -34,7 +34,10 @@ from edgeprune.bundle.running import (
     run_model,
 )
 from edgeprune.bundle.weights import eight_bit_ratio, weight_elements
+from edgeprune.devices.agent.coreml import UNITS
 from edgeprune.devices.board import Board, open_board
+from edgeprune.devices.measure import ModelFile, measure
+from edgeprune.devices.plans import SEARCH
 from edgeprune.errors import (
     DeviceError,
     EdgepruneError,
@@ -42,7 +45,7 @@ from edgeprune.errors import (
     IntegrityError,
     Unreachable,
 )
-from edgeprune.records import Record
+from edgeprune.records import Record, sha256_bytes
 from edgeprune.specs import Device
 
 MIN_EIGHT_BIT_RATIO = 0.9
@@ -199,10 +202,29 @@ class _Subject:
         content = read_model(self._folder, self._checked)
         try:
             with open_board(name, device, exclusive=False) as board:
+                if self._checked.runtime.name == "coreml":
+                    return self._on_each_processor(board, content)
                 load_model(board, self._checked, content)
                 return self._judge(board, "model")
         except (RuntimeMissing, Unreachable, HostKeyMismatch) as error:
             raise _NotRun(str(error)) from error
+
+    def _on_each_processor(self, board: Board, content: bytes) -> str:
+        """The golden samples and a time for every choice of processors that Core ML offers; the time includes the call from Python."""
+        threads, found = self._checked.runtime.threads, []
+        for runtime, units in UNITS.items():
+            loaded = load_model(board, self._checked, content, key=units, runtime_name=runtime)
+            judged = self._judge(board, units)
+            board.unload([units])
+            file = ModelFile(units, content, self._checked.model.precision, sha256_bytes(content))
+            (timed,) = measure(
+                board, [file], runtime=runtime, threads=threads, plan=SEARCH, purpose=units
+            )
+            compiled = (
+                f", compiled in {loaded.compile_ns / 1e6:.0f} ms" if loaded.compile_ns else ""
+            )
+            found.append(f"{units}: {judged}, median {timed.median_ms:.3g} ms{compiled}")
+        return "; ".join(found)
 
     def _judge(self, board: Board, key: str) -> str:
         raw, golden = read_golden(self._folder, self._checked)

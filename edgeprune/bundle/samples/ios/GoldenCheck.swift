@@ -43,8 +43,7 @@ struct GoldenCheck {
             for (a, b) in zip(answer, wanted) { worst = max(worst, a.isFinite ? abs(a - b) : .infinity) }
             same += best(answer) == best(wanted) ? 1 : 0
         }
-        let agreement = Double(same) / Double(count)
-        let ok = worst <= limits.max_abs_error * 1.001 && agreement >= limits.tolerance.min_argmax_agreement
+        let ok = worst <= limits.max_abs_error * 1.001 && Double(same) / Double(count) >= limits.tolerance.min_argmax_agreement
         return "\(ok ? "PASS" : "FAIL"): largest error \(worst), same class \(same) of \(count)"
     }
 
