@@ -99,7 +99,7 @@ def test_every_weight_is_the_models_within_its_rounding(made) -> None:
             assert np.abs(whole).max() <= 128
 
 
-@pytest.mark.parametrize(("name", "limit"), [("fp16", 0.005), ("int8", 0.06), ("lean", 0.03)])
+@pytest.mark.parametrize(("name", "limit"), [("fp16", 0.005), ("int8", 0.1), ("lean", 0.03)])
 def test_the_answers_worked_out_from_the_file_are_torchs(made, name: str, limit: float) -> None:
     x = seen(raw(24, seed=9))
     wanted = torch_answers(coreml_fixture.build(), x)
