@@ -111,7 +111,7 @@ class Context:
         if self.runs_ship:
             return (f"single kernels are those of {twin}, which has the kernels of {ship}",)
         return (
-            f"the {ship} file was not run: no board here has {runtime};"
+            f"the {ship} file was not run: not every machine here has {runtime};"
             f" times, quality and answers are of a {twin} file of the same net (stand-in)",
         )
 

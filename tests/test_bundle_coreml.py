@@ -198,6 +198,7 @@ def test_a_mac_answers_with_every_choice_of_processors(tmp_path, monkeypatch, of
     assert mac.loaded == list(UNITS)
     assert all(f"{units}: 8 samples" in detail for units in UNITS.values())
     assert detail.count("median 0.5 ms, compiled in 7 ms") == 4
+    assert detail.endswith("times are of this Mac and not of a phone")
 
 
 def test_half_precision_has_room_for_its_rounding_and_no_more() -> None:
