@@ -52,7 +52,9 @@ def test_the_whole_way_ends_in_a_checked_package_that_was_not_run(tmp_path: Path
     flags = ("--target", "iphone", "--latency", "90%", "--run", "run")
     done = tinynet.edgeprune(home, "deploy", *flags, timeout_s=900)
     assert done.returncode == 0, done.stderr
-    assert "the coreml file was not run: not every machine here has coreml" in " ".join(done.stdout.split())
+    assert "the coreml file was not run: not every machine here has coreml" in " ".join(
+        done.stdout.split()
+    )
     report = read_json(Report, home / "run" / "report.json")
     assert report.stamp == "stand-in"
     assert [g.name for g in report.gates if g.not_run] == ["numerics"]

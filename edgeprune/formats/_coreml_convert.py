@@ -260,18 +260,19 @@ def _first(error: BaseException) -> str:
 
 def _reason(error: BaseException, program: Any) -> str:
     """What went wrong, with the operation and the layer it stands in, where the converter names one."""
-    said = str(error)
-    found = [_first(error)]
-    operation = re.search(r"op '(?:\w+::)?(\w+?)'", said) or re.search(
-        r"torch\.ops\.aten\.(\w+)", said
-    )
-    if operation is None or program is None:
-        return found[0]
-    for node in program.graph.nodes:
-        if node.op == "call_function" and operation[1].split(".")[0] in str(node.target):
-            stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    said, first = str(error), _first(error)
+    node = re.search(r"Unsupported fx node (\w+)", said)
+    operation = re.search(r"op '(?:\w+::)?(\w+)'", said)
+    if program is None or not (node or operation):
+        return first
+    for found in program.graph.nodes:
+        if found.op != "call_function":
+            continue
+        is_named = node is not None and found.name == node[1]
+        if is_named or (operation is not None and f".{operation[1]}." in str(found.target)):
+            stack = [str(path) for path, _ in (found.meta.get("nn_module_stack") or {}).values()]
             layer = stack[-1].removeprefix("model").removeprefix(".") if stack else ""
-            found.append(f"operator {node.target}")
-            found += [f"layer {layer}"] if layer else []
-            break
-    return ", ".join(found)
+            return ", ".join(
+                [first, f"operator {found.target}", *([f"layer {layer}"] if layer else [])]
+            )
+    return first
