@@ -11,13 +11,14 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from edgeprune import records, report, stages, verdict
+from edgeprune.apps import WorkedOut, labels_of, worked_out
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed, created_text
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.write import Payload, write_bundle
@@ -50,7 +51,7 @@ GOLDEN_SAMPLES = 16
 PRUNED_FILE, SOURCE_FILE = "pruned.safetensors", "pruned.py"
 PACKAGES = (
     "torch", "torch-pruning", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert",
-    "onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "paramiko", "pydantic", "safetensors",
+    "onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools", "paramiko", "pydantic", "safetensors",
 )  # fmt: skip
 
 
@@ -143,10 +144,14 @@ class Closing:
         )
         if not context.runs_ship:
             gates = tuple(verdict.of_twin(g, context.form.info.name) for g in gates)
+        artifact = self.files.result.shipped(choice.precision)
+        evidence = worked_out(context, self.files.path(artifact.path))
         found = self._report(measured, choice, gates, quality.result, test.result)
+        if evidence is not None:
+            found = found.model_copy(update={"notes": (*found.notes, evidence.note)})
         with self.run.timed("bundle and report", "other"):
             folder = self.run.path / "bundle"
-            self._write(found, folder, self.four[shipped][0])
+            self._write(found, folder, self.four[shipped][0], evidence)
             save_pruned(self.model, self.run.path / PRUNED_FILE, self.context.job.loaded.model)
             self._write_source()
         found = found.model_copy(update={"stages": tuple(self.run.costs)})
@@ -266,23 +271,26 @@ class Closing:
         if self.context.is_host:
             yield "host and device are the same machine; each file was run once"
 
-    def _write(self, found: Report, folder: Path, asked: Path) -> None:
-        """The bundle; the golden answers are those of the file ``asked``, which is the one that ships where that runs here."""
+    def _write(self, found: Report, folder: Path, asked: Path, evidence: WorkedOut | None) -> None:
+        """The bundle; the golden answers are those of the file that ships: run here, else worked out, else those of its twin ``asked``."""
         context, job = self.context, self.context.job
         artifact = self.files.result.shipped(found.shipped)
         shown = for_bundle(found)
         raw = job.loaded.dataset.development.head(GOLDEN_SAMPLES)
         x = context.development[: len(raw)].numpy()
-        answers = context.run_file(context.host, asked, x).numpy()
+        answers = (
+            context.run_file(context.host, asked, x).numpy()
+            if evidence is None
+            else evidence.answers[: len(raw)]
+        )
+        source: Literal["run", "worked-out", "twin"]
+        source = "worked-out" if evidence else "run" if context.runs_ship else "twin"
         shipped_file = self.files.path(artifact.path)
         golden = golden_file(context.ship, shipped_file, x, answers)
         row = next(
             r for r in found.variants if (r.variant, r.precision) == ("pruned", found.shipped)
         )
         dense = next(r for r in found.variants if (r.variant, r.precision) == ("dense", "fp32"))
-        labels = tuple(map(_plain, job.loaded.labels or ())) or tuple(
-            f"class {i}" for i in range(job.loaded.n_classes)
-        )
         write_bundle(
             folder,
             Facts(
@@ -295,13 +303,14 @@ class Closing:
                 license=job.loaded.workload.license,
                 failed_gates=tuple(g.name for g in found.gates if g.missed),
                 not_run=tuple(g.name for g in found.gates if g.not_run),
+                golden_source=source,
                 runtime=RuntimeNeed(
                     name=job.target.runtime.name,
                     min_version=context.shipping_version(),
                     threads=job.target.runtime.threads,
                 ),
                 preprocess=job.loaded.preprocess,
-                labels=labels,
+                labels=labels_of(job),
                 quality=Quality(
                     metric=found.ledger[-1].metric,
                     split="development",
@@ -420,11 +429,6 @@ def bundle_name(job: Job) -> str:
     ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
     plain = re.sub(r"[^a-z0-9]+", "-", ascii_stem).strip("-") or "model"
     return f"{plain[:30].rstrip('-')}-{job.target.name}"[:63]
-
-
-def _plain(text: str) -> str:
-    """A label on one line."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _settings(

@@ -19,6 +19,7 @@ from edgeprune.datasets import Split, model_input, to_layout
 from edgeprune.devices.board import Board
 from edgeprune.devices.measure import ModelFile
 from edgeprune.devices.recording import recording_path
+from edgeprune.folders import model_bytes
 from edgeprune.formats import Format
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_file
@@ -122,7 +123,7 @@ class Context:
         if self.runs_ship:
             return (f"single kernels are those of {twin}, which has the kernels of {ship}",)
         return (
-            f"the {ship} file was not run: no board here has {runtime};"
+            f"the {ship} file was not run: not every machine here has {runtime};"
             f" times, quality and answers are of a {twin} file of the same net (stand-in)",
         )
 
@@ -262,7 +263,7 @@ class Context:
         runtime = self.runtime_on(board)
         key = f"{file.name}-{'fast' if delegate else 'built-in'}"
         board.load(
-            key, file.read_bytes(), runtime=runtime.name, threads=runtime.threads, delegate=delegate
+            key, model_bytes(file), runtime=runtime.name, threads=runtime.threads, delegate=delegate
         )
         try:
             laid_out = to_layout(x, self.whole.info.layout)
@@ -276,7 +277,7 @@ class Context:
 
     def model_file(self, name: str, path: Path, artifact: Artifact) -> ModelFile:
         """A file ready to be measured."""
-        return ModelFile(name, path.read_bytes(), artifact.precision, artifact.sha256)
+        return ModelFile(name, model_bytes(path), artifact.precision, artifact.sha256)
 
 
 def stand_in_runtime(runtime: Runtime, device: Device) -> Runtime:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from edgeprune.compress.groups import ChannelGroup, remove_channels
+from edgeprune.folders import model_bytes
 from edgeprune.formats import Format, Kernel, Resizable
 from edgeprune.progress import Progress
 
@@ -79,6 +80,6 @@ class Converted:
             fp32, int8 = (Path(folder, f"{p}{self._form.info.suffix}") for p in ("fp32", "int8"))
             self._form.export(model, self._example, fp32)
             if self._calibration is None:
-                return fp32.read_bytes()
+                return model_bytes(fp32)
             self._form.quantize(fp32, self._calibration, int8, model=model)
-            return int8.read_bytes()
+            return model_bytes(int8)

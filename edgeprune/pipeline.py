@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from edgeprune import formats, records, schedule, stages
+from edgeprune.apps import for_app
 from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.store import MeasurementStore
 from edgeprune.errors import Busy, DeviceError, LinkLost, Unreachable
 from edgeprune.feasibility import plan_stages
+from edgeprune.formats import FormatInfo
 from edgeprune.options import check_format
 from edgeprune.progress import Progress
 from edgeprune.results import Artifact
@@ -83,7 +85,7 @@ def opened(
         DeviceError: the device cannot be reached, or lacks the runtime.
     """
     check_format(job.target)
-    ship = formats.load(job.target.format)
+    ship = for_app(formats.load(job.target.format), job)
     form = formats.load(ship.info.twin) if ship.info.twin else ship
     torch.manual_seed(job.seed)
     for note in job.notes:
@@ -115,6 +117,8 @@ def opened(
             )
         if is_replaced:
             board = host
+        if ship.info.system and not job.device.stand_in and not device.hello()["emulated"]:
+            _require(device, job, ship.info)
         boards = {id(b): b for b in (device, board)}.values()
         context = Context(
             job=job,
@@ -132,6 +136,23 @@ def opened(
         for note in context.notes:
             progress.say(f"note: {note}")
         yield context
+
+
+def _require(device: Board, job: Job, info: FormatInfo) -> None:
+    """Nothing, when a board that was named for a target runs its files; a board that cannot must not be taken for a stand-in in silence.
+
+    Raises:
+        DeviceError: it does not; says what it is instead.
+    """
+    try:
+        device.runtime_version(job.target.runtime.name)
+    except (LinkLost, Unreachable, Busy):
+        raise
+    except DeviceError as error:
+        raise DeviceError(
+            f"device {device.name!r} cannot time the target {job.target.name}: {error.message}",
+            hint=f"name a {info.system} with {info.name} tools, or a stand-in such as this-machine",
+        ) from error
 
 
 def _all_have(runtime: str, boards: Iterable[Board]) -> bool:

@@ -13,6 +13,7 @@ from edgeprune.context import Context
 from edgeprune.devices.measure import measure, time_kernels
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.sustained import sustained
+from edgeprune.folders import model_bytes
 from edgeprune.records import Record
 from edgeprune.results import Artifact, LayerTime, Measurement, ProfileReport
 
@@ -50,7 +51,11 @@ def profile(context: Context) -> ProfileReport:
         )
         times = {
             precision: _layer_times(
-                context, folder, artifact, dense.cut_from(artifact.precision), measured[precision]
+                context,
+                folder,
+                artifact,
+                dense.cut_from("int8" if precision == "int8" else "fp32"),
+                measured[precision],
             )
             for precision, artifact in files.items()
         }
@@ -97,7 +102,7 @@ def _layer_times(
     nodes = None
     if measured.median_ms >= PROFILER_FROM_MS:
         key = f"profile-{artifact.precision}"
-        content = (folder / artifact.path).read_bytes()
+        content = model_bytes(folder / artifact.path)
         context.board.load(key, content, runtime=runtime.name, threads=runtime.threads)
         try:
             nodes = context.board.profile(key, PROFILED_RUNS)

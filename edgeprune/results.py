@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from edgeprune.int8_results import Int8Report
 from edgeprune.orderstats import percentile_overs
 from edgeprune.records import Record
-from edgeprune.specs import Precision, Stamp
+from edgeprune.specs import FilePrecision, Precision, Stamp
 
 P99_SAMPLES = 1000
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -39,7 +39,7 @@ class Artifact(Record):
 
     path: str
     format: str
-    precision: Precision
+    precision: FilePrecision
     sha256: Sha256
     size_bytes: int
     inputs: tuple[TensorSpec, ...]
@@ -125,7 +125,7 @@ class Measurement(Record):
 
     name: str
     artifact_sha256: Sha256
-    precision: Precision
+    precision: FilePrecision
     threads: int
     load_ns: int
     first_ns: int
@@ -238,7 +238,7 @@ class SustainedRun(Record):
 
     name: str
     artifact_sha256: Sha256
-    precision: Precision
+    precision: FilePrecision
     threads: int
     seconds: float
     points: Annotated[tuple[SustainedPoint, ...], Field(min_length=1)]

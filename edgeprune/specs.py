@@ -24,6 +24,9 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}$"  # of a licence, such as Apache-2.0
 FormatName = Literal["tflite", "onnx", "tensorrt", "executorch", "coreml"]
 Precision = Literal["fp32", "int8"]
+# What a file stores: in the "fp32" place of a target for Apple devices stands a file in half precision.
+FilePrecision = Literal["fp32", "fp16", "int8"]
+Line = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Stamp = Literal["measured", "stand-in", "emulated"]
 BundleKind = Literal["python", "android", "ios"]
 
@@ -317,7 +320,7 @@ class Recovery(Record):
 class Workload(Record):
     """``edgeprune.yaml``: the user's model, weights, data and defaults. Paths are relative to the file.
 
-    ``license`` is the SPDX identifier of the model's licence, ``version`` the model's own; bundles repeat them.
+    ``author``, ``license`` (an SPDX expression) and ``version`` are of the model; bundles and Core ML files show them.
     """
 
     schema_version: Literal[1] = 1
@@ -326,6 +329,7 @@ class Workload(Record):
     data: str
     preprocess: Preprocess = Preprocess()
     labels: tuple[str, ...] | None = None
+    author: Line | None = None
     target: str | None = None
     latency: str | None = None
     max_drop: str | None = None

@@ -19,6 +19,7 @@ LAYERS = {
     "version": 0,
     "errors": 0,
     "records": 0,
+    "folders": 1,
     "orderstats": 0,
     "specs": 1,
     "results": 1,
@@ -46,6 +47,7 @@ LAYERS = {
     "planning": 5,
     "guarantee": 5,
     "explaining": 5,
+    "apps": 5,
     "context": 5,
     "stage_records": 2,
     "feasibility": 5,
@@ -81,7 +83,15 @@ PLAIN = {
 # Imported where they are used: rich draws the bars, PIL opens image files, click writes to the terminal.
 ALSO_PLAIN = {("progress", "rich"), ("imagedata", "PIL"), ("console", "click")}
 # What runs on a board without edgeprune: the runtimes it times, and the arrays they take.
-ON_BOARD = {"numpy", "ai_edge_litert", "tflite_runtime", "onnxruntime", "tensorrt"}
+ON_BOARD = {
+    "numpy",
+    "ai_edge_litert",
+    "tflite_runtime",
+    "onnxruntime",
+    "tensorrt",
+    "coremltools",
+    "PIL",
+}
 
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 70

@@ -113,7 +113,7 @@ def test_doctor_names_versions_and_devices(tmp_path):
     [
         ("targets", "list", "--json"),
         ("deploy", "--target", "this-machine", "--latency", "15"),
-        ("deploy", "--target", "iphone"),
+        ("deploy", "--target", "nowhere"),
         ("report", "gone"),
     ],
 )
@@ -225,7 +225,8 @@ def test_a_dry_run_prints_the_plan_and_stops(deployed, tmp_path):
         ("nowhere", ("--target", "iphone"), 5),
     ],
 )
-def test_a_flag_wins_over_the_settings_file(tmp_path, yaml_target, flags, code):
+def test_a_flag_wins_over_the_settings_file(tmp_path, monkeypatch, yaml_target, flags, code):
+    monkeypatch.setattr("edgeprune.formats.names", lambda: ["onnx", "tflite"])
     tinynet.project(tmp_path, target=yaml_target)
     assert tinynet.edgeprune_here(tmp_path, "deploy", *flags).returncode == code
 

@@ -58,6 +58,12 @@ def test_a_device_that_is_no_stand_in_is_stamped_measured():
         assert opened.fingerprint("onnxruntime", 1).stamp == "measured"
 
 
+def test_core_ml_times_are_never_those_of_a_phone():
+    with open_board("mac", Device(transport="local", targets=()), exclusive=False) as opened:
+        opened._versions["coreml"] = "9.0"  # as a Mac would answer
+        assert opened.fingerprint("coreml", 1).stamp == "stand-in"
+
+
 def test_a_loaded_model_computes_what_numpy_computes(board):
     loaded = board.load("net", matmul_file(), **ORT)
     assert [(t.name, t.shape, t.dtype) for t in loaded.inputs] == [("x", (1, 4), "float32")]

@@ -163,7 +163,6 @@ def take_the_bundle_and_a_silent_board(project: Path, finished: Path) -> None:
 
 CASES = (
     Case("unknown target", ("deploy", "--target", "rpi-4"), 2, ("did you mean 'rpi4'",)),
-    Case("target of a later format", ("deploy", "--target", "iphone"), 5, ("iphone", "coreml")),
     Case("misspelt key", DEPLOY, 2, ("latencey", "did you mean 'latency'"), misspell_a_key),
     Case("malformed latency", (*DEPLOY, "--latency", "15"), 2, ("15ms, 60% or 2.5x", "'15'")),
     Case("malformed max-drop", (*DEPLOY, "--max-drop", "little"), 2, ("max_drop", "'little'")),

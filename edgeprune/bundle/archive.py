@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgeprune.bundle.manifest import check_distinct, check_path
 from edgeprune.errors import IntegrityError
+from edgeprune.folders import zip_entry
 from edgeprune.records import atomic_path
 
 MAX_FILES = 10_000
@@ -20,7 +21,6 @@ _END = b"PK\x05\x06"
 _END_BYTES = 22
 _ZIP64_LOCATOR = b"PK\x06\x07"
 _ZIP64_LOCATOR_BYTES = 20
-_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 _PIECE = 1 << 20
 
 
@@ -74,10 +74,7 @@ def write_zip(folder: Path, archive: Path, *, top: str) -> None:
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out,
     ):
         for path in files_under(folder):
-            entry = zipfile.ZipInfo(f"{top}/{path}", _ZIP_EPOCH)
-            entry.create_system = 3  # Unix, so that the permission bits below mean something
-            entry.external_attr = (stat.S_IFREG | 0o644) << 16
-            out.writestr(entry, (folder / path).read_bytes())
+            out.writestr(zip_entry(f"{top}/{path}"), (folder / path).read_bytes())
 
 
 def extract(archive: Path, into: Path) -> None:

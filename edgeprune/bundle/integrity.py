@@ -21,6 +21,7 @@ from edgeprune.bundle.manifest import (
     Recipe,
 )
 from edgeprune.errors import IntegrityError
+from edgeprune.folders import packed
 from edgeprune.records import read_json, sha256_bytes, sha256_file
 
 MAX_MANIFEST_BYTES = 8 * 1024**2
@@ -103,12 +104,19 @@ def check_small_files(folder: Path, manifest: Manifest) -> None:
 
 
 def read_model(folder: Path, manifest: Manifest) -> bytes:
-    """The model file, read once and checked once more, so that what is run is what was checked.
+    """The model, read once and checked once more, so that what is run is what was checked; a model that is a folder comes packed.
 
     Raises:
         IntegrityError: the content is not the manifest's.
     """
-    return read_checked(folder, manifest, manifest.model.path)
+    path, parts = manifest.model.path, manifest.model_parts()
+    if not parts:
+        return read_checked(folder, manifest, path)
+    start = len(path) + 1
+    content = packed({p[start:]: read_checked(folder, manifest, p) for p in parts})
+    if sha256_bytes(content) != manifest.model.sha256:
+        raise IntegrityError(f"the files of {path} are not the model that the manifest names")
+    return content
 
 
 def read_checked(folder: Path, manifest: Manifest, path: str) -> bytes:

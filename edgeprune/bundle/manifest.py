@@ -35,7 +35,7 @@ LICENSE = "LICENSE"
 NOTICE = "NOTICE"
 BOM = "sbom/bom.cdx.json"
 REQUIRED = (
-    *(RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE, SAMPLE),
+    *(RECIPE, LABELS, README, GOLDEN_INPUTS, GOLDEN_OUTPUTS, TOLERANCE),
     *(CARD, LICENSE, NOTICE, BOM),
 )
 NOT_STATED = "not stated"
@@ -187,6 +187,7 @@ class Facts(Record):
     ``kind`` is the app platform whose samples lie in ``samples/<kind>``. ``quality`` is of the split that choices were made on, ``test`` of
     the one that was read once, where there was one.
     ``failed_gates`` were judged and missed. ``not_run`` could not be judged, because nothing that the maker had runs the file.
+    The golden answers are then ``worked-out`` from the operations in the file, or those of a ``twin`` of another format.
     """
 
     name: Name
@@ -199,6 +200,7 @@ class Facts(Record):
     license: Annotated[str, Field(pattern=SPDX)] | None = None
     failed_gates: tuple[Line, ...] = ()
     not_run: tuple[Line, ...] = ()
+    golden_source: Literal["run", "worked-out", "twin"] = "run"
     runtime: RuntimeNeed
     preprocess: Preprocess
     labels: Annotated[tuple[Line, ...], Field(min_length=1, max_length=100_000)]
@@ -263,6 +265,8 @@ class Manifest(Facts):
         missing = [path for path in REQUIRED if path not in paths]
         if missing:
             raise ValueError(f"files must list {', '.join(missing)}")
+        if all(file.role != "sample" for file in files):
+            raise ValueError("files must list a sample program")
         return files
 
     @model_validator(mode="after")
@@ -271,7 +275,8 @@ class Manifest(Facts):
             raise ValueError("status must be best-effort exactly when failed_gates is not empty")
         listed = {file.path: file for file in self.files}
         model = listed.get(self.model.path)
-        if model is None or model.sha256 != self.model.sha256:
+        # The digest of a folder is that of its files packed, which integrity.read_model compares.
+        if not self.model_parts() and (model is None or model.sha256 != self.model.sha256):
             raise ValueError(f"files must list {self.model.path} with the digest of the model")
         if not {self.golden.inputs, self.golden.outputs} <= set(listed):
             raise ValueError("files must list the golden inputs and outputs")
@@ -282,6 +287,10 @@ class Manifest(Facts):
     def facts(self) -> Facts:
         """What the maker stated."""
         return Facts(**{name: getattr(self, name) for name in Facts.model_fields})
+
+    def model_parts(self) -> tuple[str, ...]:
+        """Paths of the files of a model that is a folder, sorted; empty for a model that is one file."""
+        return tuple(sorted(f.path for f in self.files if f.path.startswith(f"{self.model.path}/")))
 
     def recipe(self) -> Recipe:
         """What ``preprocess.json`` must say."""

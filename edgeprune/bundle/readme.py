@@ -11,6 +11,12 @@ _PACKAGES = {
     "onnxruntime": "onnxruntime",
     "executorch": "executorch",
 }
+_IOS_TEXT = """1. Drag `{model}` into your Xcode project, and tick your target. Xcode shows its inputs, outputs, labels and
+   metadata, compiles it, and makes the Swift class `Classifier`. iOS 17 or newer.
+2. Add `samples/ios/GoldenCheck.swift`, `labels.txt`, `preprocess.json` and the files in `golden/` to the app (a debug target
+   is enough), and call `try GoldenCheck(bundle: .main).run()` once on the device: it says whether Core ML there gives the golden answers.
+3. Choose the processors by `{units}`; `.all` is the default.
+"""
 
 
 def readme_text(manifest: Manifest) -> bytes:
@@ -62,8 +68,13 @@ On the host, `edgeprune verify` checks all of it, on any board you have.
 def _not_run(manifest: Manifest) -> list[tuple[str, str]]:
     if not manifest.not_run:
         return []
-    text = "this file was converted and never run; times, quality and golden answers are of another format of the same net"
-    return [("not run", text)]
+    text = "this file was converted and never run; times and quality are of another format of the same net"
+    sources = {
+        "run": "",
+        "worked-out": "; the golden answers were worked out from the operations in it",
+        "twin": ", and so are the golden answers",
+    }
+    return [("not run", text + sources[manifest.golden_source])]
 
 
 _JETSON = """On the Jetson (JetPack 5.1 or newer; not yet run on one by this version), with the system's python3:
@@ -115,6 +126,10 @@ def _run_text(manifest: Manifest) -> str:
 
 def _python_text(manifest: Manifest) -> str:
     runtime = manifest.runtime
+    if runtime.name == "coreml":
+        return _IOS_TEXT.format(
+            model=manifest.model.path, units="MLModelConfiguration.computeUnits"
+        )
     package = _PACKAGES.get(runtime.name)
     if package is None:
         return (

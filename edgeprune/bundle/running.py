@@ -26,7 +26,13 @@ class RuntimeMissing(FormatError):
 
 
 def load_model(
-    board: Board, manifest: Manifest, content: bytes, *, key: str = "model", delegate: bool = True
+    board: Board,
+    manifest: Manifest,
+    content: bytes,
+    *,
+    key: str = "model",
+    delegate: bool = True,
+    runtime_name: str | None = None,
 ) -> Loaded:
     """Load the shipped file on a board and compare its tensors with the manifest.
 
@@ -36,9 +42,10 @@ def load_model(
         content: the file, already checked against its digest.
         key: the name it gets on the board.
         delegate: ``False`` runs a TFLite file on the built-in kernels instead of XNNPACK.
+        runtime_name: of a runtime for the same files on other processors; that of the manifest when ``None``.
 
     Returns:
-        What the board said about it.
+        What the board says of the loaded file.
 
     Raises:
         IntegrityError: the runtime refuses the file, or its tensors are not the manifest's.
@@ -48,7 +55,11 @@ def load_model(
     runtime = manifest.runtime
     try:
         loaded = board.load(
-            key, content, runtime=runtime.name, threads=runtime.threads, delegate=delegate
+            key,
+            content,
+            runtime=runtime_name or runtime.name,
+            threads=runtime.threads,
+            delegate=delegate,
         )
     except Refusal as error:
         if error.kind == "runtime":

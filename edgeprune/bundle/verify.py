@@ -23,7 +23,7 @@ from edgeprune.bundle.behaviour import (
     golden_check,
     latency_check,
 )
-from edgeprune.bundle.golden import read_golden
+from edgeprune.bundle.golden import judge, read_golden
 from edgeprune.bundle.inside import file_kind, metadata_check, operators_check
 from edgeprune.bundle.integrity import (
     check_hashes,
@@ -42,8 +42,10 @@ from edgeprune.bundle.running import (
 )
 from edgeprune.bundle.sign import check_signature, read_public_key
 from edgeprune.bundle.weights import eight_bit_ratio, weight_elements
+from edgeprune.devices.agent.coreml import UNITS
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.plans import Loaded
+from edgeprune.devices.measure import ModelFile, measure
+from edgeprune.devices.plans import SEARCH, Loaded
 from edgeprune.errors import (
     BudgetError,
     Busy,
@@ -54,7 +56,7 @@ from edgeprune.errors import (
     SpecError,
     Unreachable,
 )
-from edgeprune.records import Record
+from edgeprune.records import Record, sha256_bytes
 from edgeprune.specs import Device
 
 if TYPE_CHECKING:
@@ -281,6 +283,8 @@ class _Subject:
         content = read_model(self._folder, manifest)
         try:
             with _open(name, device) as board:
+                if manifest.runtime.name == "coreml":
+                    return self._on_each_processor(board, content), ()
                 loaded = load_model(board, manifest, content)
                 golden = golden_check(board, self._folder, manifest)
                 must = board.is_strict
@@ -289,6 +293,30 @@ class _Subject:
         except (RuntimeMissing, Unreachable, HostKeyMismatch, Busy) as error:
             raise _NotRun(str(error)) from error
         return _whole(golden.detail, checks)
+
+    def _on_each_processor(self, board: Board, content: bytes) -> str:
+        """The golden samples and a time for every choice of processors that Core ML offers; the time includes the call from Python."""
+        threads, found = self._checked.runtime.threads, []
+        for runtime, units in UNITS.items():
+            loaded = load_model(board, self._checked, content, key=units, runtime_name=runtime)
+            judged = self._judge(board, units)
+            board.unload([units])
+            file = ModelFile(units, content, self._checked.model.precision, sha256_bytes(content))
+            (timed,) = measure(
+                board, [file], runtime=runtime, threads=threads, plan=SEARCH, purpose=units
+            )
+            compiled = (
+                f", compiled in {loaded.compile_ns / 1e6:.0f} ms" if loaded.compile_ns else ""
+            )
+            found.append(f"{units}: {judged}, median {timed.median_ms:.3g} ms{compiled}")
+        return "; ".join([*found, "times are of this Mac and not of a phone"])
+
+    def _judge(self, board: Board, key: str) -> str:
+        raw, golden = read_golden(self._folder, self._checked)
+        result = judge(run_model(board, self._checked, raw, key=key), golden, self._checked)
+        if not result.ok:
+            raise IntegrityError(f"the answers differ: {result}")
+        return str(result)
 
 
 def _open(name: str, device: Device) -> Board:

@@ -16,12 +16,15 @@ import struct
 from collections.abc import Callable, Iterator
 
 from edgeprune.errors import IntegrityError
+from edgeprune.folders import unpacked
 from edgeprune.formats._flatbuffer import Table, root
 from edgeprune.formats._protobuf import fields, varints
 from edgeprune.formats._pte import read_program
 
 _TFLITE_TYPES = {0: "float32", 1: "float16", 3: "uint8", 9: "int8", 10: "float64", 17: "int4"}
 _ONNX_TYPES = {1: "float32", 2: "uint8", 3: "int8", 10: "float16", 11: "float64", 16: "bfloat16"}
+_MIL_TYPES = {10: "float16", 11: "float32", 21: "int8", 31: "uint8"}
+_COREML_MODEL = "Data/com.apple.CoreML/model.mlmodel"
 _MAX_SUBGRAPHS = 64
 
 
@@ -39,7 +42,7 @@ def weight_elements(format_name: str, content: bytes) -> dict[str, int] | None:
         for kind, shape in reader(content):
             if len(shape) >= 2 and min(shape) > 0:
                 counts[kind] = counts.get(kind, 0) + math.prod(shape)
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, KeyError, ValueError) as error:
         raise IntegrityError(f"the model is not a sound {format_name} file: {error}") from error
     return counts
 
@@ -130,9 +133,41 @@ def _executorch(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from read_program(content).weights
 
 
+def _coreml(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Constants of an ML program that lie in its weight file. Field numbers of ``Model.proto`` and ``MIL.proto`` of coremltools 9.0."""
+    model = memoryview(unpacked(content)[_COREML_MODEL])
+    for block in _at(
+        model, 502, 2, 2, 3, 2
+    ):  # mlProgram, functions, value, block_specializations, value
+        for operation in _at(block, 3):
+            for value in _at(operation, 5, 2):  # attributes, value
+                if any(True for _ in _at(value, 5)):  # blobFileValue
+                    for tensor in _at(value, 2, 1):  # type, tensorType
+                        yield _coreml_tensor(tensor)
+
+
+def _coreml_tensor(tensor: memoryview) -> tuple[str, tuple[int, ...]]:
+    kinds = [v for number, v, _ in fields(tensor) if number == 1 and isinstance(v, int)]
+    sizes = []
+    for constant in _at(tensor, 3, 1):  # dimensions, constant
+        sizes += [v for number, v, _ in fields(constant) if number == 1 and isinstance(v, int)]
+    return _MIL_TYPES.get(kinds[0] if kinds else 0, "other"), tuple(sizes)
+
+
+def _at(message: memoryview, *path: int) -> Iterator[memoryview]:
+    """The messages at a path of field numbers."""
+    for number, value, _ in fields(message):
+        if number == path[0] and not isinstance(value, int):
+            if len(path) == 1:
+                yield value
+            else:
+                yield from _at(value, *path[1:])
+
+
 _READERS: dict[str, Callable[[bytes], Iterator[tuple[str, tuple[int, ...]]]]] = {
     "tflite": _tflite,
     "onnx": _onnx,
     "executorch": _executorch,
     "tensorrt": _onnx,  # ships ONNX; the board builds its engine
+    "coreml": _coreml,
 }

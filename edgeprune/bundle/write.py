@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.resources
 import json
 import tempfile
@@ -46,13 +45,15 @@ from edgeprune.bundle.manifest import (
 from edgeprune.bundle.readme import readme_text
 from edgeprune.bundle.sbom import bom_text
 from edgeprune.errors import IntegrityError, NoSpace, SpecError
+from edgeprune.folders import model_bytes, unpacked
 from edgeprune.formats._metadata import PREFIX, carrier
-from edgeprune.records import sha256_bytes, to_json
+from edgeprune.records import is_full, sha256_bytes, to_json
 from edgeprune.results import Artifact
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
+PACKAGE_STEM = "Classifier"
 REPORT_HTML = "report/report.html"
 REPORT_JSON = "report/report.json"
 ALWAYS = ("python", "cpp")  # samples that every bundle has
@@ -124,15 +125,15 @@ def zip_path(folder: Path) -> Path:
 
 def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest and the content of every file, none of it on disk yet."""
-    model, model_bytes, embedded = _shipped(facts, payload)
+    model, model_files, embedded = _shipped(facts, payload)
     # The samples go through the same preprocessing as on the board, so that a mismatch shows here and not there.
     file_input(payload.golden_inputs, facts.preprocess, model.inputs[0])
     files: dict[str, tuple[Role, bytes]] = {
-        model.path: ("model", model_bytes),
+        **{path: ("model", content) for path, content in model_files.items()},
         LABELS: ("labels", labels_text(facts.labels)),
         GOLDEN_INPUTS: ("golden", npy_bytes(payload.golden_inputs)),
         GOLDEN_OUTPUTS: ("golden", npy_bytes(payload.golden_outputs)),
-        **{path: ("sample", content) for path, content in sample_files(facts.kind).items()},
+        **{path: ("sample", content) for path, content in _samples(facts, model).items()},
         **{path: ("repro", content) for path, content in payload.repro.items()},
     }
     if model.format == "tensorrt":
@@ -165,9 +166,16 @@ _DERIVED: dict[str, tuple[Role, Callable[[Manifest], bytes]]] = {
 }
 
 
-def _shipped(facts: Facts, payload: Payload) -> tuple[Artifact, bytes, tuple[str, ...]]:
-    """The record and content of the file that ships, and the keys of the texts that were put into it."""
+def _shipped(facts: Facts, payload: Payload) -> tuple[Artifact, dict[str, bytes], tuple[str, ...]]:
+    """The model as it lies in the bundle, its files there, and the keys of the texts that were put into it.
+
+    A package keeps its content as it is; Xcode makes a Swift class of its name.
+    """
     content, suffix = _model_bytes(payload), payload.model_file.suffix
+    if payload.model_file.is_dir():
+        path = f"models/{PACKAGE_STEM}{suffix}"
+        parts = {f"{path}/{name}": part for name, part in unpacked(content).items()}
+        return payload.model.model_copy(update={"path": path}), parts, ()
     path = f"models/model.{payload.model.precision}{suffix}"
     found = carrier(suffix)
     keys: tuple[str, ...] = ()
@@ -176,7 +184,7 @@ def _shipped(facts: Facts, payload: Payload) -> tuple[Artifact, bytes, tuple[str
         content = found.attach(content, texts, labels_text(facts.labels))
         keys = tuple(sorted(texts))
     changes = {"path": path, "sha256": sha256_bytes(content), "size_bytes": len(content)}
-    return payload.model.model_copy(update=changes), content, keys
+    return payload.model.model_copy(update=changes), {path: content}, keys
 
 
 def model_texts(facts: Facts, source_sha256: str) -> dict[str, str]:
@@ -230,9 +238,17 @@ def _manifest(
         raise SpecError(f"{place} of the bundle: {message}") from error
 
 
+def _samples(facts: Facts, model: Artifact) -> dict[str, bytes]:
+    """The sample programs that can run the model: on Apple devices those of the app alone."""
+    found = sample_files(facts.kind)
+    if model.format != "coreml":
+        return found
+    return {p: c for p, c in found.items() if p.startswith(f"samples/{facts.kind}/")}
+
+
 def _model_bytes(payload: Payload) -> bytes:
     try:
-        content = payload.model_file.read_bytes()
+        content = model_bytes(payload.model_file)
     except OSError as error:
         raise IntegrityError(f"cannot read {payload.model_file}: {error.strerror}") from error
     if sha256_bytes(content) != payload.model.sha256:
@@ -282,6 +298,6 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise NoSpace(f"no space left for the bundle {folder}") from error
         raise SpecError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.devices import replies
+from edgeprune.devices.agent.coreml import UNITS as COREML_UNITS
 from edgeprune.devices.agent.runtimes import LOAD_S, RUNTIMES
 from edgeprune.devices.frames import Refusal
 from edgeprune.devices.plans import Loaded, NodeTime, Timing, TimingPlan
@@ -188,7 +189,9 @@ class Board:
     def fingerprint(self, runtime: str, threads: int) -> Fingerprint:
         """What measurements with this runtime on this board are made on. The stamp says whether its times mean anything."""
         facts = self._facts().model_dump(include=set(Fingerprint.model_fields))
-        stamp: Stamp = "stand-in" if self.device.stand_in else "measured"
+        # What runs Core ML from Python is a Mac, never the phone that a target is for.
+        is_stand_in = self.device.stand_in or runtime in COREML_UNITS
+        stamp: Stamp = "stand-in" if is_stand_in else "measured"
         if self._facts().emulated:
             stamp = "emulated"  # says more than "stand-in": not even another machine's times
         return Fingerprint(
@@ -259,7 +262,9 @@ class Board:
         outputs = tuple(tensor.spec() for tensor in model.outputs)
         told = model.placement
         delegated = None if told is None else (told.delegated, told.operators)
-        return Loaded(key, model.load_ns, model.first_ns, inputs, outputs, delegated)
+        return Loaded(
+            key, model.load_ns, model.first_ns, inputs, outputs, delegated, model.compile_ns
+        )
 
     def unload(self, keys: Iterable[str]) -> None:
         """Forget models; unknown keys are no error."""

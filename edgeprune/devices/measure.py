@@ -19,7 +19,7 @@ from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.orderstats import CONFIDENCE, centre
 from edgeprune.progress import Progress
 from edgeprune.results import Block, Comparison, Fingerprint, Measurement
-from edgeprune.specs import Precision
+from edgeprune.specs import FilePrecision
 
 CHUNK_FILES = 64
 CHUNK_BYTES = 64 * 1024 * 1024
@@ -31,7 +31,7 @@ class ModelFile:
 
     name: str
     content: bytes
-    precision: Precision
+    precision: FilePrecision
     sha256: str
 
 

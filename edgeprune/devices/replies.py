@@ -90,6 +90,7 @@ class LoadedModel(Record):
 
     load_ns: Nanoseconds
     first_ns: Nanoseconds
+    compile_ns: Nanoseconds | None = None
     inputs: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=256)]
     outputs: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=256)]
     placement: Placement | None = None

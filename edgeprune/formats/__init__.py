@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeprune.errors import FormatError, UnknownName
 from edgeprune.results import Artifact
+from edgeprune.specs import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,8 @@ class FormatInfo:
 
     A file of some formats cannot be cut to other widths in place. ``twin`` names the format with the same kernels whose files are cut and
     timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.converted.Converted`). Without a twin it
-    is ``""``. ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
+    is ``""``. ``system`` is the only kind of computer that runs its
+    files, in words (``Mac``). ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
     """
 
     name: str
@@ -33,7 +35,27 @@ class FormatInfo:
     extra: str
     layout: str  # layout of image inputs inside the file: NHWC or NCHW
     twin: str = ""
+    system: str = ""
     built_in_kernels: bool = True
+
+
+@dataclass(frozen=True)
+class AppFacts:
+    """What a file can say to the app that ships it, for formats that have a place for it.
+
+    ``labels`` name the outputs in order. ``int8_scheme`` is the one of the profile that ships, ``compute_units`` which processors the app
+    should ask for. ``notes`` are further facts by name; they must not change with the day, so that equal nets give equal files.
+    """
+
+    preprocess: Preprocess
+    labels: tuple[str, ...] | None = None
+    description: str = ""
+    author: str = ""
+    license: str = ""
+    version: str = ""
+    int8_scheme: str = ""
+    compute_units: str = "ALL"
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,6 +210,28 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class ForApps(Protocol):
+    """A format whose files carry what an app wants to know."""
+
+    def for_app(self, facts: AppFacts) -> Format:
+        """The same format, for one app."""
+        ...
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+    """A format whose files can be worked out here without their runtime: evidence of what is in the file, never a run."""
+
+    def evaluate(self, path: Path, x: np.ndarray) -> np.ndarray:
+        """Logits ``[N, K]`` for samples as the torch model sees them.
+
+        Raises:
+            FormatError: the file has an operation that is not worked out.
+        """
+        ...
+
+
 def cut_in_place_of(info: FormatInfo) -> FormatError:
     """The error of :meth:`Format.resizable` of a format with a twin."""
     return FormatError(
@@ -263,6 +307,9 @@ def golden_file(
 
 __all__ = [
     "DEFAULT_OPTIONS",
+    "AppFacts",
+    "Evaluated",
+    "ForApps",
     "Format",
     "FormatInfo",
     "Inspectable",

@@ -22,8 +22,9 @@ import zipfile
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 from . import wire
+from .coreml import check_system
 from .gpu import NO_PACKAGE
-from .runtimes import RUNTIMES
+from .runtimes import MODULES, RUNTIMES
 
 PROBE = """
 import importlib, importlib.metadata, sys
@@ -158,12 +159,13 @@ def probe(python: str, runtime: str, timeout_s: float = PROBE_S) -> str:
     Raises:
         wire.Refused: ``runtime-signal``: the import died of a signal. ``runtime``: unknown, not installed, broken or too slow.
     """
-    if runtime not in RUNTIMES:
+    if runtime not in MODULES:
         raise wire.Refused("runtime", "this agent cannot run the runtime " + runtime)
+    check_system(runtime)
     own = python == sys.executable
     # pip wrote no bytecode; the first import in an environment writes that of what it loads, which later starts then save.
     flags = ("-IB" if sys.flags.isolated else "-B") if own else "-I"
-    command = [python, flags, "-c", PROBE, *RUNTIMES[runtime]]
+    command = [python, flags, "-c", PROBE, *MODULES[runtime]]
     try:
         done = _run(command, timeout_s, env=None if own else CLEAN_ENV)
     except subprocess.TimeoutExpired:

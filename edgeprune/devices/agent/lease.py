@@ -13,10 +13,12 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from typing import Any, Dict, List, Optional
 
 from .machine import boot_id, read_text
+from .telemetry import run
 from .wire import Refused
 
 MAX_OWNER_BYTES = 4096
@@ -32,7 +34,7 @@ class Lease:
 
     def __init__(self, paths: List[str]) -> None:
         self._handle = _open_shared(paths)
-        self.path = os.readlink("/proc/self/fd/%d" % self._handle) if self._handle >= 0 else ""
+        self.path = _path_of(self._handle, paths)
         self.held = False
 
     def acquire(self, owner: Dict[str, Any], session: str) -> None:
@@ -137,9 +139,24 @@ class Lease:
         return not self.is_taken()
 
 
+def _path_of(handle: int, paths: List[str]) -> str:
+    """The path that was opened, ``""`` for none; by its links in /proc, or, where there is no /proc, by its identity."""
+    if handle < 0:
+        return ""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/fd/%d" % handle)
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.lstat(path)):
+                return path
+    return ""
+
+
 def _is_agent(pid: int) -> bool:
     """Whether a process looks like an agent: what the lock file says of it is only somebody's word."""
     command = (read_text("/proc/%d/cmdline" % pid) or "").split("\0")
+    if command == [""] and sys.platform == "darwin":
+        command = (run("/", "/bin/ps", "-p", str(pid), "-o", "command=") or "").split()
     return any(re.search(r"agent-[0-9a-f]{16}\.pyz\Z", part) for part in command)
 
 

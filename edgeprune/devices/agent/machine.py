@@ -8,6 +8,8 @@ import hashlib
 import os
 import platform
 import struct
+import subprocess
+import sys
 import time
 from typing import Any, Dict, List, Optional
 
@@ -49,6 +51,7 @@ def machine_facts() -> Dict[str, Any]:
     """What identifies this machine, without naming it."""
     fields, machine = fields_of("/proc/cpuinfo"), platform.machine()
     board = read_text("/proc/device-tree/model") or fields.get("model name") or fields.get("model")
+    board = board or sysctl("machdep.cpu.brand_string")
     # An ARM program under qemu sees the x86 computer below it, and not itself as the program of its own thread.
     program, thread = (os.path.realpath("/proc/%s/exe" % name) for name in ("self", "thread-self"))
     is_qemu = "vendor_id" in fields or (os.path.exists("/proc/thread-self") and program != thread)
@@ -84,7 +87,26 @@ def glibc_version() -> Optional[str]:
 
 def boot_id() -> str:
     """Changes with every start of the kernel; empty where the kernel does not tell."""
-    return read_text("/proc/sys/kernel/random/boot_id") or ""
+    found = read_text("/proc/sys/kernel/random/boot_id") or sysctl("kern.bootsessionuuid") or ""
+    return found.lower()
+
+
+def sysctl(name: str) -> Optional[str]:
+    """A fact that macOS tells; ``None`` elsewhere, or where it does not."""
+    if sys.platform != "darwin":
+        return None
+    try:
+        done = subprocess.run(
+            ["/usr/sbin/sysctl", "-n", name],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode("utf-8", "replace").strip()[:200] or None
 
 
 def user_name() -> str:
@@ -93,6 +115,11 @@ def user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return str(os.getuid())
+
+
+def usable_cpus() -> List[int]:
+    """The processors that this process may use; empty on macOS, which places threads itself."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def fastest_cpus(root: str = "/") -> Optional[List[int]]:

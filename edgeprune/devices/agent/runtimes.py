@@ -12,6 +12,7 @@ import time
 from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
+from . import coreml
 from .engines import EngineModel
 from .wire import Refused
 
@@ -28,6 +29,10 @@ EXECUTORCH_DTYPES = {
 }  # fmt: skip
 # How long loading one file takes at most, where that is more than reading it: TensorRT builds an engine, in two precisions.
 LOAD_S = {"tensorrt": 120.0}
+
+
+# Also those that edgeprune does not install.
+MODULES = dict(RUNTIMES, **dict.fromkeys(coreml.UNITS, coreml.MODULE))
 
 
 def realistic(spec: Dict[str, Any], seed: int) -> Any:
@@ -254,17 +259,20 @@ def open_model(
     content: bytes, runtime: str, threads: int, delegate: bool, many: bool = False
 ) -> Any:
     """A model that has run once; ``many`` says that it is one of many small ones, for which nothing long is tried."""
-    if runtime not in RUNTIMES:
+    if runtime not in MODULES:
         raise Refused("runtime", "this agent cannot run the runtime " + runtime)
+    coreml.check_system(runtime)
     try:
         if runtime == "tensorrt":
             return EngineModel(content, runtime, threads, delegate, many)
-        model = MODELS.get(runtime, TfliteModel)
+        model: Any = (
+            coreml.CoremlModel if runtime in coreml.UNITS else MODELS.get(runtime, TfliteModel)
+        )
         return model(content, runtime, threads, delegate)
-    except ImportError as error:
-        raise Refused("runtime", "cannot import %s: %s" % (runtime, error)) from error
     except Refused:
         raise
+    except ImportError as error:
+        raise Refused("runtime", "cannot import %s: %s" % (runtime, error)) from error
     except Exception as error:  # a runtime may raise any type at a file that it dislikes
         raise Refused("load", "%s: %s" % (type(error).__name__, error)) from error
 

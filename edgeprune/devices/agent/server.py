@@ -19,8 +19,8 @@ from . import environments, telemetry, tuning, validity
 from .cache import Cache
 from .journal import Journal
 from .lease import Lease
-from .machine import machine_facts
-from .runtimes import LOAD_S, RUNTIMES
+from .machine import machine_facts, usable_cpus
+from .runtimes import LOAD_S, MODULES
 from .timing import Session, check_plan
 from .wire import MAGIC, Message, Refused, error_frame, read_frame, write_frame
 from .workers import Cancelled, WorkerProcess, own_python
@@ -192,7 +192,7 @@ class Agent:
 
     def _python(self, runtime: str) -> str:
         """The interpreter for a runtime: that of its environment, else the one that runs this program."""
-        if runtime not in RUNTIMES:
+        if runtime not in MODULES:
             raise Refused("runtime", "this agent cannot run the runtime " + runtime)
         return environments.python_for(self.client.workdir, runtime) or own_python()
 
@@ -278,7 +278,7 @@ class Agent:
 
     def _processors(self, threads: int) -> List[int]:
         """The processors of every model with so many threads: two on different ones would differ by what these differ."""
-        return (self._affinity or sorted(os.sched_getaffinity(0)))[-threads:]
+        return (self._affinity or usable_cpus())[-threads:]
 
     def _worker(self, key: str) -> WorkerProcess:
         if key not in self._workers:

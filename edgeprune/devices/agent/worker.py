@@ -132,6 +132,8 @@ class Worker:
             loaded[key] = {name: getattr(model, name) for name in names}
             if getattr(model, "placement", None):  # not every runtime tells
                 loaded[key]["placement"] = model.placement
+            if hasattr(model, "compile_ns"):
+                loaded[key]["compile_ns"] = model.compile_ns
         return {"models": loaded}, b""
 
     def warm(self, request: Dict[str, Any], blob: bytes) -> Message:
@@ -234,6 +236,8 @@ def peak_memory_bytes() -> int:
     """The most that this process had in memory, its runtime and Python included."""
     high = fields_of("/proc/self/status").get("vmhwm", "").split(" ")[0]
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return int(usage)  # bytes there, kibibytes elsewhere
     return (int(high) if high.isdigit() else usage) * 1024
 
 

@@ -1,0 +1,82 @@
+"""What a deployment tells the app that ships its file: labels, preprocessing, and the lines that Xcode and a README show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgeprune.compress.evaluate import quality
+from edgeprune.context import Context, Job
+from edgeprune.errors import FormatError
+from edgeprune.formats import AppFacts, Evaluated, ForApps, Format
+
+WORKED_OUT_SAMPLES = 256
+
+
+def labels_of(job: Job) -> tuple[str, ...]:
+    """One label for each output, each on one line; ``class 0``, ``class 1`` ... where the user named none."""
+    named = tuple(
+        "".join(c if c.isprintable() else " " for c in label) for label in job.loaded.labels or ()
+    )
+    return named or tuple(f"class {i}" for i in range(job.loaded.n_classes))
+
+
+def app_facts(job: Job) -> AppFacts:
+    """What the files of a job say to an app."""
+    workload = job.loaded.workload
+    what = f"{workload.model}, made for {job.target.name} by edgeprune; classifies into {job.loaded.n_classes} classes"
+    return AppFacts(
+        preprocess=job.loaded.preprocess,
+        labels=labels_of(job),
+        description=what,
+        author=workload.author or "",
+        license=workload.license or "",
+        version=workload.version or "",
+        int8_scheme=next(iter(job.profile.int8_schemes), ""),
+        notes={
+            "target": job.target.name,
+            "profile": job.profile.name,
+            "data": job.loaded.dataset.digest,
+        },
+    )
+
+
+def for_app(form: Format, job: Job) -> Format:
+    """The format, with the facts of a job in its files where they have a place for them."""
+    return form.for_app(app_facts(job)) if isinstance(form, ForApps) else form
+
+
+@dataclass(frozen=True)
+class WorkedOut:
+    """Answers of a file that nothing here runs, worked out from what is in it: evidence of the file, never a run.
+
+    ``answers`` are ``float32 [n, K]`` of the first development samples; ``note`` says how good they are.
+    """
+
+    answers: np.ndarray
+    note: str
+
+
+def worked_out(context: Context, file: Path) -> WorkedOut | None:
+    """The answers of the shipped file, where it cannot be run here and its format can be worked out; else ``None``."""
+    form = context.ship
+    if context.runs_ship or not isinstance(form, Evaluated):
+        return None
+    n = min(WORKED_OUT_SAMPLES, len(context.development))
+    try:
+        answers = form.evaluate(file, context.development[:n].numpy())
+    except FormatError as error:
+        context.progress.say(f"      note: {error.message}")
+        return None
+    y = context.job.loaded.dataset.development.y
+    known = None if y is None else y[:n]
+    metric, value = quality(torch.from_numpy(answers), known, context.reference[:n])
+    _, dense = quality(context.reference[:n], known, context.reference[:n])
+    return WorkedOut(
+        answers,
+        f"the {form.info.name} file that ships, worked out operation by operation on this host (not run):"
+        f" {metric} {value:.2%} on {n} development samples, dense {dense:.2%}",
+    )
