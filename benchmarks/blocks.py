@@ -19,6 +19,7 @@ from predictor_blocks import PredictorResults, predictor_block
 from zoo_blocks import ZooResults, zoo_block
 
 from edgeprune import records
+from edgeprune.plan_results import LatencyModelQuality
 from edgeprune.report import charts, facts
 from edgeprune.report.figures import (
     bytes_text,
@@ -34,7 +35,7 @@ from edgeprune.report.figures import (
     unit_text,
 )
 from edgeprune.report.sections import speed_cell
-from edgeprune.results import Fingerprint, LatencyModelQuality, Report
+from edgeprune.results import Fingerprint, Report
 from edgeprune.specs import Precision
 
 RESULTS = Path(__file__).parent / "results"

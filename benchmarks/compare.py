@@ -28,7 +28,7 @@ from edgeprune.feasibility import prepare
 from edgeprune.options import Options
 from edgeprune.progress import Terminal
 from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Recovery, Workload, parse_budget
+from edgeprune.specs import Int8, Recovery, Workload, parse_budget
 from edgeprune.version import VERSION
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
 
@@ -157,7 +157,7 @@ def main(
     job = api.resolve(load_net(net, recovery), Options(target=target, device=device, run=path))
     # One precision for all, whichever is faster on this device: it is what ships.
     target_spec = job.target.model_copy(update={"precisions": ("int8",)})
-    job = dataclasses.replace(job, target=target_spec)
+    job = dataclasses.replace(job, target=target_spec, int8=Int8(effort="plain"))
     with RunFolder(path, progress) as folder, pipeline.opened(job, progress, folder) as context:
         ready = prepare(context, folder)
         kept = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from edgeprune import records
-from edgeprune.results import Fingerprint, LatencyModelQuality
+from edgeprune.plan_results import LatencyModelQuality
+from edgeprune.results import Fingerprint
 from edgeprune.specs import Precision
 
 OURS = "edgeprune"  # the method; parts taken away stand behind a dash

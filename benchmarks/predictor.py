@@ -26,7 +26,7 @@ from blocks import RESULTS
 from predictor_blocks import HeldOut, Predictor, PredictorResults
 
 import edgeprune
-from edgeprune import api, catalog, pipeline, planning, records, stages
+from edgeprune import api, catalog, conversion, pipeline, planning, records
 from edgeprune.closing import versions
 from edgeprune.context import Context
 from edgeprune.devices.measure import compare
@@ -60,10 +60,10 @@ def load(model: str, shape: Sequence[int]) -> LoadedWorkload:
 
 def resizable(context: Context, precision: Precision, folder: Path) -> Resizable:
     """The dense file of one precision as one that takes any widths."""
-    dense = stages.dense_files(context, folder)
-    variant = stages.variant_file(context, precision, folder)
+    dense = conversion.dense_files(context, folder)
+    variant = conversion.variant_file(context, precision, folder)
     artifact = dense.int8 if precision == "int8" else dense.fp32
-    return stages.resizable(
+    return conversion.resizable(
         context, folder / artifact.path, folder / variant.artifact.path, variant.widths
     )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from edgeprune import records
+from edgeprune.plan_results import LatencyModelQuality
 from edgeprune.report.figures import seconds_text, share_text
-from edgeprune.results import Fingerprint, LatencyModelQuality
+from edgeprune.results import Fingerprint
 from edgeprune.specs import Precision
 
 

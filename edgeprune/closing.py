@@ -28,8 +28,9 @@ from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
 from edgeprune.errors import ModelError
 from edgeprune.formats import Resizable, golden_file
+from edgeprune.plan_results import PruningPlan
 from edgeprune.planning import Stand
-from edgeprune.results import Artifact, Gate, PruningPlan, Report, SustainedRun
+from edgeprune.results import Artifact, Gate, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.stage_records import (
     DenseFiles,
@@ -287,55 +288,9 @@ class Closing:
         source = "worked-out" if evidence else "run" if context.runs_ship else "twin"
         shipped_file = self.files.path(artifact.path)
         golden = golden_file(context.ship, shipped_file, x, answers)
-        row = next(
-            r for r in found.variants if (r.variant, r.precision) == ("pruned", found.shipped)
-        )
-        dense = next(r for r in found.variants if (r.variant, r.precision) == ("dense", "fp32"))
         write_bundle(
             folder,
-            Facts(
-                name=bundle_name(job),
-                edgeprune_version=VERSION,
-                target=job.target.name,
-                profile=job.profile.name,
-                version=job.loaded.workload.version,
-                kind=job.target.bundle,
-                license=job.loaded.workload.license,
-                failed_gates=tuple(g.name for g in found.gates if g.missed),
-                not_run=tuple(g.name for g in found.gates if g.not_run),
-                golden_source=source,
-                runtime=RuntimeNeed(
-                    name=job.target.runtime.name,
-                    min_version=context.shipping_version(),
-                    threads=job.target.runtime.threads,
-                ),
-                preprocess=job.loaded.preprocess,
-                labels=labels_of(job),
-                quality=Quality(
-                    metric=found.ledger[-1].metric,
-                    split="development",
-                    n=found.ledger[-1].n,
-                    dense=dense.quality,
-                    shipped=row.quality,
-                ),
-                test=_test_quality(found),
-                latency=Latency(
-                    device=found.device,
-                    fingerprint_key=found.fingerprint.key(),
-                    stamp=found.stamp,
-                    median_ms=row.median_ms,
-                    p90_ms=row.p90_ms,
-                    limit_ms=found.limit_ms,
-                    budget=found.budget,
-                ),
-                provenance=Provenance(
-                    seed=job.seed,
-                    data_digest=job.loaded.dataset.digest,
-                    model_digest=job.loaded.model_digest,
-                    plan_digest=records.digest_of(found.plan),
-                    command=scrub(job.command),
-                ),
-            ),
+            self._facts(found, source),
             Payload(
                 model=artifact,
                 model_file=shipped_file,
@@ -345,6 +300,57 @@ class Closing:
                 report_json=records.to_json(shown),
                 repro=_repro(job, found),
                 golden_model=golden,
+            ),
+        )
+
+    def _facts(self, found: Report, source: Literal["run", "worked-out", "twin"]) -> Facts:
+        """What the bundle states; ``source`` is where its golden answers come from."""
+        context, job = self.context, self.context.job
+        row = next(
+            r for r in found.variants if (r.variant, r.precision) == ("pruned", found.shipped)
+        )
+        dense = next(r for r in found.variants if (r.variant, r.precision) == ("dense", "fp32"))
+        return Facts(
+            name=bundle_name(job),
+            edgeprune_version=VERSION,
+            target=job.target.name,
+            profile=job.profile.name,
+            version=job.loaded.workload.version,
+            kind=job.target.bundle,
+            license=job.loaded.workload.license,
+            failed_gates=tuple(g.name for g in found.gates if g.missed),
+            not_run=tuple(g.name for g in found.gates if g.not_run),
+            golden_source=source,
+            runtime=RuntimeNeed(
+                name=job.target.runtime.name,
+                min_version=context.shipping_version(),
+                threads=job.target.runtime.threads,
+            ),
+            preprocess=job.loaded.preprocess,
+            labels=labels_of(job),
+            quality=Quality(
+                metric=found.ledger[-1].metric,
+                split="development",
+                n=found.ledger[-1].n,
+                dense=dense.quality,
+                shipped=row.quality,
+            ),
+            test=_test_quality(found),
+            latency=Latency(
+                device=found.device,
+                fingerprint_key=found.fingerprint.key(),
+                stamp=found.stamp,
+                median_ms=row.median_ms,
+                p90_ms=row.p90_ms,
+                limit_ms=found.limit_ms,
+                budget=found.budget,
+            ),
+            provenance=Provenance(
+                seed=job.seed,
+                data_digest=job.loaded.dataset.digest,
+                model_digest=job.loaded.model_digest,
+                plan_digest=records.digest_of(found.plan),
+                command=scrub(job.command),
             ),
         )
 

@@ -21,9 +21,10 @@ from edgeprune.devices.measure import ModelFile
 from edgeprune.devices.recording import recording_path
 from edgeprune.folders import model_bytes
 from edgeprune.formats import Format
+from edgeprune.plan_results import FrozenGroup
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_file
-from edgeprune.results import Artifact, Fingerprint, FrozenGroup, LedgerEntry, Measurement
+from edgeprune.results import Artifact, Fingerprint, LedgerEntry, Measurement
 from edgeprune.specs import Budget, Device, Int8, Precision, Profile, Runtime, Target
 from edgeprune.workload import LoadedWorkload
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from edgeprune import int8_types, planning, stages
+from edgeprune import conversion, int8_types, planning, stages
 from edgeprune.closing import Planned, Prepared, chance_note, versions
 from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
@@ -108,7 +108,7 @@ def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
     if int8_types.is_open(context):  # then the board decides about the files
         inputs["device"] = context.board_key()
     dense = run.stage(
-        "dense", "conversion", inputs, DenseFiles, lambda f: stages.dense_files(context, f)
+        "dense", "conversion", inputs, DenseFiles, lambda f: conversion.dense_files(context, f)
     )
     int8_types.restore(context, dense.result.int8_types)
     entry = context.entry("dense", context.reference)
@@ -159,9 +159,9 @@ def _resizable(
         "conversion",
         {"dense": dense.digest, "precision": precision},
         VariantFile,
-        lambda f: stages.variant_file(context, precision, f),
+        lambda f: conversion.variant_file(context, precision, f),
     )
-    file = stages.resizable(
+    file = conversion.resizable(
         context,
         dense.path(dense.result.cut_from(precision).path),
         variant.path(variant.result.artifact.path),

@@ -17,9 +17,15 @@ from edgeprune.devices.measure import compare
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.formats import Resizable
 from edgeprune.latency.predictor import LatencyModel, correct
+from edgeprune.plan_results import (
+    FrozenGroup,
+    GroupPlan,
+    LatencyModelQuality,
+    PlanCheck,
+    PruningPlan,
+)
 from edgeprune.planning import Stand
 from edgeprune.progress import Progress
-from edgeprune.results import FrozenGroup, GroupPlan, LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.search import Problem, Solution
 from edgeprune.search_results import SHARES, GroupCurve, ParetoPoint, WidthChoice
 from edgeprune.specs import Budget

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from edgeprune import formats, records, schedule, stages
+from edgeprune import conversion, formats, records, schedule, stages
 from edgeprune.apps import for_app
 from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
@@ -251,7 +251,7 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
             "limit_ms": limit_ms,
         },
         PrunedFiles,
-        lambda f: stages.pruned_files(context, model, f, limit_ms=limit_ms),
+        lambda f: conversion.pruned_files(context, model, f, limit_ms=limit_ms),
     )
     four: dict[str, tuple[Path, Artifact]] = {
         "dense-fp32": (

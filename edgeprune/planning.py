@@ -28,12 +28,10 @@ from edgeprune.latency.probes import Point
 from edgeprune.latency.sparse import KernelClass
 from edgeprune.latency.table import LatencyTable
 from edgeprune.orderstats import nearest_rank
+from edgeprune.plan_results import LatencyModelQuality
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_bytes
-from edgeprune.results import (
-    LatencyModelQuality,
-    Measurement,
-)
+from edgeprune.results import Measurement
 from edgeprune.specs import Budget, ChannelSteps, FormatName, Precision, Runtime
 from edgeprune.stage_records import MeasuredNets, MeasuredTable, Staircase
 

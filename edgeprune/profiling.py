@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from edgeprune import stages
+from edgeprune import conversion
 from edgeprune.context import Context
 from edgeprune.devices.measure import measure, time_kernels
 from edgeprune.devices.plans import SEARCH
@@ -40,7 +40,7 @@ def profile(context: Context) -> ProfileReport:
     with tempfile.TemporaryDirectory(prefix="edgeprune-profile-") as scratch:
         folder = Path(scratch)
         context.progress.say(f"exporting to {job.target.format}, fp32 and int8")
-        dense = stages.dense_files(context, folder)
+        dense = conversion.dense_files(context, folder)
         files = {"fp32": dense.fp32, "int8": dense.int8}
         models = [context.model_file(p, folder / a.path, a) for p, a in files.items()]
         context.progress.say(f"measuring on {job.device_name}")

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from edgeprune.int8_results import Int8Report
 from edgeprune.orderstats import percentile_overs
+from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records import Record
 from edgeprune.specs import FilePrecision, Precision, Stamp
 
@@ -289,77 +290,6 @@ class Comparison(Record):
     high: float
     confidence: float
     rounds: int
-
-
-class GroupPlan(Record):
-    """One channel group: what it couples and which channels stay. ``kept`` is sorted; without any, the group's block is removed."""
-
-    name: str
-    channels: int
-    kept: tuple[int, ...]
-    layers: tuple[str, ...]
-    saved_ms_predicted: float
-    cost_nats: float
-    note: str = ""
-
-
-class FrozenGroup(Record):
-    """Channels that are not touched, and why."""
-
-    layers: tuple[str, ...]
-    reason: str
-
-
-class PruningPlan(Record):
-    """Which channels of every group stay, and what that is predicted to cost and to bring."""
-
-    schema_version: Literal[1] = 1
-    groups: tuple[GroupPlan, ...]
-    frozen: tuple[FrozenGroup, ...]
-    precision: Precision
-    importance: str
-    limit_ms: float
-    dense_ms: float
-    predicted_ms: float
-    predicted_cost_nats: float
-
-    def widths(self) -> dict[str, int]:
-        """Kept width of every group, by name."""
-        return {group.name: len(group.kept) for group in self.groups}
-
-
-class LatencyModelQuality(Record):
-    """How well the latency model predicts whole nets that it was not fitted on.
-
-    ``p95_error_ratio`` is the 95th percentile (nearest rank) over all whole nets, each predicted from the others; with the 14 of a search
-    that is the worst of them. Earlier reports lack it.
-    """
-
-    kernels_measured: int
-    nets_fitted: int
-    nets_held_out: int
-    mean_error_ratio: float
-    worst_error_ratio: float
-    p95_error_ratio: float | None = None
-
-
-class PlanCheck(Record):
-    """One structure that was measured on the device before any training.
-
-    ``cost_nats`` adds up what its groups cost one by one; ``loss_nats`` is what the whole structure loses once it is repaired (KL from the
-    dense model on held-out samples), known for those within the budget; ``trial_nats`` what it still loses after a short healing, known
-    where structures with and without removed blocks were to be chosen between.
-    """
-
-    widths: dict[str, int]
-    predicted_ms: float
-    measured_ms: float
-    ratio_to_dense: float
-    ratio_high: float
-    within_budget: bool
-    cost_nats: float
-    loss_nats: float | None = None
-    trial_nats: float | None = None
 
 
 class LedgerEntry(Record):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records import Record
-from edgeprune.results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.specs import Precision, Stamp
 
 SHARES = (

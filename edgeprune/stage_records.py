@@ -5,17 +5,9 @@ from __future__ import annotations
 from edgeprune.int8_results import Int8Report
 from edgeprune.latency.kernel_times import KernelTime
 from edgeprune.latency.table import LatencyTable
+from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records import Record
-from edgeprune.results import (
-    Artifact,
-    Comparison,
-    Fingerprint,
-    LatencyModelQuality,
-    LedgerEntry,
-    Measurement,
-    PlanCheck,
-    PruningPlan,
-)
+from edgeprune.results import Artifact, Comparison, Fingerprint, LedgerEntry, Measurement
 from edgeprune.search_results import GroupCurve, ParetoPoint
 from edgeprune.specs import Precision
 

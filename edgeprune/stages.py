@@ -6,36 +6,28 @@ The order stands in :mod:`edgeprune.pipeline`. Nothing here prints; nothing here
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from edgeprune import guarantee, int8_types, planning, records
+from edgeprune import guarantee, planning, records
 from edgeprune.compress import importance as importances
 from edgeprune.compress.divergence import AfterHealing, AfterRepair, trial_settings
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import ChannelGroup, remove_channels
 from edgeprune.compress.recover import recover
-from edgeprune.compress.silent import rescue_silent
 from edgeprune.compress.structure import work
 from edgeprune.context import NOT_RUN, Context
-from edgeprune.converted import Converted
 from edgeprune.datasets import model_input
 from edgeprune.devices.measure import compare, measure
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.report_tier import measure_report, report_options
 from edgeprune.devices.sustained import sustained
-from edgeprune.errors import FormatError, ModelError
-from edgeprune.formats import Format, QuantizeOptions, Resizable, check_runtime
-from edgeprune.formats._resize import distinct_widths
-from edgeprune.int8 import best_int8
-from edgeprune.int8_checks import warnings as int8_warnings
+from edgeprune.formats import Resizable
 from edgeprune.results import Artifact, LedgerEntry, SustainedRun
 from edgeprune.specs import Precision, Recovery
 from edgeprune.stage_records import (
@@ -46,147 +38,17 @@ from edgeprune.stage_records import (
     MeasuredNets,
     MeasuredTable,
     PlanResult,
-    PrunedFiles,
     RecoveredResult,
     ScoresResult,
     TestQuality,
-    VariantFile,
 )
 
-PARITY_SAMPLES = 64
-PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another order
 SCORE_SAMPLES = 1024
 CURVE_SAMPLES, FEWEST_CURVE_SAMPLES = 1024, 192
 # Multiply-accumulates that all evaluations of all curves may take together, as long as the fewest samples allow it. A group has about two
 # of them, and each runs about three times through the net.
 CURVE_MACS = 4e12
 EMULATED_SAMPLES = 64  # under qemu one float32 inference of a small net takes about a second
-VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
-
-
-def check_traceable(model: nn.Module, example: np.ndarray) -> None:
-    """Nothing, when the model's forward pass is one graph for every input.
-
-    Raises:
-        ModelError: it is not (a branch on the data, say); names what torch stumbled over.
-    """
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch.export.export(model, (torch.from_numpy(example),), strict=False)
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ModelError(
-            f"the model cannot be traced: {(lines or [type(error).__name__])[0][:300]}",
-            hint="its forward must not branch on values of the data; rewrite that part, with torch.where for example",
-        ) from error
-
-
-def dense_files(context: Context, folder: Path) -> DenseFiles:
-    """Export and quantise the dense model; its FP32 file must agree with torch, its INT8 file must run on the built-in kernels.
-
-    Raises:
-        ModelError: the model cannot be traced.
-        FormatError: the export fails, or its numbers are not torch's.
-    """
-    check_traceable(context.model, context.example)
-    audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
-    files = _net_files(context, audible, folder, "dense", cuttable=True)
-    chosen: int8_types.Chosen | None = None
-    if int8_types.is_open(context):
-        fp32_path, int8_path = (folder / files[p].path for p in ("fp32", "int8"))
-        chosen = int8_types.choose(context, fp32_path, int8_path)
-        files["int8"], notes = chosen.artifact, (*notes, chosen.note())
-    shown = files.get("cuttable", files)["fp32"].path
-    doubts = int8_warnings(context.form, folder / shown, context.calibration)
-    for line in doubts:
-        context.progress.say(f"      warning: {line}")
-    x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
-    expected = logits(context.model, torch.from_numpy(x))
-    found = context.run_file(context.host, folder / files["fp32"].path, x)
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-    if not error <= PARITY_TOLERANCE:
-        raise FormatError(
-            f"the exported FP32 file differs from torch by {error:.2g} of the largest logit;"
-            f" at most {PARITY_TOLERANCE:g} is allowed",
-            hint="the converter changed the model; try a target with another format",
-        )
-    return DenseFiles(
-        **{**files, "notes": (*notes, *doubts, *files["notes"])},
-        parity_error_ratio=error,
-        built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
-        int8_types="" if chosen is None else chosen.types.name,
-        types=() if chosen is None else chosen.rows,
-    )
-
-
-def _net_files(
-    context: Context, model: nn.Module, folder: Path, name: str, *, cuttable: bool = False
-) -> dict[str, Any]:
-    """A net in both precisions: as it is timed and asked, to be cut (if that is wanted), and as it ships; see the record of it."""
-    found: dict[str, Any] = _both(context, context.whole, model, folder, name)
-    if cuttable and context.form is not context.whole:
-        found["cuttable"] = _both(context, context.form, model, folder, name)
-    if context.ship is not context.whole:
-        found["shipping"] = _both(context, context.ship, model, folder, name)
-    found["notes"] = _shipped_notes(context, found, name)
-    return found
-
-
-def _shipped_notes(context: Context, files: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """What the user of the shipped files must know; their operators are checked first.
-
-    Raises:
-        FormatError: as :func:`_check_operators`.
-    """
-    shipped: Mapping[str, Artifact] = files.get("shipping") or {
-        p: files[p] for p in ("fp32", "int8")
-    }
-    for artifact in shipped.values():
-        _check_operators(context, artifact)
-    return tuple(f"{name} {p}: {note}" for p, a in shipped.items() for note in a.notes)
-
-
-def _check_operators(context: Context, artifact: Artifact) -> None:
-    """Nothing, when the runner that the target describes has every operator that the file needs beside its delegates.
-
-    Raises:
-        FormatError: it has not; names them.
-    """
-    available = context.job.target.operators
-    missing = sorted(set(artifact.operators) - set(available or artifact.operators))
-    if missing:
-        raise FormatError(
-            f"{artifact.path} needs operators that the runner of {context.job.target.name} lacks: {', '.join(missing)}",
-            hint="replace those operations in the model, or link the operators and add them to the target's `operators`",
-        )
-
-
-def _both(
-    context: Context, form: Format, model: nn.Module, folder: Path, name: str
-) -> dict[str, Artifact]:
-    suffix = form.info.suffix
-    fp32_path, int8_path = folder / f"{name}.fp32{suffix}", folder / f"{name}.int8{suffix}"
-    fp32 = form.export(model, context.example, fp32_path)
-    io = QuantizeOptions(io=context.job.int8.io)
-    int8 = form.quantize(fp32_path, context.calibration, int8_path, model=model, options=io)
-    if form is context.whole:
-        for path in (fp32_path, int8_path):
-            check_runtime(form, path, context.job.shipped_runtime)
-    return {"fp32": fp32, "int8": int8}
-
-
-def _built_in_agreement(context: Context, file: Path, x: np.ndarray) -> float | None:
-    """Share of samples on which the runtime's built-in kernels and its fast kernels name the same class.
-
-    The built-in kernels of ARM64 refuse files that XNNPACK runs (a channel whose scale is too small), so every INT8 file is tried on
-    them before it may be shipped. ``None`` where a file is bound to its kernels.
-    """
-    if not context.whole.info.built_in_kernels:
-        return None
-    fast = context.run_file(context.host, file, x)
-    plain = context.run_file(context.host, file, x, delegate=False)
-    return float((fast.argmax(1) == plain.argmax(1)).double().mean())
 
 
 def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLatency:
@@ -209,54 +71,6 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
     fingerprint = context.fingerprint(runtime)
     return DenseLatency.model_validate(
         {"fingerprint": fingerprint, "measurements": found, "precision": faster}
-    )
-
-
-def variant_file(context: Context, precision: Precision, folder: Path) -> VariantFile:
-    """Export the model once more, every group at a width of its own, to learn which dimension follows which group."""
-    groups, _ = context.groups
-    widths = distinct_widths(context.full, {g.name: g.step for g in groups})
-    removed = {g.name: range(widths[g.name], g.channels) for g in groups}
-    narrower = remove_channels(
-        context.model, {g.name: g for g in groups}, removed, torch.from_numpy(context.example)
-    )
-    suffix = context.form.info.suffix
-    path = folder / f"variant.fp32{suffix}"
-    artifact = context.form.export(narrower, context.example, path)
-    if precision == "int8":
-        few = context.calibration[:VARIANT_CALIBRATION]
-        int8_path, io = folder / f"variant.int8{suffix}", QuantizeOptions(io=context.job.int8.io)
-        artifact = context.form.quantize(path, few, int8_path, model=narrower, options=io)
-    return VariantFile(widths=widths, artifact=artifact)
-
-
-def resizable(
-    context: Context,
-    dense: Path,
-    variant: Path,
-    widths: Mapping[str, int],
-    precision: Precision = "fp32",
-) -> Resizable:
-    """The dense file as one that can take any widths.
-
-    Args:
-        context: of the run.
-        dense: the dense file that kernels are cut from.
-        variant: the same at ``widths``.
-        widths: of every group in ``variant``.
-        precision: of both; asked where whole nets are of another format, and converted one by one.
-    """
-    file = context.form.resizable(dense, variant, context.full, widths, context.model)
-    if context.form is context.whole:
-        return file
-    return Converted(
-        file,
-        form=context.whole,
-        model=context.model,
-        groups=context.groups[0],
-        example=context.example,
-        calibration=context.calibration[:VARIANT_CALIBRATION] if precision == "int8" else None,
-        progress=context.progress,
     )
 
 
@@ -410,29 +224,6 @@ def heal(
         epochs_run=float(result.epochs_run),
         best_epoch=float(result.best_epoch),
         interrupted=result.interrupted,
-    )
-
-
-def pruned_files(
-    context: Context, model: nn.Module, folder: Path, *, limit_ms: float
-) -> PrunedFiles:
-    """Export and quantise the healed model; ``limit_ms`` bounds what layers of the INT8 file may cost in float."""
-    audible, notes = rescue_silent(model, torch.from_numpy(context.calibration))
-    suffix = context.whole.info.suffix
-    fp32_path, int8_path = folder / f"pruned.fp32{suffix}", folder / f"pruned.int8{suffix}"
-    files: dict[str, Any] = {"fp32": context.whole.export(audible, context.example, fp32_path)}
-    quantised = best_int8(context, audible, fp32_path, int8_path, limit_ms=limit_ms)
-    files["int8"] = quantised.artifact
-    if context.ship is not context.whole:
-        files["shipping"] = _both(context, context.ship, audible, folder, "pruned")
-    files["notes"] = _shipped_notes(context, files, "pruned")
-    for path in (fp32_path, int8_path):
-        check_runtime(context.whole, path, context.job.shipped_runtime)
-    x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
-    return PrunedFiles(
-        **{**files, "notes": (*notes, *quantised.report.lines(), *files["notes"])},
-        built_in_agreement=_built_in_agreement(context, int8_path, x),
-        quantised=quantised.report,
     )
 
 

@@ -6,19 +6,21 @@ import random
 import statistics
 from typing import Any
 
+from edgeprune.plan_results import (
+    FrozenGroup,
+    GroupPlan,
+    LatencyModelQuality,
+    PlanCheck,
+    PruningPlan,
+)
 from edgeprune.results import (
     Block,
     Comparison,
     Fingerprint,
-    FrozenGroup,
     Gate,
-    GroupPlan,
-    LatencyModelQuality,
     LayerWidth,
     LedgerEntry,
     Measurement,
-    PlanCheck,
-    PruningPlan,
     Report,
     StageCost,
     Telemetry,

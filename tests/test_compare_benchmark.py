@@ -17,7 +17,7 @@ from edgeprune.compress.groups import find_groups
 from edgeprune.compress.importance import l2, removal_order
 from edgeprune.compress.structure import work
 from edgeprune.latency.predictor import Factor, LatencyModel
-from edgeprune.results import LatencyModelQuality
+from edgeprune.plan_results import LatencyModelQuality
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("executorch")
 
-from edgeprune import formats, stages
+from edgeprune import conversion, formats
 from edgeprune.bundle.weights import eight_bit_ratio, weight_elements
 from edgeprune.devices.board import Board, open_board
 from edgeprune.errors import DeviceError, FormatError, IntegrityError, MissingTool, ModelError
@@ -213,10 +213,10 @@ def test_a_target_whose_runner_lacks_an_operator_refuses_the_file(tmp_path):
         target = SimpleNamespace(name="my-phone", operators=operators)
         return SimpleNamespace(job=SimpleNamespace(target=target))
 
-    stages._check_operators(context(None), artifact)
-    stages._check_operators(context(artifact.operators), artifact)
+    conversion._check_operators(context(None), artifact)
+    conversion._check_operators(context(artifact.operators), artifact)
     with pytest.raises(FormatError, match="my-phone lacks: aten::") as caught:
-        stages._check_operators(context(("aten::other.out",)), artifact)
+        conversion._check_operators(context(("aten::other.out",)), artifact)
     assert "\n" not in str(caught.value)
 
 

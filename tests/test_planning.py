@@ -19,8 +19,9 @@ from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.formats import Kernel
 from edgeprune.latency.kernel_times import KernelKey
 from edgeprune.latency.predictor import LatencyModel
+from edgeprune.plan_results import FrozenGroup, LatencyModelQuality
 from edgeprune.progress import Progress, Silent
-from edgeprune.results import Block, FrozenGroup, LatencyModelQuality, Measurement, Telemetry
+from edgeprune.results import Block, Measurement, Telemetry
 from edgeprune.specs import ChannelSteps, Precision, parse_budget
 from edgeprune.stage_records import MeasuredNets, MeasuredTable, PlanResult
 

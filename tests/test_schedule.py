@@ -29,8 +29,9 @@ from edgeprune.errors import ModelError, SpecError
 from edgeprune.guarantee import Basis
 from edgeprune.latency.predictor import Factor, LatencyModel
 from edgeprune.options import Options
+from edgeprune.plan_results import LatencyModelQuality
 from edgeprune.progress import Silent
-from edgeprune.results import LatencyModelQuality, Report
+from edgeprune.results import Report
 from edgeprune.search import solve
 from edgeprune.specs import MOST_STEPS, Preprocess, Recovery, Workload
 from edgeprune.stage_records import MeasuredNets, PlanResult, ScoresResult, StepResult

@@ -18,7 +18,7 @@ from edgeprune.datasets import model_input
 from edgeprune.formats import Kernel
 from edgeprune.guarantee import Basis
 from edgeprune.latency.predictor import LatencyModel
-from edgeprune.results import LatencyModelQuality, PruningPlan
+from edgeprune.plan_results import LatencyModelQuality, PruningPlan
 from edgeprune.search import Problem
 from edgeprune.specs import Recovery, parse_budget
 from edgeprune.stage_records import ScoresResult

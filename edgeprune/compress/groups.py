@@ -27,7 +27,7 @@ from edgeprune.compress.coupling import (
 )
 from edgeprune.compress.surgery import ChannelGroup, Coupling, remove_channels, zero_channels
 from edgeprune.errors import ModelError
-from edgeprune.results import FrozenGroup
+from edgeprune.plan_results import FrozenGroup
 
 __all__ = [
     "ChannelGroup",

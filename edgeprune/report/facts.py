@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.results import (
     Comparison,
     Gate,
-    LatencyModelQuality,
     LedgerEntry,
     Measurement,
-    PlanCheck,
-    PruningPlan,
     Report,
     StageCost,
     VariantRow,

@@ -6,6 +6,7 @@ import io
 import shutil
 from collections.abc import Sequence
 
+from edgeprune.plan_results import PruningPlan
 from edgeprune.report import charts, facts, timing_text
 from edgeprune.report.figures import (
     NONE,
@@ -25,7 +26,7 @@ from edgeprune.report.figures import (
     unit_text,
 )
 from edgeprune.report.sections import budget_text, ledger_summary, speed_cell
-from edgeprune.results import PruningPlan, Report
+from edgeprune.results import Report
 
 WIDEST = 110
 MOST_GROUPS = 12
