@@ -45,20 +45,16 @@ class TensorIOMode(enum.Enum):
     INPUT, OUTPUT = 1, 2
 
 
-class BuilderFlag(enum.Enum):
-    FP16, INT8, SPARSE_WEIGHTS = 1, 2, 3
+float32, float16, int8, int32, bool = "float32", "float16", "int8", "int32", "bool"
+typed = int(__version__.split(".")[0]) >= 11
+BuilderFlag = enum.Enum("BuilderFlag", ["SPARSE_WEIGHTS", *([] if typed else ["FP16", "INT8"])])
 
 
 class MemoryPoolType(enum.Enum):
     WORKSPACE = 1
 
 
-class NetworkDefinitionCreationFlag(enum.IntEnum):
-    EXPLICIT_BATCH = 0
-
-
-def nptype(dtype):
-    return np.dtype(dtype)
+NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", ["STRONGLY_TYPED" if typed else "EXPLICIT_BATCH"], start=0)
 
 
 def engine_bytes(content, precision):
@@ -186,6 +182,7 @@ class Builder:
     def build_serialized_network(self, network, config):
         names = {frozenset({"FP16"}): "fp16", frozenset({"INT8"}): "int8", frozenset(): "fp32"}
         precision = names.get(frozenset(config.flags) - {"SPARSE_WEIGHTS"}, "mixed")
+        precision = "typed" if typed else precision
         if precision in os.environ.get("FAKE_TRT_MEMORY", "").split(","):
             return None
         return engine_bytes(network.content, precision)
@@ -204,6 +201,11 @@ digits = [int(n) for n in tensorrt.__version__.split(".")]
 code = "%d%d%02d" % tuple(digits) if digits[0] < 10 else "%d%02d%02d" % tuple(digits)
 print("&&&& RUNNING TensorRT.trtexec [TensorRT v%s] # %s" % (code, " ".join(sys.argv)))
 precision = ("mixed" if "int8" in options else "fp16") if "fp16" in options else ("int8" if "int8" in options else "fp32")
+if tensorrt.typed:
+    if {{"fp16", "int8"}} & set(options):
+        print("[11/25/2026-10:00:00] [E] Unknown option: --" + sorted({{"fp16", "int8"}} & set(options))[0])
+        sys.exit(1)
+    precision = "typed"
 if precision in os.environ.get("FAKE_TRT_MEMORY", "").split(","):
     print("[11/25/2026-10:00:00] [E] Error[2]: Error Code 2: OutOfMemory (no further information)")
     print("&&&& FAILED TensorRT.trtexec [TensorRT v%s]" % code)
@@ -215,6 +217,7 @@ if "loadEngine" not in options:
         stream.write(tensorrt.engine_bytes(content, precision))
     open(options["timingCacheFile"], "ab").close()
 if "exportOutput" in options:
+    assert ("includeDataTransfers" in options) == tensorrt.typed, "outputs are not copied unless it is told to"
     import numpy as np
     with open(options["loadEngine"], "rb") as stream:
         engine = tensorrt.Runtime(None).deserialize_cuda_engine(stream.read())

@@ -115,6 +115,30 @@ def test_the_fastest_precision_whose_answer_holds_is_kept(
     assert any(words in note for note in known["notes"]), known["notes"]
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp32"])
+@pytest.mark.parametrize("has_trtexec", [True, False])
+def test_tensorrt_11_knows_no_precision_flags_and_builds_what_the_file_says(
+    files, jetson, monkeypatch, kind, has_trtexec
+):
+    folder = jetson(VERSION="11.0.0")
+    if not has_trtexec:
+        monkeypatch.setattr(engines.trtexec, "find", lambda: None)
+    _, known = engines.obtain(files[0][kind], str(folder / "engines"))
+    assert known["precision"] == "typed"
+    assert "runs in FP32" in known["notes"][-1]
+    assert len(calls(folder)) == has_trtexec
+    assert not {"--int8", "--fp16"} & {flag for call in calls(folder) for flag in call}
+
+
+def test_a_type_that_numpy_lacks_is_named():
+    from types import SimpleNamespace
+
+    known = SimpleNamespace(float32="a", int64="b")
+    assert [gpu._type_name(known, dtype) for dtype in "ab"] == ["float32", "int64"]
+    with pytest.raises(Refused, match="of type fp8, which numpy does not have"):
+        gpu._type_name(known, "fp8")
+
+
 def test_a_board_without_memory_for_any_build_is_told_so_in_one_line(files, jetson):
     folder = jetson(MEMORY="mixed,int8")
     with pytest.raises(Refused, match="mixed: building the engine ran out of memory") as caught:

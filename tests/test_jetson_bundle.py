@@ -86,6 +86,28 @@ def test_it_does_not_build_twice_until_something_changes(tmp_path, jetson):
     assert "--sparsity=enable" in str(calls(tmp_path))
 
 
+def test_with_tensorrt_11_it_builds_what_the_file_says_and_asks_for_the_outputs(
+    tmp_path, jetson, monkeypatch, capsys
+):
+    bundle, _ = jetson
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "predict", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "jetpack" / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("FAKE_TRT_VERSION", "11.0.0")
+    monkeypatch.setenv("FAKE_TRT_LOG", str(tmp_path / "jetpack" / "calls.log"))
+    module = loaded(bundle)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libnvinfer.so.11.0.0").touch()
+    monkeypatch.setattr(module, "LIBRARIES", f"../..{tmp_path}/lib/libnvinfer.so.*")
+    module.main([])
+    sys.modules.pop("predict", None)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("PASS: typed")
+    build, *checks = calls(tmp_path)
+    assert not {"--fp16", "--int8", "--useCudaGraph"} & set(build)
+    assert checks
+    assert all("--includeDataTransfers" in call for call in checks)
+
+
 def test_a_faster_precision_that_fails_the_golden_check_is_not_kept(tmp_path, jetson):
     _, run = jetson
     done = run(MS='{"fp16": 1.5, "fp32": 2.5}', OFF="fp16", CV="4.2")

@@ -34,10 +34,21 @@ HOLDS_RATIO = (
     0.05  # of the largest value: how far an answer may be from that of the most exact build
 )
 INT8_CANDIDATES, FLOAT_CANDIDATES = ("mixed", "int8"), ("fp16", "fp32")  # the most exact one last
+# The flags FP16 and INT8 are gone from BuilderFlag, and the docstring of STRONGLY_TYPED says "always enabled": NVIDIA's package
+# tensorrt-cu13-bindings 11.0.0.114 (read 2026-11-25).
+TYPED_CANDIDATES, TYPED_MAJOR = ("typed",), 11
+TYPED_NOTE = "this TensorRT takes all types from the file: what is not INT8 in it runs in FP32"
 
 
-def candidates(content: bytes) -> Tuple[str, ...]:
-    """Precisions in which a file can be built; one with QuantizeLinear nodes needs INT8."""
+def candidates(content: bytes, major: int) -> Tuple[str, ...]:
+    """Precisions in which a file can be built; one with QuantizeLinear nodes needs INT8.
+
+    Args:
+        content: the ONNX file.
+        major: of TensorRT's version; from 11 on there is no choice, and the one build is called ``typed``.
+    """
+    if major >= TYPED_MAJOR:
+        return TYPED_CANDIDATES
     return INT8_CANDIDATES if b"QuantizeLinear" in content else FLOAT_CANDIDATES
 
 
@@ -219,7 +230,7 @@ def obtain(
     Raises:
         Refused: ``memory``, ``timeout``, or ``load`` when no candidate could be built; says why.
     """
-    precisions = candidates(content)[:1] if quick else candidates(content)
+    precisions = candidates(content, version()[0])[: 1 if quick else None]
     wanted = fingerprint(content, precisions, sparse)
     store = Store(folder)
     name = json.dumps([wanted["onnx_sha256"], wanted["precisions"], wanted["flags"]])
@@ -245,7 +256,11 @@ def obtain(
         "fingerprint": wanted,
         "precision": best.precision,
         "ms": None if quick else best.ms,
-        "notes": [*said, *("not built: %s" % failure for failure in failures)],
+        "notes": [
+            *said,
+            *([TYPED_NOTE] if precisions == TYPED_CANDIDATES else []),
+            *("not built: %s" % failure for failure in failures),
+        ],
     }
     store.put(key, best.content, known)
     return best.content, dict(known, is_new=True)
@@ -293,7 +308,7 @@ def _build_here(content: bytes, precision: str, store: Store, room: int, *, spar
         )
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, room)
-    flags = {"fp16": ("FP16",), "int8": ("INT8",), "mixed": ("INT8", "FP16"), "fp32": ()}[precision]
+    flags = {"fp16": ("FP16",), "int8": ("INT8",), "mixed": ("INT8", "FP16")}.get(precision, ())
     for name in (*flags, *(("SPARSE_WEIGHTS",) if sparse else ())):
         if not hasattr(trt.BuilderFlag, name):
             raise Refused("load", "this TensorRT has no builder flag %s" % name)

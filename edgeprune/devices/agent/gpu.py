@@ -56,6 +56,18 @@ def gpu(root: str = "/") -> Dict[str, Optional[str]]:
     return facts
 
 
+def _type_name(trt: Any, dtype: Any) -> str:
+    """The name that numpy has for a TensorRT type. Not ``trt.nptype``: that of 8.5 asks numpy for ``np.bool``, which 1.24 took away.
+
+    Raises:
+        Refused: ``load``: numpy has no such type.
+    """
+    for name in ("float32", "float16", "int8", "int32", "bool", "uint8", "int64"):
+        if getattr(trt, name, None) == dtype:
+            return name
+    raise Refused("load", "an input or output is of type %s, which numpy does not have" % dtype)
+
+
 class Cuda:
     """The few functions of the CUDA runtime that a model needs, through ctypes: no further package on the board."""
 
@@ -129,7 +141,7 @@ class Engine:
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             shape = [int(size) for size in self._engine.get_tensor_shape(name)]
-            dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
+            dtype = np.dtype(_type_name(trt, self._engine.get_tensor_dtype(name)))
             spec = {"name": str(name), "shape": shape, "dtype": dtype.name}
             is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             (self.inputs if is_input else self.outputs).append(spec)

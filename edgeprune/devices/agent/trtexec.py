@@ -25,6 +25,7 @@ PRECISIONS: Dict[str, Tuple[str, ...]] = {
     "fp16": ("--fp16",),
     "int8": ("--int8",),
     "mixed": ("--int8", "--fp16"),
+    "typed": (),  # TensorRT 11 and newer
 }
 WARMUP_MS, DURATION_S, ITERATIONS = 200, 3, 10
 MAX_CV_RATIO = 0.025  # above it trtexec itself calls its figures unstable

@@ -22,7 +22,7 @@ LIBRARIES, MEMINFO = "*/libnvinfer.so.*", "/proc/meminfo"
 sys.path.insert(0, str(ROOT / "samples" / "python"))
 from predict import checked, preprocess  # noqa: E402  (a file of the same bundle)
 
-FLAGS = {"mixed": ["--int8", "--fp16"], "int8": ["--int8"], "fp16": ["--fp16"], "fp32": []}
+FLAGS = {"mixed": ["--int8", "--fp16"], "int8": ["--int8"], "fp16": ["--fp16"]}  # gone in 11
 TIMING = ["--warmUp=200", "--duration=3", "--iterations=10"]
 AS_NEW = ["--useSpinWait", "--useCudaGraph", "--noDataTransfers"]  # what TensorRT 11 does untold
 BASE_MIB, COPIES = 768, 6  # what CUDA and the builder take, and how often they copy the weights
@@ -53,11 +53,12 @@ def trtexec(*arguments):
     return text
 
 
-def answers(engine, recipe):
+def answers(engine, recipe, options):
     """The engine's outputs for the golden inputs, ``float32 [n, classes]``."""
     rows, raw, out = [], engine + ".raw", engine + ".json"
     once = ["--iterations=1", "--duration=0", "--warmUp=0", "--exportOutput=" + out]
     once += ["--loadEngine=" + engine, "--loadInputs=%s:%s" % (recipe["input"]["name"], raw)]
+    once += [] if AS_NEW[0] in options else ["--includeDataTransfers"]
     for sample in np.load(str(ROOT / "golden" / "inputs.npy"), allow_pickle=False):
         Path(raw).write_bytes(preprocess(sample, recipe).tobytes())
         trtexec(*once)
@@ -68,8 +69,8 @@ def answers(engine, recipe):
 def tried(precision, engine, recipe, options):
     """The milliseconds of a precision, or None when it cannot be built or fails the golden check; says which."""
     try:
-        text = trtexec("--saveEngine=" + engine, *FLAGS[precision], *options)
-        outputs = answers(engine, recipe)
+        text = trtexec("--saveEngine=" + engine, *FLAGS.get(precision, ()), *options)
+        outputs = answers(engine, recipe, options)
     except RuntimeError as error:
         return print("%-5s trtexec %s" % (precision, error))
     rules = json.loads(checked("golden/tolerance.json").decode("utf-8"))
@@ -96,21 +97,20 @@ def main(arguments):
         sys.exit(print("PASS: %s, %.4g ms, built earlier" % (known["precision"], known["ms"])))
     free = int(re.search(r"MemAvailable: *(\d+)", Path(MEMINFO).read_text())[1]) >> 10
     room = free - BASE_MIB - COPIES * (len(content) >> 20)
-    if room < 64:
-        sys.exit("FAIL: %d MiB of memory are missing; end other programs or add swap" % (64 - room))
+    short = "FAIL: %d MiB of memory are missing; end other programs or add swap" % (64 - room)
+    room >= 64 or sys.exit(short)
     PLACE.mkdir(exist_ok=True)
-    options = ["--onnx=%s" % (ROOT / recipe["model"]), *flags, *TIMING]
+    candidates = ("mixed", "int8") if b"QuantizeLinear" in content else ("fp16", "fp32")
+    is_new = re.search(r"so\.1[1-9]\b", " ".join(wanted["libnvinfer"]))  # types are the file's own
+    candidates, untold = (("typed",), []) if is_new else (candidates, AS_NEW)
+    options = ["--onnx=%s" % (ROOT / recipe["model"]), *flags, *TIMING, *untold]
     options.append("--memPoolSize=workspace:%d" % min(1024, room))
     options.append("--timingCacheFile=%s" % (PLACE / "timing.cache"))
-    options += [] if re.search(r"so\.1[1-9]\b", " ".join(wanted["libnvinfer"])) else AS_NEW
-    candidates = ("mixed", "int8") if b"QuantizeLinear" in content else ("fp16", "fp32")
     with tempfile.TemporaryDirectory(dir=str(PLACE)) as folder:
         ms = {p: tried(p, os.path.join(folder, p), recipe, options) for p in candidates}
         best = min((name for name in candidates if ms[name]), key=ms.get, default=None)
-        if best is None:
-            sys.exit("FAIL: no precision passed; deploy again with precisions: [fp32]")
-        made = Path(folder, best).read_bytes()
-    kept.write_bytes(made)
+        best or sys.exit("FAIL: no precision passed; deploy again with precisions: [fp32]")
+        kept.write_bytes(made := Path(folder, best).read_bytes())
     digest = hashlib.sha256(made).hexdigest()
     note.write_text(json.dumps({"of": wanted, "precision": best, "ms": ms[best], "sha256": digest}))
     print("PASS: %s, %.4g ms of GPU time without copies, %s" % (best, ms[best], kept))
