@@ -16,6 +16,7 @@ from compare_blocks import compare_block, compare_summary
 from compare_plot import compare_plot
 from compare_records import CompareResults
 from predictor_blocks import PredictorResults, predictor_block
+from targets_blocks import TargetResults, targets_block
 from zoo_blocks import ZooResults, zoo_block
 
 from edgeprune import records
@@ -436,7 +437,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
 
     Args:
         results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json``, ``emulated-setup.json``,
-            ``predictor.json``, ``zoo.json`` and ``compare-NET.json``.
+            ``predictor.json``, ``zoo.json``, ``targets.json`` and ``compare-NET.json``.
 
     Raises:
         IntegrityError: a results file is damaged.
@@ -444,7 +445,16 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     demo, budgets = results / "demo.json", results / "budgets.json"
     measurement = results / "measurement.json"
     boards, setup = results / "boards.json", results / "emulated-setup.json"
-    names = ("demo", "budgets", "prediction", "predictor", "measurement", "boards", "zoo")
+    names = (
+        "demo",
+        "budgets",
+        "prediction",
+        "predictor",
+        "measurement",
+        "boards",
+        "zoo",
+        "targets",
+    )
     found: dict[str, str | None] = dict.fromkeys(names)
     found["failures"] = matrix_block()
     if demo.is_file():
@@ -458,6 +468,8 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     if predictor.is_file():
         predicted = records.read_json(PredictorResults, predictor)
         found["predictor"] = predictor_block(predicted, table, stamp_text)
+    if (targets := results / "targets.json").is_file():
+        found["targets"] = targets_block(records.read_json(TargetResults, targets), table)
     if (zoo := results / "zoo.json").is_file():
         found["zoo"] = zoo_block(records.read_json(ZooResults, zoo), table)
     for net in NETS:
