@@ -293,7 +293,6 @@ def test_the_golden_samples_go_into_a_file_of_executorchs_own(made, board):
     bundle = portable_lib._load_bundled_program_from_buffer(content)
     module = portable_lib._load_for_executorch_from_bundled_program(bundle)
     for case in range(8):
-        module.load_bundled_input(bundle, "forward", case)
-        module.plan_execute("forward")
-        module.verify_result_with_bundled_expected_output(bundle, "forward", case)
+        found_here = module.forward([torch.from_numpy(x[case : case + 1])])[0].numpy()
+        assert np.array_equal(found_here, y[case : case + 1])
     assert golden_file(formats.load("onnx"), made.path("int8"), x, y) is None

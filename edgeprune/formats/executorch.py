@@ -37,6 +37,7 @@ MAX_REASON = 300  # characters of one line of a toolchain
 FEW_DELEGATED = 0.99
 FEW_INT8 = 0.9
 _LEAST_INT8 = 0.5  # a file that computes less than this in 8 bits is not an INT8 file
+_PRODUCTS = ("aten::convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm")
 _WEIGHTED = ("aten.conv", "aten.linear", "aten.addmm", "aten.mm")
 
 
@@ -173,9 +174,11 @@ class ExecutorchFormat:
             )
         if floats is not None and program.int8_macs < _LEAST_INT8 * program.macs:
             share = program.int8_macs / max(1, program.macs)
+            # A layer that was quantised and that XNNPACK does not take computes in float too.
+            named = dict.fromkeys((*floats, *(x for op in _PRODUCTS for x in outside.get(op, ()))))
             raise FormatError(
                 f"only {share:.0%} of the multiply-accumulates became INT8;"
-                f" in float: {', '.join(floats) or 'unknown layers'}"
+                f" in float: {', '.join(named) or 'unknown layers'}"
             )
         records.write_bytes(path, content)
         notes = _notes(program, outside, floats)
