@@ -224,11 +224,14 @@ def pruned_files(
     if context.ship is not context.whole:
         files["shipping"] = _both(context, context.ship, audible, folder, "pruned")
     files["notes"] = _shipped_notes(context, files, "pruned")
-    for path in (fp32_path, int8_path):
-        check_runtime(context.whole, path, context.job.shipped_runtime)
+    told = [
+        line
+        for path in (fp32_path, int8_path)
+        for line in check_runtime(context.whole, path, context.job.shipped_runtime)
+    ]
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
-        **{**files, "notes": (*notes, *quantised.report.lines(), *files["notes"])},
+        **{**files, "notes": (*notes, *told, *quantised.report.lines(), *files["notes"])},
         built_in_agreement=_built_in_agreement(context, int8_path, x),
         quantised=quantised.report,
     )

@@ -38,8 +38,7 @@ def test_a_deployment_for_phones_measures_whole_nets_in_executorch(deployed):
     assert {a.format for a in found.artifacts.values()} == {"executorch"}
     assert any("single kernels are those of tflite" in note for note in found.notes)
     assert any("XNNPACK runs" in note for note in found.notes)
-    kernels = tinynet.stage_folders(deployed.folder)["kernels"]
-    assert '"litert"' in (kernels / "stage.json").read_text() or found.latency_model
+    assert found.latency_model.kernels_measured > 0
     assert found.gates[-1].name == "numerics"
     assert not found.gates[-1].not_run
 
