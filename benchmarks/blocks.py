@@ -469,7 +469,9 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         predicted = records.read_json(PredictorResults, predictor)
         found["predictor"] = predictor_block(predicted, table, stamp_text)
     if (targets := results / "targets.json").is_file():
-        found["targets"] = targets_block(records.read_json(TargetResults, targets), table)
+        converted = records.read_json(TargetResults, targets)
+        found["targets"] = targets_block(converted, table)
+        found["targets-short"] = targets_block(converted, table, precisions=("int8",))
     if (zoo := results / "zoo.json").is_file():
         found["zoo"] = zoo_block(records.read_json(ZooResults, zoo), table)
     for net in NETS:

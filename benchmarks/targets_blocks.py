@@ -42,8 +42,10 @@ class TargetResults(records.Record):
     rows: tuple[TargetRow, ...]
 
 
-def targets_block(results: TargetResults, table: Callable[..., str]) -> str:
-    """Every net by every target."""
+def targets_block(
+    results: TargetResults, table: Callable[..., str], *, precisions: tuple[str, ...] = ()
+) -> str:
+    """Every net by every target; of some precisions only, where they are named."""
     lines = [
         (
             row.net,
@@ -57,13 +59,14 @@ def targets_block(results: TargetResults, table: Callable[..., str]) -> str:
             f"{row.seconds:.1f} s" if row.size_bytes else "",
         )
         for row in results.rows
+        if not precisions or row.precision in precisions
     ]
     columns = (
         "net", "target", "file", "run by", "same class as torch", "largest error, INT8 steps", "accuracy", "size", "conversion",
     )  # fmt: skip
     known = ", ".join(f"{net} {share:.2%}" for net, share in results.torch_accuracy.items())
     note = (
-        f"Dense nets, {results.n} images of the {results.split} split, seedless: nothing here is trained. torch itself: {known}."
+        f"Dense nets, {results.n} images of the {results.split} split; nothing is pruned or trained here. torch itself: {known}."
         " Times of conversion are of a shared machine. A file that nothing here runs says `not run`."
     )
     return f"{table(columns, lines)}\n\n{note}"

@@ -16,7 +16,6 @@ from edgeprune.bundle import verify as verify_module
 from edgeprune.bundle import weights
 from edgeprune.bundle.golden import GoldenResult, default_tolerance
 from edgeprune.bundle.integrity import check_hashes, check_structure, read_model
-from edgeprune.bundle.manifest import IOS_SAMPLE
 from edgeprune.bundle.running import load_model
 from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import Payload, write_bundle
@@ -210,7 +209,7 @@ def test_half_precision_has_room_for_its_rounding_and_no_more() -> None:
 
 
 def test_the_swift_sample_is_short_and_says_whether_it_was_compiled() -> None:
-    text = (Path(verify_module.__file__).parent / IOS_SAMPLE).read_text()
+    text = (Path(verify_module.__file__).parent / "samples/ios/GoldenCheck.swift").read_text()
     lines = text.splitlines()
     assert len(lines) <= 100
     assert "Not compiled where it was written" in lines[0]

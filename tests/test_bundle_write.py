@@ -235,8 +235,8 @@ def test_the_sample_program_is_short_and_speaks_python_3_8() -> None:
 
 def test_a_bundle_for_an_android_app_brings_its_sample_and_the_golden_model(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    payload = _payload(tmp_path, kind="android", golden_model=(".bpte", b"it"))
-    write_bundle(folder, facts(), payload)
+    payload = _payload(tmp_path, golden_model=(".bpte", b"it"))
+    write_bundle(folder, facts(kind="android"), payload)
     manifest = check_structure(folder)
     check_hashes(folder, manifest)
     roles = {file.path: file.role for file in manifest.files}

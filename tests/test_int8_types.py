@@ -41,6 +41,7 @@ def dense(tmp_path_factory):
 def context_of(dense):
     return SimpleNamespace(
         form=load("onnx"),
+        has_twin=False,
         calibration=dense[1],
         job=SimpleNamespace(target=SimpleNamespace(precisions=("fp32", "int8"))),
     )
@@ -145,10 +146,10 @@ def test_the_board_times_all_variants_together(dense, tmp_path):
     target = Target(
         name="t", summary="", profile="p", format="onnx", runtime=Runtime(name="onnxruntime")
     )
-    split = SimpleNamespace(development=None)
+    split = SimpleNamespace(selection=None)
     job = SimpleNamespace(target=target, loaded=SimpleNamespace(dataset=split))
     with open_board("desk", device) as board:
-        context = Context(job, load("onnx"), board, board, board, None)
+        context = Context(job, load("onnx"), load("onnx"), board, board, board, None)
         context.__dict__.update(calibration=dense[1], prepared=(trained(), ()))
         context.inputs = lambda *_: dense[1]
         chosen = int8_types.choose(context, dense[0], tmp_path / "int8.onnx")

@@ -236,13 +236,19 @@ CASES = (
         ("shed",),
         take_the_bundle_and_a_silent_board,
     ),
+    Case(
+        "INT8 inputs of an ONNX file",
+        ("deploy", "--target", "this-machine", "--io", "int8"),
+        5,
+        ("ONNX files take and return float", "io: float"),
+    ),
     Case("report of a run that is not there", ("report", "gone"), 2, ("no report at",)),
 )
 
 # At least one of every exit code is met in a Python of its own, as a user starts it; the others in that of the tests, which has torch
 # loaded.
 AS_PROCESS = {
-    "misspelt key", "unknown flag", "torch file with code", "unreachable board", "target of a later format",
+    "misspelt key", "unknown flag", "torch file with code", "unreachable board", "INT8 inputs of an ONNX file",
     "budget below the fastest admissible", "tampered bundle",
 }  # fmt: skip
 
