@@ -301,6 +301,6 @@ def test_a_request_whose_names_are_no_names_is_refused(workdir, tmp_path, pip, c
 
 def test_a_runtime_that_nobody_knows_or_an_interpreter_that_is_not_there_is_refused():
     with pytest.raises(wire.Refused, match="cannot run the runtime"):
-        environments.probe(sys.executable, "coreml")
+        environments.probe(sys.executable, "nothing")
     with pytest.raises(wire.Refused, match="cannot run /nowhere/python"):
         environments.probe("/nowhere/python", "litert")

@@ -187,13 +187,13 @@ def test_a_mac_answers_with_every_choice_of_processors(tmp_path, monkeypatch, of
     monkeypatch.setattr(
         verify_module, "measure", lambda board, files, **k: [type("Timed", (), {"median_ms": 0.5})]
     )
-    subject = verify_module._Subject(bundle, None)  # type: ignore[arg-type]
+    subject = verify_module._Subject(bundle, None, None)  # type: ignore[arg-type]
     subject._manifest = check_structure(bundle)
     if off:
         with pytest.raises(IntegrityError, match="the answers differ"):
             subject.golden_on("mac", bundle_fixture.facts)
         return
-    detail = subject.golden_on("mac", bundle_fixture.facts)
+    detail, _ = subject.golden_on("mac", bundle_fixture.facts)
     assert mac.loaded == list(UNITS)
     assert all(f"{units}: 8 samples" in detail for units in UNITS.values())
     assert detail.count("median 0.5 ms, compiled in 7 ms") == 4

@@ -240,10 +240,9 @@ def _manifest(
 
 def _samples(facts: Facts, model: Artifact) -> dict[str, bytes]:
     """The sample programs that can run the model: on Apple devices those of the app alone."""
-    found = sample_files(facts.kind)
     if model.format != "coreml":
-        return found
-    return {p: c for p, c in found.items() if p.startswith(f"samples/{facts.kind}/")}
+        return sample_files(facts.kind)
+    return {p: c for p, c in sample_files("ios").items() if p.startswith("samples/ios/")}
 
 
 def _model_bytes(payload: Payload) -> bytes:
