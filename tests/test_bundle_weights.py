@@ -17,7 +17,7 @@ def test_storage_types_are_counted_as_the_writers_stored_them(tmp_path: Path) ->
     assert weight_elements("onnx", path.read_bytes()) == {"int8": 144}
     tflite_file(path)
     assert weight_elements("tflite", path.read_bytes()) == {"int8": 144}
-    assert weight_elements("coreml", b"anything") is None
+    assert weight_elements("another", b"anything") is None
 
 
 def test_the_eight_bit_ratio_is_a_share_of_all_weights() -> None:
