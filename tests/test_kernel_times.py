@@ -80,14 +80,19 @@ def test_what_is_no_file_of_times_is_refused(tmp_path: Path) -> None:
 def test_times_that_other_boards_took_are_not_written(tmp_path: Path) -> None:
     path, said = tmp_path / "times.json", []  # type: ignore[var-annotated]
     job = SimpleNamespace(tables=path, target=SimpleNamespace(format="onnx"))
-    latency = SimpleNamespace(fingerprint=make_fingerprint(), precision="int8")
+    context = SimpleNamespace(
+        job=job,
+        progress=SimpleNamespace(say=said.append),
+        form=SimpleNamespace(info=SimpleNamespace(name="onnx")),
+    )
+    made_on = make_fingerprint()
     times = with_times({("conv", (8,)): 9.0}).times
     shared = SimpleNamespace(boards={"one": 3, "two": 4}, times=times)
-    feasibility._share_times(job, latency, shared, said.append)  # type: ignore[arg-type]
+    feasibility._share_times(context, made_on, "int8", shared)  # type: ignore[arg-type]
     assert not path.exists()
     assert "times of two boards are never mixed" in said[0]
     alone = SimpleNamespace(boards={"one": 7}, times=times)
-    feasibility._share_times(job, latency, alone, said.append)  # type: ignore[arg-type]
+    feasibility._share_times(context, made_on, "int8", alone)  # type: ignore[arg-type]
     found = read_times(path)
     assert found is not None
     assert found.known() == {("conv", (8,)): 9.0}
