@@ -117,8 +117,8 @@ def _onnx(content: bytes) -> Anatomy:
         origins = [_origin(name, maker) for name in read if name]
         if any(name in weights for name, _ in origins):
             weighted += 1
-            # Every input comes out of a DequantizeLinear: of weights, or of activations that were quantised.
-            eight_bit += all(quantised for _, quantised in origins)
+            # Values and weights come out of a DequantizeLinear; the third input, a bias, may be float: TensorRT wants it so.
+            eight_bit += all(quantised for _, quantised in origins[:2])
     return Anatomy(Counter(op for op, _, _ in nodes), tensors, weighted, eight_bit)
 
 
