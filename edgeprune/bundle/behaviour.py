@@ -47,6 +47,9 @@ def delegate_check(board: Board, manifest: Manifest, loaded: Loaded, *, must: bo
         loaded: what the board said of it.
         must: whether a delegate that is not there at all is a failure; on stand-ins it says nothing about the target.
     """
+    if manifest.runtime.name == "onnxruntime" and manifest.model.format == "tensorrt":
+        why = "onnxruntime stands in for TensorRT and computes its INT8 graph in float"
+        return _not_run("delegate", why)
     if manifest.runtime.name == "onnxruntime":
         return _onnxruntime_check(board, manifest)
     if loaded.delegated is None or loaded.delegated[1] == 0:
