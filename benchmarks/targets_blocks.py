@@ -51,7 +51,7 @@ def targets_block(
             row.net,
             row.target,
             f"{row.format}, {row.precision}",
-            row.where or row.message,
+            _where(row),
             _percent(row.agreement),
             "" if row.error_steps is None else f"{row.error_steps:.1f}",
             _percent(row.accuracy),
@@ -70,6 +70,12 @@ def targets_block(
         " Times of conversion are of a shared machine. A file that nothing here runs says `not run`."
     )
     return f"{table(columns, lines)}\n\n{note}"
+
+
+def _where(row: TargetRow) -> str:
+    """Who ran the file: this machine stands in for every board and phone."""
+    is_stand_in = row.agreement is not None and row.target != "this-machine"
+    return f"{row.where} (stand-in)" if is_stand_in else row.where or row.message
 
 
 def _percent(share: float | None) -> str:
