@@ -16,7 +16,7 @@ from torch import nn
 
 from edgeprune import records
 from edgeprune.compress.equalise import correct_biases, equalise
-from edgeprune.compress.evaluate import kl_nats, logits, quality
+from edgeprune.compress.evaluate import kl_nats, logits, quality, run_once
 from edgeprune.compress.fakequant import fake_quantised, plain
 from edgeprune.compress.recover import recover, updates_per_epoch
 from edgeprune.context import PIXEL_SEED, Context
@@ -294,12 +294,7 @@ def _heaviest(context: Context, start: _Candidate) -> list[str]:
         for name, module in start.model.named_modules()
         if name in in_file and isinstance(getattr(module, "weight", None), torch.Tensor)
     ]
-    try:
-        with torch.no_grad():
-            start.model(torch.from_numpy(context.example))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_once(start.model, torch.from_numpy(context.example), handles)
     heaviest = set(sorted(macs, key=lambda n: -macs[n])[:MOST_LAYERS])
     return [name for name in macs if name in heaviest]
 

@@ -22,7 +22,7 @@ from edgeprune.latency.predictor import LatencyModel
 from edgeprune.plan_results import FrozenGroup, LatencyModelQuality
 from edgeprune.progress import Progress, Silent
 from edgeprune.results import Block, Measurement, Telemetry
-from edgeprune.specs import ChannelSteps, Precision, parse_budget
+from edgeprune.specs import Precision, parse_budget
 from edgeprune.stage_records import MeasuredNets, MeasuredTable, PlanResult
 
 FULL = {"a": 64, "b": 96, "c": 128}
@@ -216,111 +216,6 @@ def test_of_all_structures_that_fit_the_one_that_costs_least_is_chosen():
     )
 
 
-class RemovableNet(Net):
-    """One in which group ``a`` may go as a whole."""
-
-    blocks: Mapping[str, frozenset[int]] = {"a": frozenset({0, 1})}
-
-
-def removable_basis(clock: Clock) -> guarantee.Basis:
-    """A basis in which group ``a`` may go as a whole, and by its own cost should."""
-    file, table = RemovableNet(), table_of(clock)
-    table = table.model_copy(update={"grids": {**table.grids, "a": (0, *table.grids["a"])}})
-    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = planning.fit(
-        planning.kernel_model(file, table, FULL), nets, table.kernels_measured
-    )
-    basis = basis_of(table, nets, model, quality)
-    return replace(basis, curves={**basis.curves, "a": np.minimum(basis.curves["a"], 1e-3)})
-
-
-@pytest.mark.parametrize("removal_is_dear", [True, False])
-def test_a_block_is_removed_where_the_repaired_structure_loses_less_without_it(removal_is_dear):
-    clock = Clock()
-    asked: list[dict[str, tuple[int, ...]]] = []
-
-    def loss(kept: Mapping[str, tuple[int, ...]]) -> float:
-        asked.append(dict(kept))
-        return float((not kept["a"]) == removal_is_dear)
-
-    found = guarantee.make_plan(
-        clock,  # type: ignore[arg-type]
-        RemovableNet(),
-        replace(removable_basis(clock), loss=loss),
-        budget=parse_budget("60%"),
-        progress=Silent(),
-    )
-    assert {bool(c.widths["a"]) for c in found.checks} == {True, False}
-    assert bool(found.plan.widths()["a"]) == removal_is_dear
-    within = [c for c in found.checks if c.within_budget]
-    assert len(asked) == len(within)
-    assert all(c.loss_nats is not None for c in within)
-    assert all(c.loss_nats is None for c in found.checks if not c.within_budget)
-
-
-@pytest.mark.parametrize("heals_worse_without_the_block", [True, False])
-def test_a_short_healing_has_the_last_word_on_removed_blocks(heals_worse_without_the_block):
-    clock = Clock()
-    tried: list[bool] = []
-
-    def trial(kept: Mapping[str, tuple[int, ...]]) -> float:
-        tried.append(bool(kept["a"]))
-        return float((not kept["a"]) == heals_worse_without_the_block)
-
-    found = guarantee.make_plan(
-        clock,  # type: ignore[arg-type]
-        RemovableNet(),
-        replace(removable_basis(clock), loss=lambda kept: float(bool(kept["a"])), trial=trial),
-        budget=parse_budget("60%"),
-        progress=Silent(),
-    )
-    assert sorted(tried) == [False, True]  # the best of each kind alone
-    assert bool(found.plan.widths()["a"]) == heals_worse_without_the_block
-    assert sum(c.trial_nats is not None for c in found.checks) == 2
-
-
-def test_where_no_block_can_go_nothing_is_healed_to_choose():
-    clock, file = Clock(), Net()
-    table = table_of(clock)
-    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = planning.fit(planning.kernel_model(file, table, FULL), nets, 1)
-
-    def trial(_: Mapping[str, tuple[int, ...]]) -> float:
-        raise AssertionError("a trial is not free")
-
-    basis = replace(basis_of(table, nets, model, quality), trial=trial)
-    found = guarantee.make_plan(
-        clock,  # type: ignore[arg-type]
-        file,
-        basis,
-        budget=parse_budget("60%"),
-        progress=Silent(),
-    )
-    assert all(c.trial_nats is None for c in found.checks)
-
-
-def test_without_removals_a_problem_has_no_width_0_and_a_charge_leaves_all_else_as_it_is():
-    basis = removable_basis(Clock())
-    assert basis.problem().grids["a"][0] == 0
-    assert all(basis.problem(removal_charge=math.inf).grids["a"])
-    plain, charged = (
-        basis.problem().cost_nats["a"],
-        basis.problem(removal_charge=3.0).cost_nats["a"],
-    )
-    assert charged[0] == pytest.approx(3 * plain[0])
-    assert np.array_equal(charged[1:], plain[1:])
-
-
-def test_a_block_that_has_gone_before_stays_gone_where_no_removal_is_allowed():
-    basis = removable_basis(Clock())
-    costs = {
-        **basis.curves,
-        "a": np.zeros(len(basis.model.grids["a"])),
-    }  # what is gone costs no more
-    basis = replace(basis, curves=costs, at_most={"a": 0})
-    assert basis.problem(removal_charge=math.inf).grids["a"] == (0,)
-
-
 def test_a_model_that_is_wrong_about_whole_nets_is_corrected_until_the_measured_time_fits():
     clock = Clock(hidden_ns=0.08 * net_ns({}))
     table = table_of(clock)
@@ -358,58 +253,6 @@ def test_no_widths_are_offered_that_save_no_time():
     grids = table_of(Clock(noise_ratio=0)).grids
     assert all(width % TILE == 0 for grid in grids.values() for width in grid)
     assert {group: grid[-1] for group, grid in grids.items()} == FULL
-
-
-def steps(conv: int, depthwise: int, linear: int) -> ChannelSteps:
-    return ChannelSteps(
-        conv=conv, depthwise=depthwise, linear=linear, source="a table of this test", read_on="2026-11-25"
-    )  # fmt: skip
-
-
-def test_on_a_stand_in_widths_are_multiples_of_the_profile_of_the_board_that_counts():
-    free = table_of(Clock(noise_ratio=0)).grids
-    table = planning.measure_table(
-        Clock(noise_ratio=0),  # type: ignore[arg-type]
-        Net(),
-        groups(),
-        fingerprint_key="clock",
-        format_name="onnx",
-        progress=Silent(),
-        prior=planning.prior_steps(Net(), steps(32, 1, 1)),
-    )
-    for group, grid in table.grids.items():
-        assert grid[-1] == FULL[group]
-        assert grid[:-1] == tuple(w for w in free[group] if w % 32 == 0 and w != FULL[group])
-    assert any(w % 32 for grid in free.values() for w in grid)
-
-
-@pytest.mark.parametrize(
-    ("op", "roles", "step"),
-    [
-        ("CONV_2D", ("in", "out"), 8),
-        ("DEPTHWISE_CONV_2D", ("both",), 16),
-        ("Conv", ("both",), 16),
-        ("FULLY_CONNECTED", ("in",), 4),
-        ("Gemm", ("in",), 4),
-        ("ADD", ("both",), 1),
-    ],
-)
-def test_the_step_of_a_group_is_that_of_the_kernels_it_touches(op, roles, step):
-    file = Net()
-    file.kernels = (
-        replace(Net.kernels[1], op=op, roles=roles, variables=("a", "b")[: len(roles)]),
-    )
-    assert planning.prior_steps(file, steps(8, 16, 4)) == dict.fromkeys(
-        ("a", "b")[: len(roles)], step
-    )
-
-
-def test_a_group_of_several_kernels_gets_a_step_that_is_whole_in_the_tiles_of_all():
-    file = Net()
-    depthwise = replace(Net.kernels[0], op="DEPTHWISE_CONV_2D", roles=("both",), variables=("a",))
-    linear = replace(Net.kernels[0], op="Gemm", roles=("in",), variables=("a",))
-    file.kernels = (depthwise, linear)
-    assert planning.prior_steps(file, steps(1, 16, 12)) == {"a": 48}
 
 
 def test_a_group_on_both_sides_of_one_kernel_is_timed_at_one_width_on_both():

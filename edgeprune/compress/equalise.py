@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeprune.compress.evaluate import evaluating, logits
+from edgeprune.compress.evaluate import evaluating, logits, run_once
 
 SAME_OUTPUT = 1e-3  # of the largest output: float32 arithmetic in another order
 SWEEPS = 20
@@ -241,12 +241,7 @@ def _constant_of(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, bool] 
     handles = [layer.register_forward_hook(ran)]
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     handles += [norm.register_forward_pre_hook(taken) for norm in norms]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_once(model, x, handles)
     if len(outputs) != 1 or len(takers) != 1:
         return None
     mean = takers[0].running_mean
