@@ -142,10 +142,13 @@ def test_two_runs_are_compared_side_by_side(deployed, tmp_path):
 def test_verify_prints_every_level_and_as_json(deployed):
     text = printed(deployed.project, "verify", "run/bundle")
     levels = [line.split()[0] for line in text.splitlines() if line.startswith("L")]
-    assert levels == ["L0", "L1", "L2", "L3", "L4"]
+    assert levels == ["L0", "L1", "L2", "L3", "L4", "L5"]
     found = json.loads(printed(deployed.project, "verify", "run/bundle.zip", "--json"))
     assert found["ok"]
-    assert len(found["levels"]) == 5
+    run = {f"L{level['level']}": level["status"] for level in found["levels"]}
+    # The bundle is not signed (L2), and no device was named (L5).
+    assert [name for name, status in run.items() if status != "passed"] == ["L2", "L5"]
+    assert run["L2"] == run["L5"] == "not-run"
 
 
 def test_results_go_to_stdout_and_progress_to_stderr(deployed):
