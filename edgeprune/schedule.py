@@ -423,7 +423,8 @@ def note(last: LastStep, recovery: Recovery) -> str:
     if last.steps > 1:
         parts.append(
             f"pruned in {last.steps} steps with budgets geometric in latency;"
-            f" {last.earlier_epochs:.3g} of the {recovery.epochs:g} epochs healed the steps before the last"
+            f" {last.earlier_epochs:.3g} of the {recovery.epochs:g} epochs healed the steps before the last;"
+            f" costs in nats are those of step {last.steps}, counted from the net that the step before left"
         )
     if recovery.start == "rewound":
         parts.append(f"training started from weights rewound to {recovery.rewind_weights}")

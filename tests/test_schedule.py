@@ -112,6 +112,15 @@ def test_every_step_asks_for_the_same_speedup(steps: int) -> None:
     )
 
 
+def test_the_report_says_which_step_its_costs_are_of() -> None:
+    settings = Recovery(epochs=2)
+    last = schedule.LastStep(None, None, settings, steps=3, earlier_epochs=0.6)  # type: ignore[arg-type]
+    told = schedule.note(last, settings)
+    assert told.startswith("pruned in 3 steps")
+    assert "costs in nats are those of step 3" in told
+    assert schedule.note(replace(last, steps=1), settings) == ""
+
+
 def test_a_budget_over_the_dense_latency_asks_for_nothing() -> None:
     assert schedule.budgets(10.0, 15.0, 3) == (10.0, 10.0, 15.0)
 
