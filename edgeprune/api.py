@@ -12,7 +12,7 @@ from torch import nn
 from edgeprune import catalog, pipeline, records
 from edgeprune.closing import Outcome, Planned
 from edgeprune.compress import importance as importances
-from edgeprune.context import Context, Job, stand_in_runtime
+from edgeprune.context import Candidate, Context, Job, stand_in_runtime
 from edgeprune.devices.recording import as_recorded
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.explaining import plan_file, search_result
@@ -20,10 +20,12 @@ from edgeprune.feasibility import plan_stages
 from edgeprune.options import (
     Options,
     chosen_device,
+    chosen_formats,
     chosen_gates,
     chosen_sustained,
     chosen_target,
     given_widths,
+    is_auto,
 )
 from edgeprune.profiling import profile as profile_context
 from edgeprune.progress import Progress, Silent
@@ -31,7 +33,7 @@ from edgeprune.report.explain import render_search_html
 from edgeprune.results import ProfileReport, Report
 from edgeprune.runfolder import RunFolder
 from edgeprune.search_results import SearchResult
-from edgeprune.specs import Preprocess, Workload
+from edgeprune.specs import Device, Preprocess, Target, Workload
 from edgeprune.stage_records import PlanResult
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
 
@@ -41,7 +43,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
 
     Raises:
         SpecError: no target was named, or a budget is malformed.
-        UnknownName: a target, profile, device or importance that does not exist.
+        UnknownName: a target, profile, device or importance that does not exist, or a format that the target does not list.
     """
     workload = loaded.workload
     target = chosen_target(options, workload)
@@ -54,17 +56,14 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     is_alone = options.record is not None or device.transport == "replay"
     companions = () if is_alone else catalog.companions_for(target.name, device_name, device)
     io = workload.int8.io or target.quantization.io
-    for_runtime, runtime = target.runtime.name, stand_in_runtime(target.runtime, device)
-    if runtime != target.runtime:
-        instead = f"{runtime.name} stands in for {target.runtime.name}, which is for boards only"
-        notes = (*notes, instead)
-        target = target.model_copy(update={"runtime": runtime})
+    candidates = [_candidate(t, device, notes) for t in chosen_formats(options, workload, target)]
+    first = candidates[0]
     if options.importance not in importances.BY_NAME:
         raise UnknownName("importance", options.importance, importances.BY_NAME)
     budget, max_drop = chosen_gates(options, workload, target)
     return Job(
         loaded=loaded,
-        target=target,
+        target=first.target,
         profile=profile,
         device_name=device_name,
         device=device,
@@ -73,15 +72,26 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         importance=options.importance,
         seed=workload.seed if options.seed is None else options.seed,
         command=options.command,
-        notes=notes,
+        notes=first.notes,
         sustained=chosen_sustained(options),
         record=options.record,
         companions=companions,
         widths=given_widths(options, target.name),
         tables=options.tables,
         int8=workload.int8.model_copy(update={"io": io}),
-        for_runtime=for_runtime,
+        for_runtime=first.for_runtime,
+        candidates=tuple(candidates) if is_auto(options, workload) else (),
     )
+
+
+def _candidate(target: Target, device: Device, notes: tuple[str, ...]) -> Candidate:
+    """A target as it is timed on a device; says which runtime stands in for its own, where one does."""
+    runtime = stand_in_runtime(target.runtime, device)
+    if runtime == target.runtime:
+        return Candidate(target, target.runtime.name, notes)
+    instead = f"{runtime.name} stands in for {target.runtime.name}, which is for boards only"
+    changed = target.model_copy(update={"runtime": runtime})
+    return Candidate(changed, target.runtime.name, (*notes, instead))
 
 
 def run_path(job: Job, options: Options) -> Path:
@@ -129,6 +139,7 @@ def deploy(
     seed: int | None = None,
     run: Path | str | None = None,
     sustained: str | None = None,
+    formats: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """From a trained model to a verified bundle, to a measured latency budget.
@@ -148,6 +159,7 @@ def deploy(
         seed: of everything random.
         run: the run folder; ``runs/<target>-<digest>`` when not given. Finished stages in it are kept.
         sustained: ``10min``, ``90s`` or ``1h``: run the shipped file that long without a pause, and judge the latency at its end.
+        formats: ``auto`` measures those that the target lists and ships the fastest that holds; a name ships that one.
         progress: where to report; nowhere when not given.
 
     Returns:
@@ -165,6 +177,7 @@ def deploy(
         seed=seed,
         run=None if run is None else Path(run),
         sustained=sustained,
+        formats=formats,
     )
     if isinstance(model, str):
         record = settings or Workload(model=model, data=str(data))

@@ -14,6 +14,7 @@ import click
 from edgeprune.cli_bundle import bundle, verify
 from edgeprune.cli_devices import devices
 from edgeprune.cli_options import (
+    formats_option,
     int8_options,
     int8_settings,
     schedule_options,
@@ -157,6 +158,7 @@ def _budget_options(command: Command) -> Command:
 @cli.command()
 @_model_options
 @_budget_options
+@formats_option
 @schedule_options
 @int8_options
 @click.option(
@@ -240,6 +242,7 @@ def _missed(report: Any) -> BudgetError:
 @cli.command()
 @_model_options
 @_budget_options
+@formats_option
 def search(as_json: bool, quiet: bool, **flags: Any) -> None:
     """What a budget would cost, and what others would: everything before training, explained.
 
@@ -443,6 +446,7 @@ def _options(flags: dict[str, Any]) -> Options:
         record=flags.get("record"),
         plan=flags.get("plan"),
         tables=flags.get("tables"),
+        formats=flags.get("formats"),
         command=shlex.join(["edgeprune", *sys.argv[1:]]),
     )
 

@@ -40,6 +40,12 @@ def int8_options(command: Command) -> Command:
     return command
 
 
+def formats_option(command: Command) -> Command:
+    """Add the flag of the key ``formats``."""
+    text = "Ship auto, the fastest as measured, or a name that the target lists; default its own."
+    return click.option("--formats", help=text)(command)
+
+
 def int8_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags say, as keys under ``int8``."""
     return {key: flags[key] for key in ("effort", "io") if flags.get(key) is not None}

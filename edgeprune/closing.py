@@ -255,6 +255,7 @@ class Closing:
             notes=(*job.loaded.notes, *job.notes, *self.run.notes, *self._notes()),
             bundle="bundle",
             int8=self.files.result.quantised,
+            formats=self.context.formats,
         )
 
     def _notes(self) -> Iterator[str]:

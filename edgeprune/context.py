@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from edgeprune.formats import Format
 from edgeprune.plan_results import FrozenGroup
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_file
-from edgeprune.results import Artifact, Fingerprint, LedgerEntry, Measurement
+from edgeprune.results import Artifact, Fingerprint, FormatChoice, LedgerEntry, Measurement
 from edgeprune.specs import Budget, Device, Int8, Precision, Profile, Runtime, Target
 from edgeprune.workload import LoadedWorkload
 
@@ -38,6 +38,15 @@ STAND_IN_RUNTIMES: dict[str, Literal["litert", "onnxruntime"]] = {
     "tflite-runtime": "litert",
     "tensorrt": "onnxruntime",
 }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A target in one of the formats that may ship, with the runtime that it is for and what must be said of it."""
+
+    target: Target
+    for_runtime: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,22 @@ class Job:
     tables: Path | None = None  # kernel times of the board, read and added to
     int8: Int8 = AUTO  # with the target's ``io`` filled in
     for_runtime: str = ""  # that the target names, where another one stands in for it
+    candidates: tuple[Candidate, ...] = ()  # where measuring them decides about the format
 
     @property
     def shipped_runtime(self) -> str:
         """The runtime that the files are for, whatever stands in for it here."""
         return self.for_runtime or self.target.runtime.name
+
+    def in_format(self, candidate: Candidate) -> Job:
+        """The same request with its format decided."""
+        return replace(
+            self,
+            target=candidate.target,
+            for_runtime=candidate.for_runtime,
+            notes=candidate.notes,
+            candidates=(),
+        )
 
     def device_key(self) -> list[Any]:
         """What tells the device from others, as plain data; a replay is told by the content of its recording."""
@@ -96,6 +116,13 @@ class Context:
     host: Board
     progress: Progress
     runs_ship: bool = True
+    formats: FormatChoice | None = None  # how the format was chosen, where it was
+
+    def share(self, other: Context) -> None:
+        """Take over what a context of the same model and data has worked out and no format changes."""
+        for name in ("prepared", "example", "development", "reference", "groups"):
+            if name in vars(other):
+                vars(self)[name] = vars(other)[name]
 
     @property
     def whole(self) -> Format:

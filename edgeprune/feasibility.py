@@ -45,7 +45,7 @@ def prepare(context: Context, run: RunFolder) -> Prepared:
         ModelError, FormatError, DeviceError: see :mod:`edgeprune.stages`.
     """
     _check_times(context)
-    dense = _dense(context, run)
+    dense = dense_stage(context, run)
     latency = _latency(context, run, dense)
     file, variant = _resizable(context, run, dense, latency)
     board = context.board
@@ -90,7 +90,12 @@ def _check_times(context: Context) -> None:
         )
 
 
-def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
+def dense_stage(context: Context, run: RunFolder, *, title: str = "") -> Stage[DenseFiles]:
+    """The dense model as files, checked against torch; ``title`` as for :meth:`RunFolder.stage`.
+
+    Raises:
+        ModelError, FormatError, DeviceError: see :func:`edgeprune.conversion.dense_files`.
+    """
     job, say = context.job, context.progress.say
     say(f"[1/8] pre-flight: export the dense model and compare it with torch ({job.target.format})")
     inputs = {
@@ -108,7 +113,12 @@ def _dense(context: Context, run: RunFolder) -> Stage[DenseFiles]:
     if int8_types.is_open(context):  # then the board decides about the files
         inputs["device"] = context.board_key()
     dense = run.stage(
-        "dense", "conversion", inputs, DenseFiles, lambda f: conversion.dense_files(context, f)
+        "dense",
+        "conversion",
+        inputs,
+        DenseFiles,
+        lambda f: conversion.dense_files(context, f),
+        title=title,
     )
     int8_types.restore(context, dense.result.int8_types)
     entry = context.entry("dense", context.reference)

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgeprune import catalog, formats
 from edgeprune.devices import quarantine
 from edgeprune.devices.recording import check_recordable, origin_of
-from edgeprune.errors import FormatError, SpecError
+from edgeprune.errors import FormatError, SpecError, UnknownName
 from edgeprune.latency.kernel_times import read_times
 from edgeprune.records import read_yaml
 from edgeprune.search_results import PlanFile
@@ -21,6 +21,8 @@ from edgeprune.specs import (
     parse_drop,
     parse_duration,
 )
+
+AUTO_FORMATS = "auto"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Options:
     sustained: str | None = None
     plan: Path | None = None
     tables: Path | None = None
+    formats: str | None = None
 
 
 def chosen_target(options: Options, workload: Workload) -> Target:
@@ -53,6 +56,38 @@ def chosen_target(options: Options, workload: Workload) -> Target:
     if name is None:
         raise SpecError("no target was named", hint="add --target, such as --target rpi4")
     return catalog.target(name)
+
+
+def chosen_formats(options: Options, workload: Workload, target: Target) -> tuple[Target, ...]:
+    """The target in every format that a request leaves open, its own first: one, unless the request says ``auto``.
+
+    Raises:
+        UnknownName: the target does not list the format; names those that it lists.
+    """
+    wanted = options.formats or workload.formats
+    own = target.model_copy(update={"formats": ()})
+    known = {target.format: own} | {
+        other.format: own.model_copy(
+            # The operators are those of the runner of the target's own format.
+            update={"format": other.format, "runtime": other.runtime, "operators": None}
+        )
+        for other in target.formats
+    }
+    if wanted == AUTO_FORMATS:
+        return tuple(known.values())
+    if wanted is not None and wanted not in known:
+        raise UnknownName(
+            "format",
+            wanted,
+            (AUTO_FORMATS, *known),
+            where=f"--formats for the target {target.name}",
+        )
+    return (own if wanted is None else known[wanted],)
+
+
+def is_auto(options: Options, workload: Workload) -> bool:
+    """Whether the formats of a target are to be measured."""
+    return (options.formats or workload.formats) == AUTO_FORMATS
 
 
 def chosen_gates(options: Options, workload: Workload, target: Target) -> tuple[Budget, float]:
@@ -145,13 +180,14 @@ def check_names(options: Options, workload: Workload) -> None:
     """Fail on a wrong target, device, format or gate before any model or data is loaded.
 
     Raises:
-        SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_gates` and :func:`chosen_sustained`; no device has the name.
+        SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_formats`, :func:`chosen_gates` and :func:`chosen_sustained`; no
+            device has the name.
         FormatError: as :func:`check_format`.
         IntegrityError: the recording to replay, or to go on with, is damaged.
     """
     target = chosen_target(options, workload)
     _, device, _ = chosen_device(options, workload, target)
-    check_format(target)
+    check_format(chosen_formats(options, workload, target)[0])
     chosen_gates(options, workload, target)
     chosen_sustained(options)
     given_widths(options, target.name)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from edgeprune import conversion, formats, records, schedule, stages
+from edgeprune import choosing, conversion, formats, records, schedule, stages
 from edgeprune.apps import for_app
 from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
@@ -60,6 +61,7 @@ def run_digest(job: Job) -> str:
             # Only where it is given, so that runs without one keep their folder.
             **({} if job.int8 == Int8() else {"int8": job.int8}),
             **({} if job.widths is None else {"widths": dict(sorted(job.widths.items()))}),
+            **({"formats": [c.target for c in job.candidates]} if job.candidates else {}),
             **({"earlier": job.loaded.earlier_digest} if job.loaded.earlier_digest else {}),
         }
     )
@@ -70,6 +72,8 @@ def opened(
     job: Job, progress: Progress, run: RunFolder | None = None, *, for_planning: bool = True
 ) -> Iterator[Context]:
     """The context of a job, with its boards open: the device, and this machine as host.
+
+    Where measuring decides about the format, that is done here, and the context is one in the format that ships.
 
     In a run folder every timing is stored before it is used, so that a killed run repeats only the one that it was in. A run that is
     recorded measures all afresh: a recording must hold what the replay will be asked.
@@ -85,57 +89,95 @@ def opened(
         DeviceError: the device cannot be reached, or lacks the runtime.
     """
     check_format(job.target)
-    ship = for_app(formats.load(job.target.format), job)
-    form = formats.load(ship.info.twin) if ship.info.twin else ship
-    torch.manual_seed(job.seed)
     for note in job.notes:
         progress.say(f"note: {note}")
     with contextlib.ExitStack() as stack:
-        store = None
-        if run is not None and job.record is None:
-            store = stack.enter_context(MeasurementStore(run.path / STORE))
-            run.notes.extend(store.notes)
-        purpose = f"deploy for {job.target.name}"
-        device: Board = stack.enter_context(
-            open_board(
-                job.device_name,
-                job.device,
-                job=purpose,
-                say=progress.say,
-                record=job.record,
-                store=store,
-            )
-        )
-        if device.origin is not None:
-            progress.say(f"note: {device.notes[0]}")
-        board = host = device
-        is_replaced = for_planning and device.hello()["emulated"]
-        if job.device.transport != "local":
-            local = Device(transport="local", targets=(job.target.name,), stand_in=True)
-            host = stack.enter_context(
-                open_board("this-machine", local, exclusive=is_replaced, job=purpose, store=store)
-            )
-        if is_replaced:
-            board = host
-        if ship.info.system and not job.device.stand_in and not device.hello()["emulated"]:
-            _require(device, job, ship.info)
-        boards = {id(b): b for b in (device, board)}.values()
-        context = Context(
-            job=job,
-            form=form,
-            ship=ship,
-            board=board,
-            proof=device,
-            host=host,
-            progress=progress,
-            runs_ship=form is ship or _all_have(job.target.runtime.name, (*boards, host)),
-        )
-        for opened_board in boards:
-            runtime = context.runtime_on(opened_board)
-            opened_board.fingerprint(runtime.name, runtime.threads)
-        for note in context.notes:
-            progress.say(f"note: {note}")
+        with run.timed("opening the device", "other") if run else contextlib.nullcontext():
+            boards = _boards(stack, job, progress, run, for_planning=for_planning)
+            is_open = run is not None and bool(job.candidates)
+            context = None if is_open else _context(job, boards, progress)
+        if context is None and run is not None:
+            context = choosing.chosen(job, run, lambda j: _context(j, boards, progress))
+        assert context is not None
         yield context
+
+
+@dataclass(frozen=True)
+class _Boards:
+    """The device of a job, the board whose times count, and this machine."""
+
+    device: Board
+    board: Board
+    host: Board
+
+
+def _boards(
+    stack: contextlib.ExitStack,
+    job: Job,
+    progress: Progress,
+    run: RunFolder | None,
+    *,
+    for_planning: bool,
+) -> _Boards:
+    """Open what a job needs; the stack closes it."""
+    store = None
+    if run is not None and job.record is None:
+        store = stack.enter_context(MeasurementStore(run.path / STORE))
+        run.notes.extend(store.notes)
+    purpose = f"deploy for {job.target.name}"
+    device: Board = stack.enter_context(
+        open_board(
+            job.device_name,
+            job.device,
+            job=purpose,
+            say=progress.say,
+            record=job.record,
+            store=store,
+        )
+    )
+    if device.origin is not None:
+        progress.say(f"note: {device.notes[0]}")
+    board = host = device
+    is_replaced = for_planning and device.hello()["emulated"]
+    if job.device.transport != "local":
+        local = Device(transport="local", targets=(job.target.name,), stand_in=True)
+        host = stack.enter_context(
+            open_board("this-machine", local, exclusive=is_replaced, job=purpose, store=store)
+        )
+    return _Boards(device, host if is_replaced else board, host)
+
+
+def _context(job: Job, opened_boards: _Boards, progress: Progress) -> Context:
+    """The context of a job whose format is decided, on boards that are open.
+
+    Raises:
+        FormatError: no module for the format exists yet.
+        DeviceError: a board lacks the runtime.
+    """
+    check_format(job.target)
+    ship = for_app(formats.load(job.target.format), job)
+    form = formats.load(ship.info.twin) if ship.info.twin else ship
+    torch.manual_seed(job.seed)
+    device, board, host = opened_boards.device, opened_boards.board, opened_boards.host
+    if ship.info.system and not job.device.stand_in and not device.hello()["emulated"]:
+        _require(device, job, ship.info)
+    boards = {id(b): b for b in (device, board)}.values()
+    context = Context(
+        job=job,
+        form=form,
+        ship=ship,
+        board=board,
+        proof=device,
+        host=host,
+        progress=progress,
+        runs_ship=form is ship or _all_have(job.target.runtime.name, (*boards, host)),
+    )
+    for opened_board in boards:
+        runtime = context.runtime_on(opened_board)
+        opened_board.fingerprint(runtime.name, runtime.threads)
+    for note in context.notes:
+        progress.say(f"note: {note}")
+    return context
 
 
 def _require(device: Board, job: Job, info: FormatInfo) -> None:
@@ -184,10 +226,7 @@ def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
     """
     with RunFolder(run_path, progress) as run:
         records.write_json(request(job), run_path / "run.json")
-        with run.timed("opening the device", "other"):
-            stack = contextlib.ExitStack()
-            context = stack.enter_context(opened(job, progress, run))
-        with stack:
+        with opened(job, progress, run) as context:
             planned = plan_stages(context, run)
             return _finish(context, run, planned)
 

@@ -15,7 +15,7 @@ from edgeprune.int8_results import Int8Report
 from edgeprune.orderstats import percentile_overs
 from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records import Record
-from edgeprune.specs import FilePrecision, Precision, Stamp
+from edgeprune.specs import FilePrecision, FormatName, Precision, Stamp
 
 P99_SAMPLES = 1000
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -332,6 +332,44 @@ class StageCost(Record):
     cached: bool = False
 
 
+class FormatRow(Record):
+    """The dense model in one format and precision, on the device.
+
+    ``ratio`` is its time over that of the target's own format in the same precision and rounds, with its interval. ``agreement`` is the
+    share of samples whose class is torch's. ``reason`` says why it was not measured, or must not ship.
+    """
+
+    format: FormatName
+    runtime: str
+    precision: Precision | None = None  # ``None``: the format failed as a whole
+    median_ms: float | None = None
+    spread_ratio: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    agreement: float | None = None
+    holds: bool = False
+    reason: str = ""
+
+
+class FormatChoice(Record):
+    """Which of the formats of a target ships, by measurement of the dense model; ``samples`` is what the agreement was asked on."""
+
+    own: FormatName
+    chosen: FormatName
+    precision: Precision | None  # of the row that won
+    reason: str
+    rows: tuple[FormatRow, ...]
+    samples: int
+    device: str
+    stamp: Stamp
+
+    def row(self) -> FormatRow | None:
+        """The row that won, where one was measured."""
+        wanted = (self.chosen, self.precision)
+        return next((r for r in self.rows if r.holds and (r.format, r.precision) == wanted), None)
+
+
 class LayerWidth(Record):
     """One layer before and after pruning."""
 
@@ -432,3 +470,4 @@ class Report(Record):
     notes: tuple[str, ...]
     bundle: str
     int8: Int8Report | None = None
+    formats: FormatChoice | None = None

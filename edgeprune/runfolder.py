@@ -77,6 +77,7 @@ class RunFolder:
         self.path = path
         self.costs: list[StageCost] = []
         self.notes: list[str] = []
+        self._counted: set[Path] = set()  # stages whose cost is in ``costs``
         self._progress = progress
         self._lock: int | None = None
 
@@ -118,8 +119,9 @@ class RunFolder:
         work: Callable[[Path], R],
         *,
         final: Callable[[R], bool] = lambda _: True,
+        title: str = "",
     ) -> Stage[R]:
-        """Run a stage, or take its earlier result.
+        """Run a stage, or take its earlier result. A stage that is asked for again costs nothing more.
 
         Args:
             name: of the stage.
@@ -128,15 +130,14 @@ class RunFolder:
             cls: the record it makes.
             work: does it; writes its files into the folder it is given.
             final: whether a result may be kept; one that was interrupted is used now and worked on again next time.
+            title: what its cost is called, where its name does not tell it from others.
         """
         digest = records.digest_of({"stage": name, **inputs})
         folder = self.path / "stages" / f"{name}-{digest}"
         known = self._load(folder, digest, cls)
         if known is not None:
             record, result = known
-            self.costs.append(
-                StageCost(name=name, seconds=record.seconds, kind=record.kind, cached=True)
-            )
+            self._count(folder, title or name, record.seconds, record.kind, cached=True)
             self._progress.say(f"  {name}: done earlier, kept")
             return Stage(folder, digest, result)
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +160,16 @@ class RunFolder:
         if final(result):
             record = record.model_copy(update={"seal": sealed(record)})
             records.write_json(record, folder / "stage.json")
-        self.costs.append(StageCost(name=name, seconds=seconds, kind=kind))
+        self._count(folder, title or name, seconds, kind)
         return Stage(folder, digest, result)
+
+    def _count(
+        self, folder: Path, name: str, seconds: float, kind: Kind, *, cached: bool = False
+    ) -> None:
+        if folder in self._counted:
+            return
+        self._counted.add(folder)
+        self.costs.append(StageCost(name=name, seconds=seconds, kind=kind, cached=cached))
 
     def _load(self, folder: Path, digest: str, cls: type[R]) -> tuple[StageRecord, R] | None:
         if not (folder / "stage.json").exists():

@@ -71,6 +71,32 @@ class Runtime(Record):
     threads: Annotated[int, Field(ge=1, le=64)] = 1
 
 
+# What runs the files of each format.
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "tflite": ("litert", "tflite-runtime"),
+    "onnx": ("onnxruntime",),
+    "tensorrt": ("tensorrt",),
+    "executorch": ("executorch",),
+    "coreml": ("coreml",),
+}
+
+
+class Alternative(Record):
+    """Another format that the boards of a target run, and what runs it there."""
+
+    format: FormatName
+    runtime: Runtime
+
+    @model_validator(mode="after")
+    def _check_runtime(self) -> Alternative:
+        known = RUNTIMES[self.format]
+        if self.runtime.name not in known:
+            raise ValueError(
+                f"files of {self.format} are run by {' or '.join(known)}, not by {self.runtime.name}"
+            )
+        return self
+
+
 class Int8(Record):
     """How much is done for the quality of the INT8 file, and the type of its inputs and outputs.
 
@@ -100,7 +126,10 @@ class Quantization(Record):
 
 
 class Target(Record):
-    """What we ship: one profile, a runtime, a format, precisions, and defaults for the gates."""
+    """What we ship: one profile, a runtime, a format, precisions, and defaults for the gates.
+
+    ``formats`` are alternatives to ``format``, each with its runtime; ``--formats auto`` measures all and ships the fastest that holds.
+    """
 
     schema_version: Literal[1] = 1
     name: Name
@@ -109,12 +138,31 @@ class Target(Record):
     format: FormatName
     precisions: tuple[Precision, ...] = ("fp32", "int8")
     runtime: Runtime
+    formats: tuple[Alternative, ...] = ()
     quantization: Quantization = Quantization()
     latency: str = "60%"
     max_drop: str = "1%"
     bundle: BundleKind = "python"
     # What the runner of the app registers, where that is less than the runtime on this machine has; for formats with delegates.
     operators: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check_formats(self) -> Target:
+        names = [self.format, *(other.format for other in self.formats)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"formats must hold each format once, and not the target's own, but {', '.join(twice)} is there twice"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data; ``formats`` only where there are some, so that digests of targets without them stay."""
+        plain: dict[str, Any] = handler(self)
+        if not plain.get("formats", True):
+            del plain["formats"]
+        return plain
 
     @field_validator("latency")
     @classmethod
@@ -331,6 +379,7 @@ class Workload(Record):
     labels: tuple[str, ...] | None = None
     author: Line | None = None
     target: str | None = None
+    formats: str | None = None
     latency: str | None = None
     max_drop: str | None = None
     device: str | None = None

@@ -57,6 +57,7 @@ LAYERS = {
     "pipeline": 5,
     "stages": 5,
     "conversion": 5,
+    "choosing": 5,
     "converted": 5,
     "int8_types": 5,
     "int8": 5,

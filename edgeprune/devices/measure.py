@@ -63,14 +63,27 @@ def measure(
         Unreliable: every block of a file was rejected.
         DeviceError: a file did not load, or the board failed.
     """
-    names = [model.name for model in models]
+    found = [(model, runtime, threads) for model in models]
+    return measure_mixed(board, found, plan=plan, keep_loaded=keep_loaded, purpose=purpose)
+
+
+def measure_mixed(
+    board: Board,
+    models: Sequence[tuple[ModelFile, str, int]],
+    *,
+    plan: TimingPlan,
+    keep_loaded: bool = False,
+    purpose: str = "",
+) -> list[Measurement]:
+    """As :func:`measure`, with a runtime and its threads for every file, so that files of different formats meet the same noise."""
+    names = [model.name for model, _, _ in models]
     if len(set(names)) < len(names):
         raise ValueError(f"models that are timed together must have different names, got {names}")
-    fingerprint = board.fingerprint(runtime, threads)
+    fingerprints = [board.fingerprint(runtime, threads) for _, runtime, threads in models]
     try:
         loaded = [
             board.load(model.name, model.content, runtime=runtime, threads=threads)
-            for model in models
+            for model, runtime, threads in models
         ]
         timing = board.time(names, plan, purpose=purpose)
     except BaseException:
@@ -81,7 +94,7 @@ def measure(
     at = datetime.now(timezone.utc).isoformat()
     return [
         require_some(_measurement(model, facts, timing, fingerprint, at))
-        for model, facts in zip(models, loaded, strict=True)
+        for (model, _, _), facts, fingerprint in zip(models, loaded, fingerprints, strict=True)
     ]
 
 
@@ -138,9 +151,13 @@ def _measurement(
 
 
 def compare(
-    candidate: Measurement, reference: Measurement, *, confidence: float = CONFIDENCE
+    candidate: Measurement,
+    reference: Measurement,
+    *,
+    confidence: float = CONFIDENCE,
+    mixed: bool = False,
 ) -> Comparison:
-    """A candidate against a reference of the same :func:`measure` call.
+    """A candidate against a reference of the same :func:`measure` call; ``mixed`` allows the runtimes of :func:`measure_mixed` to differ.
 
     Returns:
         The ratio of block medians: its centre over loads (:func:`paired_log_ratios`), with an interval of at least ``confidence``. Where
@@ -149,7 +166,8 @@ def compare(
     Raises:
         ValueError: the two were not timed together, so their rounds have nothing in common.
     """
-    if (candidate.fingerprint_key, candidate.at) != (reference.fingerprint_key, reference.at):
+    is_one_stand = mixed or candidate.fingerprint_key == reference.fingerprint_key
+    if not is_one_stand or candidate.at != reference.at:
         raise ValueError(
             f"{candidate.name!r} and {reference.name!r} must be timed together to be compared"
         )

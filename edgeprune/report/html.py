@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
-from edgeprune.report import charts, facts, plan_sections, provenance, sections
+from edgeprune.report import charts, facts, format_table, plan_sections, provenance, sections
 from edgeprune.report.figures import (
     bytes_text,
     change_text,
@@ -24,6 +24,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 CONTENTS = (
     ("gates", "Gates"),
     ("variants", "Variants"),
+    ("formats", "Formats"),
     ("accuracy", "Accuracy"),
     ("samples", "Samples"),
     ("sustained", "Sustained"),
@@ -103,6 +104,7 @@ def _body(report: Report) -> list[Markup]:
         _contents(report),
         sections.gates(report),
         sections.variants(report),
+        *([tried] if (tried := format_table.formats(report)) else []),
         sections.accuracy(report),
         sections.samples(report),
         *([steady] if (steady := sections.sustained(report)) else []),
@@ -215,6 +217,11 @@ def _doubts(report: Report) -> list[Markup]:
 
 
 def _contents(report: Report) -> Markup:
-    shown = (c for c in CONTENTS if c[0] != "sustained" or report.sustained is not None)
+    left_out = {
+        key
+        for key, part in (("sustained", report.sustained), ("formats", report.formats))
+        if part is None
+    }
+    shown = (c for c in CONTENTS if c[0] not in left_out)
     links = (tag("a", title, href=f"#{key}") for key, title in shown)
     return tag("nav", *links, aria_label="Sections")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 
 from edgeprune.plan_results import PruningPlan
-from edgeprune.report import charts, facts, timing_text
+from edgeprune.report import charts, facts, format_table, timing_text
 from edgeprune.report.figures import (
     NONE,
     bytes_text,
@@ -44,6 +44,7 @@ def render_terminal(report: Report, *, width: int | None = None, color: bool = F
     _headline(page, report)
     _gates(page, report)
     _variants(page, report)
+    _formats(page, report)
     _samples(page, report)
     _ledger(page, report)
     _predictions(page, report)
@@ -200,6 +201,21 @@ def _variants(page: Page, report: Report) -> None:
     head = ("", *(charts.variant_name(r) for r in report.variants))
     page.table(head, [(name, *cells) for name, cells in lines.items()])
     page.say("* against dense in the same precision", "dim")
+
+
+def _formats(page: Page, report: Report) -> None:
+    """Each file in a line of figures and, where it needs one, a line with the reason: reasons are too long for a column."""
+    choice = report.formats
+    if choice is None:
+        return
+    page.title(format_table.title(choice))
+    rows = format_table.cells(choice)
+    short = [(*row[:-1], row[-1].partition(":")[0]) for row in rows]
+    page.table(format_table.HEAD, short, left=format_table.LEFT)
+    for row in rows:
+        if ":" in row[-1]:
+            page.say(f"{row[0]}, {row[2]}: {row[-1]}", "yellow")
+    page.say(format_table.summary(choice), "dim")
 
 
 def _samples(page: Page, report: Report) -> None:
