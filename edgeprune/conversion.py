@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import int8_types
+from edgeprune import int8_types, operator_checks
 from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups import remove_channels
 from edgeprune.compress.silent import rescue_silent
@@ -38,8 +38,8 @@ PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another
 VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
 
 
-def check_traceable(model: nn.Module, example: np.ndarray) -> None:
-    """Nothing, when the model's forward pass is one graph for every input.
+def traced(model: nn.Module, example: np.ndarray) -> torch.export.ExportedProgram:
+    """The model's forward pass as one graph for every input.
 
     Raises:
         ModelError: it is not (a branch on the data, say); names what torch stumbled over.
@@ -47,7 +47,7 @@ def check_traceable(model: nn.Module, example: np.ndarray) -> None:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.export.export(model, (torch.from_numpy(example),), strict=False)
+            return torch.export.export(model, (torch.from_numpy(example),), strict=False)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(
@@ -60,10 +60,13 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
     """Export and quantise the dense model; its FP32 file must agree with torch, its INT8 file must run on the built-in kernels.
 
     Raises:
-        ModelError: the model cannot be traced.
+        ModelError: the model cannot be traced, or has an operator that the profile forbids.
         FormatError: the export fails, or its numbers are not torch's.
     """
-    check_traceable(context.model, context.example)
+    program = traced(context.model, context.example)
+    slow = operator_checks.check(program, context.job.profile, context.job.target.format)
+    for line in slow:
+        context.progress.say(f"      warning: {line}")
     audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
     files = _net_files(context, audible, folder, "dense", cuttable=True)
     chosen: int8_types.Chosen | None = None
@@ -86,7 +89,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
             hint="the converter changed the model; try a target with another format",
         )
     return DenseFiles(
-        **{**files, "notes": (*notes, *doubts, *files["notes"])},
+        **{**files, "notes": (*slow, *notes, *doubts, *files["notes"])},
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
         int8_types="" if chosen is None else chosen.types.name,

@@ -109,6 +109,8 @@ def dense_stage(context: Context, run: RunFolder, *, title: str = "") -> Stage[D
         # Only where it differs, so that runs of the other formats keep their stages.
         **({"whole": context.whole.info.name} if context.has_twin else {}),
         **({} if job.int8.io is None else {"io": job.int8.io}),
+        **({"avoid": job.profile.avoid_ops} if job.profile.avoid_ops else {}),
+        **({"forbidden": job.profile.forbidden_ops} if job.profile.forbidden_ops else {}),
     }
     if int8_types.is_open(context):  # then the board decides about the files
         inputs["device"] = context.board_key()

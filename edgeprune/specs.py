@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from edgeprune.operators import WORDS
 from edgeprune.records import Record
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -50,6 +51,28 @@ class ChannelSteps(Record):
     read_on: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
 
+class AvoidedOp(Record):
+    """An operator that runs badly on an accelerator, such as one that is slow or falls back: what it costs, and who says so."""
+
+    op: str  # a word of edgeprune.operators
+    cost: Annotated[str, Field(min_length=4, max_length=200)]
+    source: Annotated[str, Field(min_length=8)]
+    read_on: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+    @field_validator("op")
+    @classmethod
+    def _check_op(cls, word: str) -> str:
+        if word not in WORDS:
+            raise ValueError(f"unknown operator {word!r}; known: {', '.join(sorted(WORDS))}")
+        return word
+
+
+class ForbiddenOp(AvoidedOp):
+    """An operator that cannot run on an accelerator, unless the converter of one of these formats replaces it."""
+
+    decomposed_by: tuple[FormatName, ...] = ()
+
+
 class Profile(Record):
     """What a piece of silicon and its kernel library like. Facts only, each with its source."""
 
@@ -61,7 +84,18 @@ class Profile(Record):
     facts: dict[str, Fact]
     channel_steps: dict[Precision, ChannelSteps]
     int8_schemes: tuple[str, ...]
-    avoid_ops: tuple[str, ...] = ()
+    avoid_ops: tuple[AvoidedOp, ...] = ()  # a warning
+    forbidden_ops: tuple[ForbiddenOp, ...] = ()  # an error
+
+    @model_validator(mode="after")
+    def _check_ops(self) -> Profile:
+        words = [fact.op for fact in (*self.avoid_ops, *self.forbidden_ops)]
+        twice = sorted({word for word in words if words.count(word) > 1})
+        if twice:
+            raise ValueError(
+                f"an operator must stand once in avoid_ops and forbidden_ops together, but {', '.join(twice)} does not"
+            )
+        return self
 
 
 class Runtime(Record):
