@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
-from edgeprune.report import charts, facts, format_table, plan_sections, provenance, sections
+from edgeprune.report import (
+    charts,
+    facts,
+    format_table,
+    int8_table,
+    plan_sections,
+    provenance,
+    sections,
+)
 from edgeprune.report.figures import (
     bytes_text,
     change_text,
@@ -26,6 +34,7 @@ CONTENTS = (
     ("variants", "Variants"),
     ("formats", "Formats"),
     ("accuracy", "Accuracy"),
+    ("int8", "INT8"),
     ("samples", "Samples"),
     ("sustained", "Sustained"),
     ("widths", "Widths"),
@@ -106,6 +115,7 @@ def _body(report: Report) -> list[Markup]:
         sections.variants(report),
         *([tried] if (tried := format_table.formats(report)) else []),
         sections.accuracy(report),
+        *([recipes] if (recipes := int8_table.int8(report)) else []),
         sections.samples(report),
         *([steady] if (steady := sections.sustained(report)) else []),
         plan_sections.widths(report),
@@ -219,7 +229,11 @@ def _doubts(report: Report) -> list[Markup]:
 def _contents(report: Report) -> Markup:
     left_out = {
         key
-        for key, part in (("sustained", report.sustained), ("formats", report.formats))
+        for key, part in (
+            ("sustained", report.sustained),
+            ("formats", report.formats),
+            ("int8", report.int8),
+        )
         if part is None
     }
     shown = (c for c in CONTENTS if c[0] not in left_out)

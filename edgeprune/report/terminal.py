@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 
 from edgeprune.plan_results import PruningPlan
-from edgeprune.report import charts, facts, format_table, timing_text
+from edgeprune.report import charts, facts, format_table, int8_table, timing_text
 from edgeprune.report.figures import (
     NONE,
     bytes_text,
@@ -47,6 +47,7 @@ def render_terminal(report: Report, *, width: int | None = None, color: bool = F
     _formats(page, report)
     _samples(page, report)
     _ledger(page, report)
+    _int8(page, report)
     _predictions(page, report)
     say_cuts(page, report.plan)
     _costs(page, report)
@@ -216,6 +217,22 @@ def _formats(page: Page, report: Report) -> None:
         if ":" in row[-1]:
             page.say(f"{row[0]}, {row[2]}: {row[-1]}", "yellow")
     page.say(format_table.summary(choice), "dim")
+
+
+def _int8(page: Page, report: Report) -> None:
+    """The recipes that were tried, the layers that stay in float, and the calibration in a line."""
+    found = report.int8
+    if found is None:
+        return
+    page.title(int8_table.title(found))
+    rows = [(*row[:-1], row[-1].partition(":")[0]) for row in int8_table.cells(found)]
+    page.table(int8_table.HEAD, rows)
+    kept = [row for row in int8_table.layer_cells(found) if row[-1] != "INT8"]
+    if kept:
+        page.table(int8_table.LAYER_HEAD, kept)
+    if found.calibration is not None:
+        told = (f"{name}: {value}" for name, value in int8_table.calibration(found.calibration))
+        page.say("; ".join(told), "dim")
 
 
 def _samples(page: Page, report: Report) -> None:
