@@ -26,7 +26,7 @@ from edgeprune.errors import (
 )
 from edgeprune.feasibility import dense_stage
 from edgeprune.int8_types import HOLDS, SAMPLES
-from edgeprune.results import FormatChoice, FormatRow, Measurement
+from edgeprune.results import Comparison, FormatChoice, FormatRow, Measurement
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.specs import Precision
 from edgeprune.stage_records import DenseFiles
@@ -150,7 +150,7 @@ def _choice(tried: Sequence[_Tried], ready: Sequence[_Ready]) -> FormatChoice:
         for precision in one.candidate.target.precisions
     ]
     failed = [t.refused() for t in tried if t.error is not None]
-    best, reason = _best(ready, rows, times)
+    best, reason = _best(own.name, ready, rows, times)
     return FormatChoice(
         own=own.candidate.target.format,
         chosen=best.format,
@@ -217,7 +217,7 @@ def _row(
 
 
 def _best(
-    ready: Sequence[_Ready], rows: Sequence[FormatRow], times: dict[Key, Measurement]
+    own: str, ready: Sequence[_Ready], rows: Sequence[FormatRow], times: dict[Key, Measurement]
 ) -> tuple[FormatRow, str]:
     """The row that wins, and why."""
     # Where a stand-in cannot rank the precisions of a format, only the one that the target is for counts.
@@ -226,26 +226,48 @@ def _best(
         for one in ready
         for p in one.context.precisions(one.candidate.target.precisions)
     }
-    able = [r for r in rows if (r.format, r.precision) in counted]
-    holding = sorted((r for r in able if r.holds), key=_median)
+
+    def against(one: FormatRow, other: FormatRow) -> Comparison:
+        first, second = (times[r.format, r.precision or "fp32"] for r in (one, other))
+        return compare(first, second, mixed=True)
+
+    return decide([r for r in rows if (r.format, r.precision) in counted], own, against)
+
+
+def decide(
+    rows: Sequence[FormatRow], own: str, against: Callable[[FormatRow, FormatRow], Comparison]
+) -> tuple[FormatRow, str]:
+    """The fastest row that holds, and why; the target's ``own`` format stays where another is faster only within the noise.
+
+    Args:
+        rows: files that were timed, at least one.
+        own: name of the target's own format.
+        against: the first row's time over the second's.
+    """
+    holding = sorted((r for r in rows if r.holds), key=_median)
     if not holding:
-        best = max(able, key=lambda r: r.agreement or 0.0)
+        best = max(rows, key=lambda r: r.agreement or 0.0)
         return best, "no format holds; its answers are the nearest to torch's"
     best = holding[0]
-    others = [r for r in holding if r.format != best.format]
-    if not others:
-        how = "runs here" if len(ready) == 1 else "holds"
+    second = next((r for r in holding if r.format != best.format), None)
+    if second is None:
+        how = "runs here" if len({r.format for r in rows}) == 1 else "holds"
         return best, f"the only format that {how}"
-    second = others[0]
-    against = compare(
-        times[best.format, best.precision or "fp32"],
-        times[second.format, second.precision or "fp32"],
-        mixed=True,
-    )
-    reason = f"fastest of the formats that hold: {against.ratio:.3f} of the time of {second.format}"
-    if against.high >= 1:
-        reason += f" ({against.low:.3f} to {against.high:.3f}: within the noise)"
-    return best, reason
+    mine = next((r for r in holding if r.format == own), None)
+    if mine is not None and best.format != own:
+        found = against(best, mine)
+        if found.high >= 1:
+            return (
+                mine,
+                f"the target's own format; {best.format} takes {_share(found)} of its time, within the noise",
+            )
+    found = against(best, second)
+    reason = f"fastest of the formats that hold: {_share(found)} of the time of {second.format}"
+    return best, f"{reason}, within the noise" if found.high >= 1 else reason
+
+
+def _share(found: Comparison) -> str:
+    return f"{found.ratio:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _median(row: FormatRow) -> float:

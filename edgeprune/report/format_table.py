@@ -48,7 +48,7 @@ def _verdict(row: FormatRow, *, is_best: bool) -> str:
         return f"not run: {row.reason}"
     if not row.holds:
         return f"refused: {row.reason}"
-    return "fastest" if is_best else "holds"
+    return "ships" if is_best else "holds"
 
 
 def summary(choice: FormatChoice) -> str:
