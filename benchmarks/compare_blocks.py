@@ -91,6 +91,8 @@ def _cells(row: CompareRow | None, results: CompareResults) -> list[str]:
     assert share is not None
     over = ", over the budget" if row.low is not None and row.low > row.asked_ratio else ""
     drop = (_drop_of(row) or 0.0) - results.dense_test["int8"]
+    if row.low is not None and row.high is not None:
+        over = f" ({100 * row.low:.1f} to {100 * row.high:.1f}){over}"
     return [share_text(share) + over, signed(100 * drop, 2), str(len(row.trained))]
 
 

@@ -294,6 +294,12 @@ def test_without_removal_only_width_0_is_gone():
     assert additive(model).predict({"a": 0, "b": 2}) == 0
 
 
+def test_the_share_has_its_interval_where_it_was_timed_in_pairs():
+    timed = row("edgeprune", "2x", 0.949, low=0.48).model_copy(update={"high": 0.512})
+    text = compare_block(made(timed), blocks.table, "s")
+    assert "| edgeprune | 49.5 % (48.0 to 51.2) |" in text
+
+
 def test_the_summary_has_a_line_for_each_budget_and_the_margin():
     rows = (row("edgeprune", "2x", 0.949, 0.951), row("netadapt", "2x", 0.94, 0.942))
     text = compare_summary(made(*rows), "stand-in: x86-64")
