@@ -22,6 +22,7 @@ from edgeprune.errors import (
     FormatError,
     HostKeyMismatch,
     LinkLost,
+    ModelError,
     Unreachable,
 )
 from edgeprune.feasibility import dense_stage
@@ -128,7 +129,7 @@ def _tried(
         return _Ready(candidate, context, dense)
     except OF_THE_BOARD:
         raise
-    except (FormatError, DeviceError) as error:
+    except (FormatError, ModelError, DeviceError) as error:  # one converter may replace an operator
         return _Tried(candidate, error=error)
 
 

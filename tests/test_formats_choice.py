@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tinynet
 from report_fixture import make_report
 
-from edgeprune import catalog, formats, records
+from edgeprune import catalog, choosing, formats, records
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.choosing import decide
-from edgeprune.errors import SpecError, UnknownName
+from edgeprune.context import Candidate
+from edgeprune.errors import ModelError, SpecError, UnknownName
 from edgeprune.options import Options, chosen_formats
 from edgeprune.records import parse
 from edgeprune.report import render_html, render_terminal
@@ -157,6 +159,20 @@ def test_the_fastest_that_holds_wins_and_the_own_format_wins_a_tie(rows, width, 
     best, reason = decide(rows, "onnx", noise(width))
     assert best.format == wins
     assert said in reason
+
+
+def test_an_operator_that_one_converter_keeps_is_a_reason_against_that_format_only(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise ModelError("the model must have no operator that x cannot run, but has layer_norm")
+
+    monkeypatch.setattr(choosing, "dense_stage", refuse)
+    target = catalog.target("this-machine")
+    job: Any = SimpleNamespace(in_format=lambda _: None)
+    made: Any = SimpleNamespace(runs_ship=True)
+    run: Any = None
+    found = choosing._tried(job, Candidate(target, "onnxruntime"), run, lambda _: made, None)
+    assert "layer_norm" in found.refused().reason
+    assert found.refused().median_ms is None
 
 
 @pytest.fixture(scope="module")
