@@ -177,8 +177,8 @@ def test_uniform_widths_are_rounded_and_never_over_full(cutter, orders):
 class _Fixed(Rig):
     """A rig whose device answers by formula."""
 
-    def __init__(self, ratio_of) -> None:
-        self.ratios, self._ratio_of, self.timed = {}, ratio_of, 0
+    def __init__(self, ratio_of, folder: Path) -> None:
+        self.ratios, self._ratio_of, self.timed, self.folder = {}, ratio_of, 0, folder
 
     def measure(self, structures):
         for widths in structures:
@@ -186,8 +186,8 @@ class _Fixed(Rig):
             self.ratios[tuple(sorted(widths.items()))] = self._ratio_of(widths["a"])
 
 
-def test_the_least_pruned_net_within_the_budget_is_found():
-    rig = _Fixed(lambda width: width / 1000)
+def test_the_least_pruned_net_within_the_budget_is_found(tmp_path):
+    rig = _Fixed(lambda width: width / 1000, tmp_path)
     method = Method("m", "m", lambda knob: Candidate({"a": round(1000 - 900 * knob)}, nn.Identity))
     found = dict(rig.fit(method, (0.5, 0.25)))
     for asked, candidate in found.items():
@@ -195,10 +195,37 @@ def test_the_least_pruned_net_within_the_budget_is_found():
     assert rig.timed < 40
 
 
-def test_a_budget_that_no_knob_reaches_is_said():
-    rig = _Fixed(lambda _: 0.9)
+def test_a_budget_that_no_knob_reaches_is_said_also_when_asked_again(tmp_path):
+    rig = _Fixed(lambda _: 0.9, tmp_path)
     method = Method("m", "m", lambda knob: Candidate({"a": round(100 * knob)}, nn.Identity))
     assert dict(rig.fit(method, (0.5,))) == {0.5: None}
+    timed = rig.timed
+    assert dict(rig.fit(method, (0.5,))) == {0.5: None}
+    assert rig.timed == timed
+
+
+def test_a_run_that_goes_on_makes_only_the_structures_that_were_found(tmp_path):
+    made = []
+
+    def at(knob: float) -> Candidate:
+        made.append(knob)
+        return Candidate({"a": round(1000 - 900 * knob)}, nn.Identity)
+
+    first = dict(_Fixed(lambda width: width / 1000, tmp_path).fit(Method("m", "m", at), (0.5,)))
+    made.clear()
+    again = _Fixed(lambda width: width / 1000, tmp_path)
+    both = dict(again.fit(Method("m", "m", at), (0.5, 0.25)))
+    assert both[0.5].widths == first[0.5].widths
+    assert both[0.25].widths["a"] <= 250
+    made.clear()
+    assert len(dict(again.fit(Method("m", "m", at), (0.5, 0.25)))) == len(made) == 2
+
+
+def test_a_kept_structure_that_is_too_slow_now_is_looked_for_anew(tmp_path):
+    method = Method("m", "m", lambda knob: Candidate({"a": round(1000 - 900 * knob)}, nn.Identity))
+    dict(_Fixed(lambda width: width / 1000, tmp_path).fit(method, (0.5,)))
+    slower = _Fixed(lambda width: width / 800, tmp_path)
+    assert dict(slower.fit(method, (0.5,)))[0.5].widths["a"] <= 400
 
 
 def test_ours_against_theirs_counts_images_that_one_alone_got_right():

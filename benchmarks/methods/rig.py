@@ -68,6 +68,10 @@ class Rig:
         return self.folder / f"trained-{records.digest_of(self.recovery)}"
 
     @property
+    def _knobs(self) -> Path:
+        return self.folder / "knobs.json"
+
+    @property
     def _measured(self) -> Path:
         return self.folder / "measured.json"
 
@@ -77,7 +81,21 @@ class Rig:
         """For each asked share of the dense latency, the least pruned net of a method that was measured within it.
 
         The knob is first tried at :data:`COARSE` places, then between the last that was too slow and the first that was fast enough.
+        What was found is kept in the folder, so that a run that goes on makes one structure and not dozens.
         """
+        for ratio in asked:
+            kept = self._kept_knob(method.name, ratio)
+            if kept is None:
+                break
+            candidate = method.at(kept) if kept >= 0 else None
+            if candidate is not None:
+                self.measure([candidate.widths])
+                if self.ratios[candidate.key] > ratio:
+                    break  # the method or its model has changed since
+            yield ratio, candidate
+            asked = asked[1:]
+        if not asked:
+            return
         tried: dict[float, Candidate] = {}
 
         def look(knobs: Sequence[float]) -> None:
@@ -96,7 +114,20 @@ class Rig:
                     break
                 look([below + (found - below) * (i + 1) / (FINE + 1) for i in range(FINE)])
             found = self._least(tried, ratio)
+            self._keep_knob(method.name, ratio, found)
             yield ratio, None if found is None else tried[found]
+
+    def _kept_knob(self, name: str, ratio: float) -> float | None:
+        """The knob that was found earlier; -1 where none was within the budget, ``None`` where none was looked for."""
+        if not self._knobs.exists():
+            return None
+        found = json.loads(self._knobs.read_text(encoding="utf-8")).get(f"{name} {ratio:.6f}")
+        return None if found is None else float(found)
+
+    def _keep_knob(self, name: str, ratio: float, knob: float | None) -> None:
+        kept = json.loads(self._knobs.read_text(encoding="utf-8")) if self._knobs.exists() else {}
+        kept[f"{name} {ratio:.6f}"] = -1 if knob is None else knob
+        records.write_bytes(self._knobs, json.dumps(kept).encode())
 
     def _least(self, tried: Mapping[float, Candidate], ratio: float) -> float | None:
         """The knob of the largest measured structure within the budget."""
