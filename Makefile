@@ -5,9 +5,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes: with more, the tests that time kernels would time each other.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 DEPLOY ?= --target rpi4 --latency 50% --example fashion-mnist
 
-.PHONY: demo data test test-all check clean
+.PHONY: demo data test test-all test-slow check clean
 
 demo: $(VENV)/.installed-all data
 	$(BIN)/edgeprune deploy $(DEPLOY)
@@ -16,10 +19,13 @@ data: $(VENV)/.installed-all
 	$(BIN)/python examples/fashion_mnist/get_data.py
 
 test: $(VENV)/.installed-test data
-	$(BIN)/python -m pytest -m "not slow and not board"
+	$(PYTEST) -m "not slow and not board"
 
 test-all: $(VENV)/.installed-dev data
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-slow: $(VENV)/.installed-dev data
+	$(PYTEST) -m "slow or board" --durations=25
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

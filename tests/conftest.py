@@ -23,6 +23,14 @@ os.environ["EDGEPRUNE_LEASE_FILE"] = f"{_HOME}/edgeprune.lock"
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, those of one file stay together: they share deployments. So do those of the one board."""
+    for item in items:
+        group = "board" if item.get_closest_marker("board") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 settings.register_profile("edgeprune", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("edgeprune")
 

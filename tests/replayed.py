@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import tinynet
 import yaml
 from sshd import QUICK_REPORT
@@ -70,12 +71,11 @@ def project(folder: Path, **changes: object) -> Path:
 
 
 @functools.cache
-def recorded(base: Path) -> tinynet.Run:
-    """The tiny net deployed on this machine as a stand-in, with a recording beside the run; made once for all modules of one ``base``."""
-    home = project(base / "recorded-project")
-    done = tinynet.edgeprune(home, *COMMAND, "--device", "desk", "--record", RECORDING)
-    assert (home / "run" / "report.json").exists(), done.stderr
-    return tinynet.Run(home, home / "run", done)
+def recorded(factory: pytest.TempPathFactory) -> tinynet.Run:
+    """The tiny net deployed on this machine as a stand-in, with a recording beside the run; made once for one run of tests."""
+    home = tinynet.shared_folder(factory) / "recorded-project"
+    args = (*COMMAND, "--device", "desk", "--record", RECORDING)
+    return tinynet.finished_once(home, lambda: tinynet.edgeprune(project(home), *args))
 
 
 def replaying(source: tinynet.Run, folder: Path) -> Path:

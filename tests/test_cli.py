@@ -26,7 +26,7 @@ COMMANDS = ("compare", "deploy", "devices", "doctor", "init", "profile", "profil
 
 @pytest.fixture(scope="session")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
-    return tinynet.deployed(tmp_path_factory.getbasetemp())
+    return tinynet.deployed(tmp_path_factory)
 
 
 def printed(cwd: Path, *args: str) -> str:

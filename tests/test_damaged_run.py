@@ -74,7 +74,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[replayed.Zygote
 @pytest.fixture(scope="module")
 def whole(zygote, tmp_path_factory) -> Path:
     """The project of a replayed deployment."""
-    recorded = replayed.recorded(tmp_path_factory.getbasetemp())
+    recorded = replayed.recorded(tmp_path_factory)
     home = replayed.replaying(recorded, tmp_path_factory.mktemp("whole") / "project")
     assert zygote.run(home, *COMMAND) in (0, 6), (home / "log").read_text()
     return home

@@ -143,10 +143,12 @@ def test_a_slow_link_moves_a_file_for_longer_than_it_may_stall(
 def test_a_slow_link_brings_a_file_for_longer_than_it_may_stall(
     proxy, transport, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(ssh, "STALL_S", 1.0)
-    (tmp_path / "file").write_bytes(CONTENT[:120_000])
+    monkeypatch.setattr(ssh, "STALL_S", 3.0)
+    (tmp_path / "file").write_bytes(CONTENT[:180_000])
     proxy.slow(40_000)
-    assert transport.get(str(tmp_path / "file")) == CONTENT[:120_000]
+    start = time.monotonic()
+    assert transport.get(str(tmp_path / "file")) == CONTENT[:180_000]
+    assert time.monotonic() - start > 3.0
 
 
 def test_a_transfer_that_stands_still_is_given_up(proxy, transport, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_a_second_search_of_the_same_board_takes_the_times_of_the_first(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     home = tinynet.project(tmp_path / "project")
-    finished = tinynet.deployed(tmp_path_factory.getbasetemp()).folder
+    finished = tinynet.deployed(tmp_path_factory).folder
     for name in ("one", "two"):
         tinynet.copied_run(finished, home / name)
         for stage in (home / name / "stages").glob("kernels-*"):

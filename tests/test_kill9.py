@@ -45,7 +45,7 @@ def finished(run: Path) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_kills_at_random_moments_change_nothing_in_the_result(tmp_path_factory):
-    recorded = replayed.recorded(tmp_path_factory.getbasetemp())
+    recorded = replayed.recorded(tmp_path_factory)
     folder = tmp_path_factory.mktemp("kill9")
     with replayed.zygote(folder) as zygote:
         whole = replayed.replaying(recorded, folder / "whole")

@@ -27,7 +27,7 @@ BEFORE_PLAN = tinynet.STAGES[: tinynet.STAGES.index("plan")]
 
 @pytest.fixture(scope="session")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
-    return tinynet.deployed(tmp_path_factory.getbasetemp())
+    return tinynet.deployed(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

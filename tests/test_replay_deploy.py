@@ -22,7 +22,7 @@ REPLAY = (*replayed.COMMAND, "--device", "replayed")
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
-    return replayed.recorded(tmp_path_factory.getbasetemp())
+    return replayed.recorded(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

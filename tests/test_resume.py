@@ -27,7 +27,7 @@ AGAIN = ("deploy", "--target", "this-machine", "--latency", "80%")
 
 @pytest.fixture(scope="session")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
-    return tinynet.deployed(tmp_path_factory.getbasetemp())
+    return tinynet.deployed(tmp_path_factory)
 
 
 def project_with(deployed: tinynet.Run, folder: Path, stages: tuple[str, ...]) -> Path:

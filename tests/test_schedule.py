@@ -424,7 +424,7 @@ STEP_STAGES = ("step-1-prune", "step-1-recover", "step-2-importance", "step-2-pl
 @pytest.fixture(scope="module")
 def stepped(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
     """The tiny net at 60 % in two steps, on what another run has measured."""
-    deployed = tinynet.deployed(tmp_path_factory.getbasetemp())
+    deployed = tinynet.deployed(tmp_path_factory)
     recovery = {"epochs": 2, "batch_size": 64, "augment": {"shift_pixels": 0}, "steps": 2}
     home = tinynet.project(tmp_path_factory.mktemp("steps") / "project", recovery=recovery)
     for name, folder in tinynet.stage_folders(deployed.folder).items():

@@ -119,7 +119,7 @@ def searched(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A project in which ``search`` ran over the measurements of a finished run."""
     home = tinynet.project(tmp_path_factory.mktemp("search") / "project")
-    finished = tinynet.deployed(tmp_path_factory.getbasetemp()).folder
+    finished = tinynet.deployed(tmp_path_factory).folder
     tinynet.copied_run(finished, home / "run")
     return home, tinynet.edgeprune(home, *SEARCH)
 
@@ -147,7 +147,8 @@ def test_an_edited_plan_is_what_is_deployed(searched):
     plan["widths"] = {group: narrowest}  # all others stay whole
     (home / "mine.json").write_text(json.dumps(plan))
     tinynet.copied_run(home / "run", home / "other")
-    args = ("--target", "this-machine", "--latency", "80%", "--plan", "mine.json", "--run", "other")
+    # What an edited plan costs is its author's business; the budget leaves room for any noise.
+    args = ("--target", "this-machine", "--latency", "95%", "--plan", "mine.json", "--run", "other")
     planned = tinynet.edgeprune_here(home, "deploy", *args, "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
     kept = {g["name"]: len(g["kept"]) for g in json.loads(planned.stdout)["plan"]["groups"]}

@@ -282,7 +282,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a project and a finished run, both to be copied."""
     base = tmp_path_factory.mktemp("wrong-inputs")
     tinynet.project(base / "project")
-    finished = tinynet.deployed(tmp_path_factory.getbasetemp()).folder
+    finished = tinynet.deployed(tmp_path_factory).folder
     shutil.copytree(finished, base / "deployed")
     return base
 
