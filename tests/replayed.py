@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import signal
@@ -70,7 +69,6 @@ def project(folder: Path, **changes: object) -> Path:
     return home
 
 
-@functools.cache
 def recorded(factory: pytest.TempPathFactory) -> tinynet.Run:
     """The tiny net deployed on this machine as a stand-in, with a recording beside the run; made once for one run of tests."""
     home = tinynet.shared_folder(factory) / "recorded-project"

@@ -263,7 +263,6 @@ def finished_once(home: Path, make: Callable[[], subprocess.CompletedProcess[str
     return Run(home, home / "run", done)
 
 
-@functools.cache
 def deployed(factory: pytest.TempPathFactory) -> Run:
     """The tiny net deployed for this machine at 80 % of its latency; made once for all test modules of one run of tests."""
     home = shared_folder(factory) / "tiny-project"
