@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from test_recover import PREPROCESS, SETTINGS, Stopper, damaged, splits, teacher
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from edgeprune import formats
 from edgeprune.compress import sparsity
 from edgeprune.compress.evaluate import kl_nats, logits
 from edgeprune.compress.fakequant import fake_quantised, plain
@@ -19,6 +22,7 @@ from edgeprune.compress.silent import rescue_silent
 from edgeprune.compress.sparsify import masked_by_magnitude, sparsified
 from edgeprune.compress.sparsity import eligible, has_pattern, mask_of, without_pattern
 from edgeprune.errors import ModelError
+from edgeprune.formats._onnx_sparsity import sparse_layers
 from edgeprune.progress import Silent
 
 SPARSE = SETTINGS.model_copy(update={"sparsity": "2:4"})
@@ -236,3 +240,63 @@ def test_raising_a_filter_that_is_too_faint_for_int8_keeps_the_pattern() -> None
     assert without_pattern(rescued.state_dict(), ["0", "4"]) == ()
     with torch.no_grad():
         torch.testing.assert_close(rescued(x), sparse(x), rtol=1e-4, atol=1e-4)
+
+
+def stored_weights(file: Path) -> dict[str, np.ndarray]:
+    """By node, the numbers behind the second input of every convolution and product of a file, inputs along axis 1."""
+    model = onnx.load(file)
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    maker = {name: node for node in model.graph.node for name in node.output}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        name = node.input[1]
+        while name not in constants:
+            name = maker[name].input[0]
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        is_plain = node.op_type == "Conv" or transposed
+        found[node.name] = (constants[name] if is_plain else constants[name].T).copy()
+    return found
+
+
+def test_the_onnx_files_have_the_pattern_in_the_weights_that_they_store(tmp_path: Path) -> None:
+    tensorrt = formats.load("tensorrt")
+    assert isinstance(tensorrt, formats.ShowsSparsity)
+    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    dense = wide()
+    sparse, _ = sparsified(dense, x, progress=Silent())
+    wanted = {"stem": False, "depthwise": False, "conv": True, "down": True, "classifier": True}
+    for name, model in (("dense", dense), ("sparse", sparse)):
+        fp32, int8 = tmp_path / f"{name}.fp32.onnx", tmp_path / f"{name}.int8.onnx"
+        tensorrt.export(model, x[:1].numpy(), fp32)
+        tensorrt.quantize(fp32, x.numpy(), int8, model=model)
+        for file in (fp32, int8):
+            stated = tensorrt.sparse_layers(file)
+            assert stated == (wanted if name == "sparse" else dict.fromkeys(wanted, False))
+            for node, weight in stored_weights(file).items():
+                layer = node.rpartition("/")[0]
+                assert weight.dtype == (np.int8 if file is int8 else np.float32)
+                if stated[layer]:
+                    zeros = (groups_of_four(torch.from_numpy(weight)) == 0).sum(1)
+                    assert int(zeros.min()) >= 2
+
+
+def test_a_stored_zero_counts_only_where_it_stands_for_zero() -> None:
+    """An asymmetric file: its zeros are not at the integer 0."""
+    helper = onnx.helper
+    steps = np.asarray([[5, 0, 0, 7]], np.int8)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["steps", "scale", "zero"], ["weight"]),
+        helper.make_node("Gemm", ["x", "weight"], ["y"], transB=1),
+    ]
+    for zero, expected in ((0, {"y": True}), (3, {})):
+        constants = {"steps": steps, "scale": np.float32(0.1), "zero": np.int8(zero)}
+        graph = helper.make_graph(
+            nodes,
+            "net",
+            [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 4])],
+            [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 1])],
+            [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+        )
+        assert sparse_layers(helper.make_model(graph).SerializeToString()) == expected

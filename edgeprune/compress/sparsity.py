@@ -3,7 +3,7 @@
 That is what TensorRT asks for before it tries its sparse kernels, for each output channel and each place of the kernel, where the number
 of input channels is a multiple of four, in convolutions and fully connected layers, with FP16 or INT8 allowed. It then takes a sparse
 kernel only where that was faster.
-Source: NVIDIA TensorRT Developer Guide, release 8.6, section "Sparsity" (read 2026-11-29); that sparse kernels pay from some 256 input
+Source: NVIDIA TensorRT 8.5 Developer Guide, section 6.8 "Sparsity" (read 2026-11-29); that sparse kernels pay from some 256 input
 and output channels on is said in https://github.com/NVIDIA/TensorRT/issues/3849 (read 2026-11-29). Nothing of it was run by this project.
 
 Notation: ``O`` output channels, ``C`` input channels, weights ``[O, C, ...]``, patterns along ``C``.
@@ -83,11 +83,12 @@ def reason_to_skip(layer: nn.Module) -> str:
 
 def eligible(model: nn.Module) -> dict[str, Layer]:
     """Layers whose weights can have the pattern, by name."""
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear) and not reason_to_skip(layer)
-    }
+    return {name: layer for name, layer in weighted(model).items() if not reason_to_skip(layer)}
+
+
+def weighted(model: nn.Module) -> dict[str, Layer]:
+    """All convolutions and linear layers, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
 def require_eligible(model: nn.Module) -> dict[str, Layer]:
