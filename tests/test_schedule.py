@@ -453,6 +453,13 @@ def test_only_a_run_that_asks_for_sparsity_has_it_in_its_digests(tmp_path: Path)
     assert sparse_run != dense_run
 
 
+@pytest.mark.parametrize("target", ["this-machine", "rpi4", "iphone", "android-arm64"])
+def test_a_target_without_sparse_kernels_refuses_them(tmp_path: Path, target: str) -> None:
+    with pytest.raises(SpecError, match="sparsity 2:4 needs an accelerator") as caught:
+        context_of(tmp_path, target=target, sparsity="2:4")
+    assert caught.value.hint == "leave sparsity out; targets that have them: jetson-orin-nano"
+
+
 def test_steps_before_the_last_heal_dense_weights() -> None:
     recovery = Recovery(steps=3, sparsity="2:4")
     trainings = schedule.step_trainings(recovery, 512, 3)

@@ -112,6 +112,11 @@ def test_only_layers_that_the_rule_is_for_are_eligible() -> None:
     assert "no multiple of 4" in reasons["stem"]
     assert reasons["depthwise"] == "grouped convolution"
     assert "BatchNorm2d" in reasons["norm"]
+
+    class Standardised(nn.Conv2d):
+        """Its zeros are gone in the weights that it computes with."""
+
+    assert "subclass" in sparsity.reason_to_skip(Standardised(8, 8, 3))
     bound = parametrizations.weight_norm(nn.Linear(8, 8))
     assert "parametrisation" in sparsity.reason_to_skip(bound)
     with pytest.raises(ModelError, match="the model has none"):
