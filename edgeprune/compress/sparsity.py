@@ -30,7 +30,8 @@ def mask_of(weight: Tensor) -> Tensor:
 
     Of equals the earlier input channel stays, so that the same weights always give the same mask; what already has the pattern keeps all
     that is not zero. NaN counts as zero. Magnitude times the root mean square of the input was tried and brought nothing once the weights
-    that stay are fitted again: on the Fashion-MNIST example both diverge by 0.0033 nats (without the fit 0.045, and 0.040 by magnitude).
+    that stay are fitted again: the dense Fashion-MNIST example diverges by 0.0033 nats either way (without the fit by 0.045, and by 0.040
+    by magnitude; tried on 2026-11-29 with 1024 samples, on the development split).
 
     Args:
         weight: ``[O, C, ...]``, ``C`` a multiple of 4.
