@@ -19,6 +19,7 @@ from edgeprune.explaining import plan_file, search_result
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import (
     Options,
+    check_sparsity,
     chosen_device,
     chosen_formats,
     chosen_gates,
@@ -42,12 +43,13 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     """A request with every choice made: flag, then ``edgeprune.yaml``, then the target file, then the default.
 
     Raises:
-        SpecError: no target was named, or a budget is malformed.
+        SpecError: no target was named, a budget is malformed, or the target has no kernels for the sparsity.
         UnknownName: a target, profile, device or importance that does not exist, or a format that the target does not list.
     """
     workload = loaded.workload
     target = chosen_target(options, workload)
     profile = catalog.profile(target.profile)
+    check_sparsity(workload, target)
     device_name, device, notes = chosen_device(options, workload, target)
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing

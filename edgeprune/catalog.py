@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from edgeprune.errors import SpecError, UnknownName
+from edgeprune.patterns import PATTERN_FACT
 from edgeprune.records import read_yaml
 from edgeprune.specs import Device, DeviceFile, Profile, Target
 
@@ -41,6 +42,12 @@ def target(name_or_path: str | Path) -> Target:
 def profile(name_or_path: str | Path) -> Profile:
     """The profile with this name, or in this file. Raises as :func:`target`."""
     return _load(Profile, "profiles", name_or_path)[0]
+
+
+def has_kernels_for(found: Profile, pattern: str) -> bool:
+    """Whether a profile says that its accelerator has kernels for a pattern of zeros in weights, such as ``2:4``."""
+    fact = found.facts.get(PATTERN_FACT)
+    return fact is not None and isinstance(fact.value, tuple) and pattern in fact.value
 
 
 def targets() -> dict[str, Path]:

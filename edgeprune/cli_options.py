@@ -11,11 +11,12 @@ Command = Callable[..., Any]
 
 
 def schedule_options(command: Command) -> Command:
-    """Add the flags of the keys under ``recovery`` that say how channels go."""
+    """Add the flags of the keys under ``recovery`` that say how channels and weights go."""
     options = [
         click.option("--steps", help="Prune in 1 to 5 steps, or auto; default 1."),
         click.option("--start", help="Train kept weights (default), rewound or fresh ones."),
         click.option("--rewind-weights", help="Earlier weights of the dense model to rewind to."),
+        click.option("--sparsity", help="Pattern of zeros: none (default), or 2:4 for TensorRT."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -53,7 +54,7 @@ def int8_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def schedule_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags say, as keys under ``recovery``; the record checks them."""
-    names = ("steps", "start", "rewind_weights")
+    names = ("steps", "start", "rewind_weights", "sparsity")
     given = {key: flags[key] for key in names if flags.get(key) is not None}
     if given.get("steps", "").isdecimal():
         given["steps"] = int(given["steps"])

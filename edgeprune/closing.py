@@ -28,10 +28,12 @@ from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
 from edgeprune.errors import ModelError
 from edgeprune.formats import Resizable, golden_file
+from edgeprune.patterns import SparseWeights
 from edgeprune.plan_results import PruningPlan
 from edgeprune.planning import Stand
 from edgeprune.results import Artifact, Gate, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
+from edgeprune.specs import Precision
 from edgeprune.stage_records import (
     DenseFiles,
     DenseLatency,
@@ -217,6 +219,7 @@ class Closing:
             *(e for e in quality.entries if e.precision == choice.precision),
         )
         sizes = {"dense": work(self.context.model, example), "pruned": work(self.model, example)}
+        sparsity = self._sparsity(choice.precision)
         return Report(
             edgeprune_version=VERSION,
             created=created_text(),
@@ -252,10 +255,29 @@ class Closing:
             peak_memory_bytes=peak_memory_bytes(),
             versions=versions(),
             settings=_settings(job, self.recovered.result, self.earlier_epochs),
-            notes=(*job.loaded.notes, *job.notes, *self.run.notes, *self._notes()),
+            notes=(
+                *(*job.loaded.notes, *job.notes, *self.run.notes, *self._notes()),
+                *([sparsity.line()] if sparsity else []),
+            ),
             bundle="bundle",
             int8=self.files.result.quantised,
             formats=self.context.formats,
+            sparsity=sparsity,
+        )
+
+    def _sparsity(self, precision: Precision) -> SparseWeights | None:
+        """What the file that ships has of the pattern that was asked for."""
+        pattern, context = self.context.job.loaded.workload.recovery.sparsity, self.context
+        counts = self.files.result.sparse.get(precision)
+        if pattern == "none" or counts is None:
+            return None
+        runtime = context.runtime_on(context.board)
+        uses_it = runtime.name == "tensorrt" and context.fingerprint(runtime).stamp == "measured"
+        return SparseWeights(
+            pattern=pattern,
+            layers=counts[0],
+            of_layers=counts[1],
+            speed="measured" if uses_it else "not run",
         )
 
     def _notes(self) -> Iterator[str]:
@@ -319,6 +341,7 @@ class Closing:
             version=job.loaded.workload.version,
             kind=job.target.bundle,
             license=job.loaded.workload.license,
+            sparsity=found.sparsity,
             failed_gates=tuple(g.name for g in found.gates if g.missed),
             not_run=tuple(g.name for g in found.gates if g.not_run),
             golden_source=source,
@@ -455,6 +478,7 @@ def _settings(
         "recovery batch size": recovery.batch_size,
         "pruning steps": recovery.steps,
         "training starts from": recovery.start,
+        **({} if recovery.sparsity == "none" else {"sparsity": recovery.sparsity}),
         "training threads": torch.get_num_threads(),
     }
 

@@ -18,10 +18,11 @@ from edgeprune import int8_types, operator_checks
 from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups import remove_channels
 from edgeprune.compress.silent import rescue_silent
+from edgeprune.compress.sparsity import has_pattern, weighted
 from edgeprune.context import Context
 from edgeprune.converted import Converted
 from edgeprune.errors import FormatError, ModelError
-from edgeprune.formats import Format, QuantizeOptions, Resizable, check_runtime
+from edgeprune.formats import Format, QuantizeOptions, Resizable, ShowsSparsity, check_runtime
 from edgeprune.formats._resize import distinct_widths
 from edgeprune.int8 import best_int8
 from edgeprune.int8_checks import warnings as int8_warnings
@@ -232,9 +233,36 @@ def pruned_files(
         for path in (fp32_path, int8_path)
         for line in check_runtime(context.whole, path, context.job.shipped_runtime)
     ]
+    shipped = files.get("shipping") or {p: files[p] for p in ("fp32", "int8")}
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
     return PrunedFiles(
         **{**files, "notes": (*notes, *told, *quantised.report.lines(), *files["notes"])},
         built_in_agreement=_built_in_agreement(context, int8_path, x),
         quantised=quantised.report,
+        sparse={
+            p: counts
+            for p, a in shipped.items()
+            if (counts := _sparse(context, model, folder / a.path))
+        },
     )
+
+
+def _sparse(context: Context, model: nn.Module, file: Path) -> tuple[int, int] | None:
+    """How many layers of a file are 2:4 sparse, and how many have weights; ``None`` where that was not asked for.
+
+    Raises:
+        FormatError: a layer is sparse in the model and not in the file.
+    """
+    if context.job.loaded.workload.recovery.sparsity == "none":
+        return None
+    named = {n: has_pattern(layer.weight) for n, layer in weighted(model).items()}
+    found = named
+    if isinstance(context.ship, ShowsSparsity):
+        found = context.ship.sparse_layers(file)
+    lost = [name for name, is_sparse in named.items() if is_sparse and not found.get(name, True)]
+    if lost or not any(found.values()):
+        raise FormatError(
+            f"{file.name} must have the 2:4 sparse weights of the model, but {(lost or ['every layer'])[0]} has not",
+            hint="leave sparsity out, and report this model",
+        )
+    return sum(found.values()), len(found)

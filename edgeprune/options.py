@@ -141,6 +141,26 @@ def chosen_device(
     return name, device, notes
 
 
+def check_sparsity(workload: Workload, target: Target) -> None:
+    """Nothing, when the target's accelerator has kernels for the sparsity that a request asks for, or it asks for none.
+
+    Raises:
+        SpecError: the target's profile names no such kernels.
+    """
+    wanted = workload.recovery.sparsity
+    if wanted == "none" or catalog.has_kernels_for(catalog.profile(target.profile), wanted):
+        return
+    able = [
+        name
+        for name, path in catalog.targets().items()
+        if catalog.has_kernels_for(catalog.profile(catalog.target(path).profile), wanted)
+    ]
+    raise SpecError(
+        f"sparsity {wanted} needs an accelerator with kernels for it, and the profile {target.profile} of {target.name} has none",
+        hint=f"leave sparsity out; targets that have them: {', '.join(able) or 'none'}",
+    )
+
+
 def check_format(target: Target) -> None:
     """Nothing, when this version can write the target's format.
 
@@ -180,14 +200,15 @@ def check_names(options: Options, workload: Workload) -> None:
     """Fail on a wrong target, device, format or gate before any model or data is loaded.
 
     Raises:
-        SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_formats`, :func:`chosen_gates` and :func:`chosen_sustained`; no
-            device has the name.
+        SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_formats`, :func:`check_sparsity`, :func:`chosen_gates` and
+            :func:`chosen_sustained`; no device has the name.
         FormatError: as :func:`check_format`.
         IntegrityError: the recording to replay, or to go on with, is damaged.
     """
     target = chosen_target(options, workload)
     _, device, _ = chosen_device(options, workload, target)
     check_format(chosen_formats(options, workload, target)[0])
+    check_sparsity(workload, target)
     chosen_gates(options, workload, target)
     chosen_sustained(options)
     given_widths(options, target.name)

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from edgeprune.int8_results import Int8Report
 from edgeprune.orderstats import percentile_overs
+from edgeprune.patterns import SparseWeights
 from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records import Record
 from edgeprune.specs import FilePrecision, FormatName, Precision, Stamp
@@ -296,7 +297,14 @@ class LedgerEntry(Record):
     """Quality after one stage, on the development split."""
 
     stage: Literal[
-        "dense", "pruned", "compensated", "recovered", "quantised", "exported", "on-device"
+        "dense",
+        "pruned",
+        "compensated",
+        "sparsified",
+        "recovered",
+        "quantised",
+        "exported",
+        "on-device",
     ]
     metric: Literal["accuracy", "agreement"]
     value: float
@@ -471,3 +479,4 @@ class Report(Record):
     bundle: str
     int8: Int8Report | None = None
     formats: FormatChoice | None = None
+    sparsity: SparseWeights | None = None  # of the file that ships

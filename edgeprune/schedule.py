@@ -24,6 +24,7 @@ from edgeprune.compress.evaluate import logits
 from edgeprune.compress.importance import kept_channels
 from edgeprune.compress.initial import reinitialised
 from edgeprune.compress.recover import updates_per_epoch
+from edgeprune.compress.sparsify import masked_by_magnitude, sparsified
 from edgeprune.compress.surgery import cut, narrowed_groups
 from edgeprune.context import Context
 from edgeprune.errors import BudgetError
@@ -181,8 +182,7 @@ def earlier_steps(context: Context, run: RunFolder, planned: Planned) -> LastSte
         basis = replace(basis, at_least=least)
         end_ms = basis.model.predict(least)
     steps = step_count(recovery.steps, dense_ms, end_ms)
-    epochs = shared_epochs(recovery, len(job.loaded.dataset.train), steps)
-    trainings = [_training(recovery, share) for share in epochs]
+    trainings = step_trainings(recovery, len(job.loaded.dataset.train), steps)
     if steps == 1:
         return LastStep(planned, current, trainings[0])
     say = context.progress.say
@@ -197,6 +197,14 @@ def earlier_steps(context: Context, run: RunFolder, planned: Planned) -> LastSte
     found = replace(planned, plan=step.measured_plan(basis))
     say_plan(context, found.plan.result)
     return LastStep(found, current, trainings[-1], steps, past)
+
+
+def step_trainings(recovery: Recovery, samples: int, steps: int) -> tuple[Recovery, ...]:
+    """The settings of the training of every step; only the last keeps a pattern of zeros."""
+    *early, last = shared_epochs(recovery, samples, steps)
+    # Channels that go in a later step would tear groups of four apart.
+    dense = recovery.model_copy(update={"sparsity": "none"})
+    return (*(_training(dense, share) for share in early), _training(recovery, last))
 
 
 def _training(recovery: Recovery, epochs: float) -> Recovery:
@@ -291,12 +299,14 @@ class _Step:
         except BudgetError:  # only by the model; the last step's search is measured
             solution = search.fastest(problem)
         kept = {n: kept_channels(basis.orders[n], w) for n, w in solution.widths.items()}
+        model, pruned = cut_and_compensate(self.context, self.current, kept)
+        stages.save_weights(model, folder / "compensated.safetensors")
         return StepResult(
             limit_ms=limit_ms,
             predicted_ms=solution.predicted_ms,
             cost_nats=solution.cost_nats,
             kept=kept,
-            pruned=cut_and_compensate(self.context, self.current, kept, folder),
+            pruned=pruned,
         )
 
     def _healed(self, cut: Stage[StepResult], folder: Path) -> RecoveredResult:
@@ -357,17 +367,31 @@ def prune_inputs(context: Context, last: LastStep) -> dict[str, Any]:
         inputs["earlier"] = job.loaded.earlier_digest
     if start == "fresh":
         inputs["fresh"] = job.seed
+    if job.loaded.workload.recovery.sparsity != "none":
+        inputs["sparsity"] = job.loaded.workload.recovery.sparsity
     return inputs
 
 
 def prune(context: Context, last: LastStep, folder: Path) -> PrunedResult:
     """The last cut, with the weights that its training starts from in ``compensated.safetensors``.
 
-    Kept weights are repaired as far as that goes without training; rewound ones get fresh batch-norm statistics; fresh ones nothing.
+    Kept weights are repaired as far as that goes without training; rewound ones get fresh batch-norm statistics; fresh ones nothing. Where
+    weights are to be sparse, they are from here on.
     """
+    recovery = context.job.loaded.workload.recovery
+    model, result = _start(context, last)
+    if recovery.sparsity != "none":
+        model, entry = _sparsified(context, model)
+        result = result.model_copy(update={"entries": (*result.entries, entry)})
+    stages.save_weights(model, folder / "compensated.safetensors")
+    return result
+
+
+def _start(context: Context, last: LastStep) -> tuple[nn.Module, PrunedResult]:
+    """The model that the last training starts from."""
     recovery, seed = context.job.loaded.workload.recovery, context.job.seed
     if recovery.start == "kept":
-        return cut_and_compensate(context, last.current, last.kept, folder)
+        return cut_and_compensate(context, last.current, last.kept)
     if recovery.start == "fresh":
         model = reinitialised(stages.pruned_model(context, last.kept), seed)
         note = f"fresh weights of seed {seed}: the from-scratch control"
@@ -380,13 +404,22 @@ def prune(context: Context, last: LastStep, folder: Path) -> PrunedResult:
             context.entry("pruned", logits(cut, context.development)),
             context.entry("compensated", logits(model, context.development), note=note),
         ]
-    stages.save_weights(model, folder / "compensated.safetensors")
-    return PrunedResult(entries=tuple(entries), compensation=note)
+    return model, PrunedResult(entries=tuple(entries), compensation=note)
+
+
+def _sparsified(context: Context, model: nn.Module) -> tuple[nn.Module, LedgerEntry]:
+    """The model with 2:4 sparse weights; fresh ones are masked alone, for there is nothing that they compute yet."""
+    if context.job.loaded.workload.recovery.start == "fresh":
+        sparse, note = masked_by_magnitude(model), "2:4 sparse, masked by magnitude"
+    else:
+        sparse, found = sparsified(model, _training_samples(context), progress=context.progress)
+        note = found.note
+    return sparse, context.entry("sparsified", logits(sparse, context.development), note=note)
 
 
 def cut_and_compensate(
-    context: Context, current: Current, kept: Kept, folder: Path
-) -> PrunedResult:
+    context: Context, current: Current, kept: Kept
+) -> tuple[nn.Module, PrunedResult]:
     """Remove channels from the net as it stands, then repair what can be repaired without training.
 
     What the repaired layers must reproduce are the outputs of that net, not of the dense one: after healing, its layers no longer
@@ -396,7 +429,6 @@ def cut_and_compensate(
         context: data and progress.
         current: the net before the cut.
         kept: dense channels that stay of each group; they are among those of ``current``.
-        folder: where ``compensated.safetensors`` goes.
     """
     groups = narrowed_groups(context.groups[0], current.kept)
     places = current.places(kept)
@@ -408,8 +440,7 @@ def cut_and_compensate(
     entries.append(
         context.entry("compensated", logits(repaired, context.development), note=report.note)
     )
-    stages.save_weights(repaired, folder / "compensated.safetensors")
-    return PrunedResult(entries=tuple(entries), compensation=report.note)
+    return repaired, PrunedResult(entries=tuple(entries), compensation=report.note)
 
 
 def _training_samples(context: Context) -> torch.Tensor:

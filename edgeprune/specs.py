@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from edgeprune.operators import WORDS
+from edgeprune.patterns import Sparsity
 from edgeprune.records import Record
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -359,7 +360,8 @@ class Recovery(Record):
 
     ``steps`` prune to budgets that are geometric in latency, with a short healing after each; the ``epochs`` are those of all steps
     together. ``auto`` takes 1, 2 or 3 by the budget. ``start`` is where the last training begins: ``kept`` weights of the channels that
-    stay, ``rewound`` to those of an earlier checkpoint of the dense model, the file ``rewind_weights``, or ``fresh`` random ones.
+    stay, ``rewound`` to those of an earlier checkpoint of the dense model, the file ``rewind_weights``, or ``fresh`` random ones. It
+    keeps ``sparsity``, a pattern of zeros in the weights.
     """
 
     epochs: Annotated[float, Field(ge=0, le=1000)] = 5.0
@@ -370,6 +372,7 @@ class Recovery(Record):
     steps: int | Literal["auto"] = 1
     start: Literal["kept", "rewound", "fresh"] = "kept"
     rewind_weights: Annotated[str | None, Field(validate_default=True)] = None
+    sparsity: Sparsity = "none"
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -393,7 +396,7 @@ class Recovery(Record):
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Plain data; the schedule only where it is not the default, so that digests of runs without one stay."""
         plain: dict[str, Any] = handler(self)
-        for key in ("steps", "start", "rewind_weights"):
+        for key in ("steps", "start", "rewind_weights", "sparsity"):
             if key in plain and plain[key] == type(self).model_fields[key].default:
                 del plain[key]
         return plain

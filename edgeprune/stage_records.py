@@ -85,7 +85,7 @@ class ScoresResult(Record):
 
 
 class PrunedResult(Record):
-    """Quality before and after compensation, on the development split."""
+    """Quality before and after compensation, and where weights were made sparse after that, on the development split."""
 
     entries: tuple[LedgerEntry, ...]
     compensation: str
@@ -111,9 +111,10 @@ class RecoveredResult(Record):
 
 
 class PrunedFiles(_NetFiles):
-    """The pruned model as files."""
+    """The pruned model as files. ``sparse`` counts layers with sparse weights, and all with weights, where a pattern was asked for."""
 
     quantised: Int8Report | None = None
+    sparse: dict[Precision, tuple[int, int]] = {}
 
 
 class FinalLatency(Record):

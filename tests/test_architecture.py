@@ -20,6 +20,7 @@ LAYERS = {
     "errors": 0,
     "records": 0,
     "operators": 0,
+    "patterns": 0,
     "folders": 1,
     "orderstats": 0,
     "specs": 1,

@@ -13,9 +13,11 @@ from edgeprune.bundle.manifest import (
     check_distinct,
     check_path,
     created_text,
+    identity,
 )
 from edgeprune.errors import SpecError
-from edgeprune.records import read_json, to_json
+from edgeprune.patterns import SparseWeights
+from edgeprune.records import read_json, sha256_bytes, to_json, to_json_text
 from edgeprune.results import TensorSpec
 
 
@@ -112,6 +114,15 @@ def test_a_manifest_survives_its_file(tmp_path) -> None:
 def _broken(folder, **changes: object) -> dict[str, object]:
     value = read_json(Manifest, folder / MANIFEST).model_dump()
     return {**value, **changes}
+
+
+def test_a_bundle_without_sparse_weights_has_the_identity_that_it_always_had() -> None:
+    stated = facts().model_dump(mode="json")
+    assert stated.pop("sparsity") is None
+    assert identity(facts(), "0" * 64) == sha256_bytes(to_json_text([stated, "0" * 64]))
+    sparse = SparseWeights(pattern="2:4", layers=2, of_layers=3, speed="not run")
+    other = facts().model_copy(update={"sparsity": sparse})
+    assert identity(other, "0" * 64) != identity(facts(), "0" * 64)
 
 
 def test_a_manifest_that_contradicts_itself_is_refused(tmp_path) -> None:

@@ -20,6 +20,7 @@ from edgeprune.bundle.golden import default_tolerance
 from edgeprune.bundle.manifest import JETSON_SAMPLE
 from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import Payload, write_bundle
+from edgeprune.patterns import SparseWeights
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 MAX_LINES = 120
@@ -84,6 +85,33 @@ def test_it_does_not_build_twice_until_something_changes(tmp_path, jetson):
     assert "--sparsity=enable" not in str(calls(tmp_path))
     run("--sparsity")
     assert "--sparsity=enable" in str(calls(tmp_path))
+
+
+def test_a_bundle_with_sparse_weights_lets_the_builder_use_them_without_being_told(tmp_path):
+    file = tmp_path / "net.onnx"
+    artifact = onnx_file(file).model_copy(update={"format": "tensorrt"})
+    sparsity = SparseWeights(pattern="2:4", layers=3, of_layers=4, speed="not run")
+    stated = facts(target="jetson-orin-nano").model_copy(update={"sparsity": sparsity})
+    bundle = write_bundle(
+        tmp_path / "bundle", stated, Payload(artifact, file, images(), expected(images()))
+    )
+    jetpack = make(tmp_path / "jetpack")
+    path = os.pathsep.join([jetpack["PATH"], os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, str(bundle / JETSON_SAMPLE)],
+        env={**os.environ, **jetpack, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    builds = [call for call in calls(tmp_path) if any("--onnx" in a for a in call)]
+    assert builds
+    assert all("--sparsity=enable" in call for call in builds)
+    for document in ("MODEL_CARD.md", "README.md"):
+        text = (bundle / document).read_text()
+        assert "2:4 sparse in 3 of 4 layers" in text
+        assert "not measured (not run)" in text
+    assert verify(bundle).ok
 
 
 def test_with_tensorrt_11_it_builds_what_the_file_says_and_asks_for_the_outputs(

@@ -10,11 +10,17 @@ import sys
 import onnx
 import pytest
 import tinynet
+import torch
 from fakejetson import make
+from safetensors.torch import load_file
+from test_engines import calls
+from test_sparsity import groups_of_four, stored_weights
 
 import edgeprune
 from edgeprune.bundle.manifest import JETSON_SAMPLE
+from edgeprune.compress.sparsity import without_pattern
 from edgeprune.formats.tensorrt import placement_problems
+from edgeprune.patterns import SparseWeights
 from edgeprune.results import Report
 
 MISSED = 6
@@ -50,3 +56,42 @@ def test_a_deployment_for_a_jetson_ships_what_its_board_can_build(tmp_path):
     )
     assert built.returncode == 0, built.stdout + built.stderr
     assert built.stdout.splitlines()[-1].startswith("PASS: ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_sparse_deployment_ships_int8_weights_with_the_pattern_and_says_so(tmp_path):
+    home = tinynet.project(tmp_path / "project", recovery={"epochs": 1, "batch_size": 64})
+    flags = ("--target", "jetson-orin-nano", "--latency", "80%", "--run", "run", "--json")
+    done = tinynet.edgeprune(home, "deploy", *flags, "--sparsity", "2:4", timeout_s=900)
+    found = Report.model_validate_json(done.stdout)
+    assert done.returncode == (0 if found.passed else MISSED), done.stderr
+    assert [e.stage for e in found.ledger][:5] == [
+        "dense", "pruned", "compensated", "sparsified", "recovered",
+    ]  # fmt: skip
+    assert found.sparsity == SparseWeights(pattern="2:4", layers=3, of_layers=4, speed="not run")
+    assert found.sparsity.line() in found.notes
+    assert found.settings["sparsity"] == "2:4"
+    bundle = home / "run" / "bundle"
+    (model,) = (bundle / "models").iterdir()
+    stored = stored_weights(model)
+    assert len(stored) == 4
+    for weight in stored.values():
+        assert weight.dtype == "int8"
+        if weight.shape[1] % 4 == 0:
+            zeros = (groups_of_four(torch.from_numpy(weight)) == 0).sum(1)
+            assert int(zeros.min()) >= 2
+    torch_weights = load_file(home / "run" / "pruned.safetensors")
+    assert without_pattern(torch_weights, ["3", "6", "11"]) == ()
+    assert "2:4 sparse in 3 of 4 layers" in (bundle / "MODEL_CARD.md").read_text()
+    assert edgeprune.verify(bundle).ok
+    jetpack = make(tmp_path / "jetpack")
+    path = os.pathsep.join([jetpack["PATH"], os.environ["PATH"]])
+    built = subprocess.run(
+        [sys.executable, str(bundle / JETSON_SAMPLE)],
+        env={**os.environ, **jetpack, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert any("--sparsity=enable" in call for call in calls(tmp_path))

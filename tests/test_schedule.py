@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import ZOO, make
 
-from edgeprune import api, formats, records, schedule, stages
+from edgeprune import api, formats, pipeline, records, schedule, stages
 from edgeprune.cli_options import schedule_settings
+from edgeprune.compress.divergence import trial_settings
 from edgeprune.compress.groups import find_groups, remove_channels
 from edgeprune.compress.importance import fisher
 from edgeprune.compress.initial import reinitialised
+from edgeprune.compress.sparsity import without_pattern
 from edgeprune.compress.surgery import narrowed_groups
 from edgeprune.context import Context
 from edgeprune.errors import ModelError, SpecError
@@ -51,7 +53,10 @@ def test_a_recovery_without_a_schedule_is_written_as_it_always_was() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"steps": 3}, {"steps": "auto"}, {"start": "fresh"}, {"start": "rewound", "rewind_weights": "x.pt"}],
+    [
+        {"steps": 3}, {"steps": "auto"}, {"start": "fresh"}, {"start": "rewound", "rewind_weights": "x.pt"},
+        {"sparsity": "2:4"},
+    ],
 )  # fmt: skip
 def test_a_schedule_is_written_and_read_again(given: dict[str, object]) -> None:
     found = records.parse(Recovery, given, where="here")
@@ -71,6 +76,8 @@ def test_a_schedule_is_written_and_read_again(given: dict[str, object]) -> None:
         ({"start": "rewind"}, "'kept', 'rewound' or 'fresh'"),
         ({"start": "rewound"}, "must name a file of earlier weights"),
         ({"rewind_weights": "x.pt"}, "with start rewound only"),
+        ({"sparsity": "1:2"}, "'none' or '2:4', but got '1:2'"),
+        ({"sparsity": True}, "'none' or '2:4', but got True"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(given: dict[str, object], says: str) -> None:
@@ -78,6 +85,12 @@ def test_a_schedule_that_makes_no_sense_is_refused(given: dict[str, object], say
         records.parse(Recovery, given, where="here")
     assert says in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_sparsity_needs_no_quotes_in_yaml(tmp_path: Path) -> None:
+    """YAML 1.1 reads 2:4 as a number to the base 60."""
+    (tmp_path / "plain.yaml").write_text("sparsity: 2:4\n")
+    assert records.read_yaml(Recovery, tmp_path / "plain.yaml").sparsity == "2:4"
 
 
 def test_a_misspelt_key_is_told_the_nearest_one() -> None:
@@ -92,6 +105,7 @@ def test_flags_say_the_same_as_keys() -> None:
     assert schedule_settings({"steps": "3", "start": None}) == {"steps": 3}
     assert schedule_settings({"steps": "auto"}) == {"steps": "auto"}
     assert schedule_settings({}) == {}
+    assert schedule_settings({"sparsity": "2:4"}) == {"sparsity": "2:4"}
     rewound = {"start": "rewound", "rewind_weights": "early.pt"}
     assert schedule_settings(rewound) == rewound
     # A flag wins over the file: a file of earlier weights that is named there is left aside.
@@ -317,7 +331,9 @@ def early_state() -> dict[str, torch.Tensor]:
     }
 
 
-def context_of(folder: Path, *, seed: int = 0, **recovery: object) -> Context:
+def context_of(
+    folder: Path, *, seed: int = 0, target: str = "this-machine", **recovery: object
+) -> Context:
     """The tiny net's job without a board: cuts need none."""
     save_file(early_state(), folder / "early.safetensors")
     settings = Workload.model_validate_json(
@@ -329,7 +345,7 @@ def context_of(folder: Path, *, seed: int = 0, **recovery: object) -> Context:
         tinynet.trained(), tinynet.arrays(), preprocess=Preprocess(color="grey"),
         settings=settings, base=folder,
     )  # fmt: skip
-    job = api.resolve(loaded, Options(target="this-machine"))
+    job = api.resolve(loaded, Options(target=target))
     board = None
     form = formats.load("onnx")
     return Context(job, form, form, board, board, board, Silent())  # type: ignore[arg-type]
@@ -395,10 +411,62 @@ def test_kept_weights_are_compensated_from_the_net_as_it_stands(tmp_path: Path) 
     model.load_state_dict({k: v + 1 if k == "0.weight" else v for k, v in state.items()})
     fewer = {**KEPT, "0": KEPT["0"][::2], "6": KEPT["6"][8:]}
     current = schedule.Current(model.eval(), KEPT, "healed")
-    schedule.cut_and_compensate(context, current, fewer, tmp_path)
-    second = load_file(tmp_path / "compensated.safetensors")
+    second = schedule.cut_and_compensate(context, current, fewer)[0].state_dict()
     assert torch.equal(second["0.weight"], state["0.weight"][::2] + 1)
     assert second["6.weight"].shape == (56, 40, 3, 3)
+
+
+@pytest.mark.parametrize("start", ["kept", "fresh", "rewound"])
+def test_sparse_weights_are_so_before_the_last_training_begins(tmp_path: Path, start: str) -> None:
+    given = {
+        "start": start,
+        **({"rewind_weights": "early.safetensors"} if start == "rewound" else {}),
+    }
+    context = context_of(tmp_path, target="jetson-orin-nano", sparsity="2:4", **given)
+    state, entries = start_of(context, tmp_path / "stage")
+    assert entries[-1] == "sparsified"
+    assert without_pattern(state, ["3", "6", "11"]) == ()
+    assert without_pattern(state, ["0"]) == ("0",)  # it reads one channel
+    dense, names = start_of(context_of(tmp_path, **given), tmp_path / "dense")
+    assert names == entries[:-1]
+    assert without_pattern(dense, ["3", "6", "11"]) == ("3", "6", "11")
+    assert torch.equal(dense["0.weight"], state["0.weight"])
+
+
+def test_only_a_run_that_asks_for_sparsity_has_it_in_its_digests(tmp_path: Path) -> None:
+    class Plan:
+        digest = "plan"
+
+    class Planned:
+        plan = Plan
+
+    def inputs(**recovery: object) -> tuple[dict[str, object], str]:
+        context = context_of(tmp_path, target="jetson-orin-nano", **recovery)
+        step = replace(last_step(context), planned=Planned)  # type: ignore[arg-type]
+        return schedule.prune_inputs(context, step), pipeline.run_digest(context.job)
+
+    dense, dense_run = inputs()
+    assert dense == {"plan": "plan"}
+    assert inputs(sparsity="none") == (dense, dense_run)
+    sparse, sparse_run = inputs(sparsity="2:4")
+    assert sparse == {"plan": "plan", "sparsity": "2:4"}
+    assert sparse_run != dense_run
+
+
+@pytest.mark.parametrize("target", ["this-machine", "rpi4", "iphone", "android-arm64"])
+def test_a_target_without_sparse_kernels_refuses_them(tmp_path: Path, target: str) -> None:
+    with pytest.raises(SpecError, match="sparsity 2:4 needs an accelerator") as caught:
+        context_of(tmp_path, target=target, sparsity="2:4")
+    assert caught.value.hint == "leave sparsity out; targets that have them: jetson-orin-nano"
+
+
+def test_steps_before_the_last_heal_dense_weights() -> None:
+    recovery = Recovery(steps=3, sparsity="2:4")
+    trainings = schedule.step_trainings(recovery, 512, 3)
+    assert [t.sparsity for t in trainings] == ["none", "none", "2:4"]
+    settings = trial_settings(recovery, 4096, 10**6)
+    assert settings is not None
+    assert settings.sparsity == "none"
 
 
 def test_weights_of_masked_channels_cannot_be_rewound(tmp_path: Path) -> None:

@@ -211,6 +211,13 @@ CASES = (
     Case("no steps", (*DEPLOY, "--steps", "0"), 2, ("steps", "1 to 5, or auto", "got 0")),
     Case("misspelt start", (*DEPLOY, "--start", "keept"), 2, ("'kept', 'rewound' or 'fresh'",)),
     Case("nothing to rewind to", (*DEPLOY, "--start", "rewound"), 2, ("rewind_weights",)),
+    Case(
+        "sparse weights for an accelerator without kernels for them",
+        ("deploy", "--target", "rpi4", "--sparsity", "2:4"),
+        2,
+        ("sparsity 2:4 needs an accelerator", "cortex-a72 of rpi4 has none"),
+    ),
+    Case("misspelt sparsity", (*DEPLOY, "--sparsity", "4:2"), 2, ("'none' or '2:4'", "'4:2'")),
     Case("weights to rewind to are not there", (*REWOUND, "gone.pt"), 2, ("gone.pt", "no such")),
     Case(
         "weights to rewind to are of another model",

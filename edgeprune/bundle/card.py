@@ -25,7 +25,7 @@ def card_text(manifest: Manifest) -> bytes:
 An image or tensor classifier with {len(manifest.labels)} classes ({labels}), pruned, retrained and exported by edgeprune
 {manifest.edgeprune_version} for {manifest.target}. `{model.path}` is a {model.precision} file of {model.size_bytes} bytes for
 {manifest.runtime.name}; it takes `{source.dtype} {list(source.shape)}` ({source.layout}). Version: {manifest.version or NOT_STATED}.
-
+{_sparsity(manifest)}
 ## Data
 
 Digest of the data set: `{made.data_digest}`. Seed: {made.seed}. The data themselves are not part of the bundle, except for
@@ -80,6 +80,10 @@ def _quality(quality: Quality) -> str:
         f"{quality.metric} on the {quality.split} split (n = {quality.n}): {quality.shipped:.2%} shipped, "
         f"{quality.dense:.2%} dense, {change:+.2f} points"
     )
+
+
+def _sparsity(manifest: Manifest) -> str:
+    return f"\nIts {manifest.sparsity.line()}.\n" if manifest.sparsity else ""
 
 
 def _limits(manifest: Manifest) -> str:

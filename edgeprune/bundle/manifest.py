@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from edgeprune.errors import SpecError
+from edgeprune.patterns import SparseWeights
 from edgeprune.records import Record, sha256_bytes, to_json_text
 from edgeprune.results import Artifact, Sha256, TensorSpec
 from edgeprune.specs import SPDX, Name, Preprocess, Stamp
@@ -188,6 +189,7 @@ class Facts(Record):
     the one that was read once, where there was one.
     ``failed_gates`` were judged and missed. ``not_run`` could not be judged, because nothing that the maker had runs the file.
     The golden answers are then ``worked-out`` from the operations in the file, or those of a ``twin`` of another format.
+    ``sparsity`` says which pattern of zeros its weights have, where they have one.
     """
 
     name: Name
@@ -208,6 +210,7 @@ class Facts(Record):
     test: Quality | None = None
     latency: Latency
     provenance: Provenance
+    sparsity: SparseWeights | None = None
 
 
 class Recipe(Record):
@@ -314,6 +317,8 @@ def identity(facts: Facts, source_sha256: str) -> str:
     No digest of a file that carries it goes in, so the texts inside the model can name it.
     """
     stated = facts.model_dump(mode="json", include=set(Facts.model_fields))
+    if stated["sparsity"] is None:
+        del stated["sparsity"]  # so that bundles from before it was stated keep their identity
     return sha256_bytes(to_json_text([stated, source_sha256]))
 
 

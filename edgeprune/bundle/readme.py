@@ -38,6 +38,7 @@ def readme_text(manifest: Manifest) -> bytes:
             f"median {latency.median_ms:.3g} ms, p90 {latency.p90_ms:.3g} ms; "
             f"limit {latency.limit_ms:.3g} ms (budget {latency.budget})",
         ),
+        *([("sparsity", manifest.sparsity.line())] if manifest.sparsity else []),
         *_not_run(manifest),
         ("latency stamp", f"{STAMPS[latency.stamp]} ({latency.device})"),
         ("made by", f"edgeprune {manifest.edgeprune_version}, {manifest.created}"),

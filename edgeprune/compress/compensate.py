@@ -12,8 +12,9 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ MAX_CACHE_BYTES = 500 * 1024**2  # of dense outputs
 MAX_ACTIVATION_BYTES = 1536 * 1024**2  # of the one pass that holds all samples at once
 MAX_INPUTS, POSITIONS, RIDGE = 2304, 64, 1e-2  # see compensate
 LIVE_ACTIVATIONS = 4  # tensors of the largest size that a residual block holds at its widest point
+Solve: TypeAlias = Callable[..., LayerFit | str]  # as refit
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,37 @@ def repaired(
     """The pruned model after the repair of :func:`compensate`, with its defaults, for a caller who judges it on other samples."""
     solved, *_ = _solved(pruned, dense, kept_outputs, x, MAX_INPUTS, POSITIONS, RIDGE, Silent())
     return recalibrate_batchnorm(pruned if solved is None else solved, x)
+
+
+def solved_in_order(
+    model: nn.Module, names: Collection[str], x: Tensor, solve: Solve, *, progress: Progress
+) -> tuple[nn.Module, tuple[LayerFit, ...]]:
+    """A copy of the model whose named layers are solved front to back, each to give again what it gave, on what then reaches it.
+
+    Layers that do not run exactly once, or have too many input taps, keep their weights. Statistics of batch norms are not renewed.
+
+    Args:
+        model: not changed.
+        names: convolutions without groups, and linear layers.
+        x: ``[N, ...]`` prepared inputs; fewer are used where they would not fit the memory.
+        solve: as :func:`edgeprune.compress.least_squares.refit`.
+        progress: shown while solving.
+    """
+    x = x[: _samples_that_fit(model, x)]
+    layers = dict(model.named_modules())
+    sites = []
+    for name, seen in _probe(model, x[:2]).items():
+        layer = layers[name]
+        if name not in names or _reason_to_skip(layer, seen, MAX_INPUTS):
+            continue
+        rows = _rows_wanted(layer, seen.positions, len(x), POSITIONS)
+        outputs, centred = range(len(layer.weight)), layer.bias is not None or seen.normalised
+        sites.append(
+            _Site(name, _taps(layer), tuple(outputs), rows // len(x), seen.positions, centred)
+        )
+    targets = _dense_targets(model, sites, x)
+    solved, fitted, _ = _solve_in_order(model, sites, targets, x, RIDGE, progress, solve)
+    return solved, fitted
 
 
 def _solved(
@@ -423,6 +456,7 @@ def _solve_in_order(
     x: Tensor,
     ridge: float,
     progress: Progress,
+    solve: Solve = refit,
 ) -> tuple[nn.Module, tuple[LayerFit, ...], list[tuple[str, str]]]:
     """A copy of ``pruned`` with repaired weights, from one pass of all samples.
 
@@ -439,7 +473,7 @@ def _solve_in_order(
         def repair(site: _Site, layer: Layer, x: Tensor) -> None:
             where, wanted = targets.pop(site.name)
             rows = input_rows(layer, x, where)
-            found = refit(site.name, layer, rows, wanted, ridge=ridge, centred=site.centred)
+            found = solve(site.name, layer, rows, wanted, ridge=ridge, centred=site.centred)
             if isinstance(found, LayerFit):
                 fitted.append(found)
             else:

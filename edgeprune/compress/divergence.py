@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,5 +122,6 @@ def trial_settings(settings: Recovery, samples: int, macs: int) -> Recovery | No
     updates = min(TRIAL_UPDATES, int(affordable), int(settings.epochs * per_epoch))
     if settings.start != "kept" or updates < FEWEST_UPDATES:
         return None
-    changes = {"epochs": updates / per_epoch, "steps": 1, "max_minutes": None}
+    changes: dict[str, Any] = {"epochs": updates / per_epoch, "steps": 1, "max_minutes": None}
+    changes["sparsity"] = "none"  # of every structure alike, so it tells none from another
     return settings.model_copy(update=changes)

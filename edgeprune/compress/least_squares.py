@@ -100,6 +100,44 @@ def refit(
     Returns:
         What it brought, or the reason why the layer was left alone.
     """
+    found = normal_equations(x, y, ridge=ridge, centred=centred)
+    if found is None:
+        return "its inputs or the dense outputs do not vary"
+    gram, cross, pull = found.gram, found.cross, found.pull
+    now = layer.weight.flatten(1).T.double()
+    damped = gram + pull * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    best = torch.cholesky_solve(cross + pull * now, factor)
+    if int(failed) or not bool(best.isfinite().all()):
+        return "its least-squares problem has no stable solution"
+    layer.weight.copy_(best.T.reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(found.y_mean.double() - found.x_mean.double() @ best)
+    return LayerFit(name, x.shape[1], len(x), found.missed(now), found.missed(best))
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """``(gram + pull I) W = cross + pull W_now`` for weights ``W`` of ``[T, O]``; ``energy`` is that of the wanted outputs."""
+
+    gram: Tensor
+    cross: Tensor
+    x_mean: Tensor
+    y_mean: Tensor
+    pull: float
+    energy: float
+
+    def missed(self, weight: Tensor) -> float:
+        """The share of the energy that weights ``float64 [T, O]`` miss."""
+        fitted = float((weight * (self.gram @ weight)).sum())
+        left = self.energy - 2 * float((weight * self.cross).sum()) + fitted
+        return max(0.0, left / self.energy)
+
+
+def normal_equations(
+    x: Tensor, y: Tensor, *, ridge: float, centred: bool
+) -> NormalEquations | None:
+    """The problem of :func:`refit`, whose arguments these are; ``None`` where inputs or outputs do not vary."""
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     if centred:
         x, y = x - x_mean, y - y_mean
@@ -107,22 +145,8 @@ def refit(
     pull = ridge * float(gram.diagonal().mean())
     energy = float(y.double().square().sum())
     if not (0 < pull < math.inf and 0 < energy < math.inf):
-        return "its inputs or the dense outputs do not vary"
-    now = layer.weight.flatten(1).T.double()
-    damped = gram + pull * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    best = torch.cholesky_solve(cross + pull * now, factor)
-    if int(failed) or not bool(best.isfinite().all()):
-        return "its least-squares problem has no stable solution"
-
-    def missed(weight: Tensor) -> float:
-        left = energy - 2 * float((weight * cross).sum()) + float((weight * (gram @ weight)).sum())
-        return max(0.0, left / energy)
-
-    layer.weight.copy_(best.T.reshape(layer.weight.shape))
-    if layer.bias is not None:
-        layer.bias.copy_(y_mean.double() - x_mean.double() @ best)
-    return LayerFit(name, x.shape[1], len(x), missed(now), missed(best))
+        return None
+    return NormalEquations(gram, cross, x_mean, y_mean, pull, energy)
 
 
 def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.compress import checkpoint as checkpoints
+from edgeprune.compress import sparsity
 from edgeprune.compress.evaluate import quality, raw_logits
 from edgeprune.compress.inputs import augmented, to_input
 from edgeprune.datasets import Split
@@ -89,6 +90,7 @@ class _State:
     optimiser: torch.optim.SGD
     best: dict[str, Tensor]
     rows: list[EpochRow]
+    held: sparsity.AllHeld = ()  # weights of student and average that have to stay zero
     step: int = 0
     seconds_before: float = 0.0
     started: float = 0.0
@@ -128,7 +130,7 @@ def recover(
         teacher: the dense model. Not changed.
         train: raw samples, at least 2, with or without labels.
         selection: raw samples that pick the best epoch.
-        settings: epochs (may be a fraction), time limit, batch, learning rate and augmentation.
+        settings: epochs (may be a fraction), time limit, batch, learning rate, augmentation, and a pattern of zeros to keep.
         preprocess: the recorded constants of the input.
         seed: of the order of samples, the augmentation and dropout.
         progress: a bar in steps. Ctrl-C ends the training and keeps what is done.
@@ -253,14 +255,16 @@ def _start(student: nn.Module, setup: _Setup) -> _State:
         # Scales and biases: decay would pull a batch norm's channels toward silence.
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    rate = setup.settings.learning_rate
     average = _fast_copy(student, setup.device).eval().requires_grad_(False)
+    held = sparsity.held(setup.settings.sparsity, student, (trained, average))
+    rate = setup.settings.learning_rate
     return _State(
         student=trained,
         average=average,
         optimiser=torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True),
         best=_weights(average),
         rows=[],
+        held=held,
         started=time.monotonic(),
     )
 
@@ -368,6 +372,7 @@ def _step(
     nn.utils.clip_grad_norm_(state.student.parameters(), GRADIENT_LIMIT)
     state.optimiser.step()
     _follow(state)
+    sparsity.hold(state.held)
     state.step += 1
     return loss.detach()
 

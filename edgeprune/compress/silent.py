@@ -143,13 +143,17 @@ def _raise_filters(unit: _Unit, given: InputRange) -> int:
         for index in faint:
             _unfold(unit, index, float(scale[index]), float(constant[index]))
             weights = filter_of(unit.layer, index)
-            centre = (0, *(size // 2 for size in weights.shape[1:]))
-            before = float(weights[centre])
-            weights[centre] = MARGIN * float(needed[index])
+            centre = weights
+            for size in weights.shape[1:]:
+                centre = centre.select(1, size // 2)
+            # One that is not zero, where there is one: zeros may be of a pattern that an accelerator makes use of.
+            place = int((centre != 0).int().argmax())
+            before = float(centre[place])
+            centre[place] = MARGIN * float(needed[index])
             inputs = weights_by_input(unit.layer).shape[2]
             outputs = len(scale) // (int(middle.numel()) // inputs)
-            first = index // outputs * inputs
-            added = (float(weights[centre]) - before) * float(middle[first])
+            read = index // outputs * inputs + place
+            added = (float(centre[place]) - before) * float(middle[read])
             _set_constant(unit, index, float(constant[index]) - added)
     return len(faint)
 

@@ -144,6 +144,15 @@ class Inspectable(Protocol):
         ...
 
 
+@runtime_checkable
+class ShowsSparsity(Protocol):
+    """A format that can say which weights of its files are 2:4 sparse."""
+
+    def sparse_layers(self, path: Path) -> dict[str, bool]:
+        """For each layer with weights in a file whether they have the pattern, by its name in torch, where the file has kept that."""
+        ...
+
+
 class Format(Protocol):
     """What a format module offers; ends with ``FORMAT: Format = ...``."""
 

@@ -30,6 +30,7 @@ from edgeprune.errors import FormatError
 from edgeprune.formats import Format, FormatInfo
 from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
 from edgeprune.formats._onnx_resize import encode
+from edgeprune.formats._onnx_sparsity import sparse_layers
 from edgeprune.formats.onnx import OnnxFormat, OnnxTypes
 from edgeprune.results import Artifact
 
@@ -77,6 +78,10 @@ class TensorrtFormat(OnnxFormat):
         lower_opset(proto)
         records.write_bytes(path, encode(proto))
         return self.describe(path)
+
+    def sparse_layers(self, path: Path) -> dict[str, bool]:
+        """See :class:`edgeprune.formats.ShowsSparsity`."""
+        return sparse_layers(path.read_bytes())
 
     def _arrange(self, quantized: Any) -> None:
         _free_fused_additions(quantized.graph)

@@ -88,9 +88,9 @@ def tried(precision, engine, recipe, options):
 
 def main(arguments):
     """Build, time and check every precision; keep the fastest that passes."""
-    recipe = json.loads(checked("preprocess.json").decode("utf-8"))
-    [checked("golden/%s.npy" % name) for name in ("inputs", "outputs")]
-    content, flags = checked(recipe["model"]), ["--sparsity=enable"] * (arguments == ["--sparsity"])
+    recipe, facts = (json.loads(checked(n + ".json")) for n in ("preprocess", "manifest"))
+    *_, content = map(checked, ("golden/inputs.npy", "golden/outputs.npy", recipe["model"]))
+    flags = ["--sparsity=enable"] if facts.get("sparsity") or "--sparsity" in arguments else []
     wanted, kept, note = fingerprint(content, flags), PLACE / "model.engine", PLACE / "engine.json"
     known = json.loads(note.read_text()) if note.exists() and kept.exists() else {"of": None}
     if known["of"] == wanted and known["sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest():
