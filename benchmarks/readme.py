@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import click
-from blocks import RESULTS, load_blocks, load_plots
+from blocks import RESULTS
+from pages import load_blocks, load_plots
 
 from edgeprune import records
 from edgeprune.errors import EdgepruneError, SpecError, UnknownName

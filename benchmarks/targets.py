@@ -1,6 +1,8 @@
 """Every target's files side by side: ``python benchmarks/targets.py``, then ``python benchmarks/readme.py``.
 
 Each net is converted to each target's format in both precisions; what can be run here answers real images. Nothing is pruned or trained.
+Rows of the results file that a run does not make again stay, with their date: ``--net NAME --target NAME`` renews some.
+``--emulated-board`` (as root on x86-64 Debian) also runs the INT8 files on the emulated arm64 board of the tests.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import click
 import numpy as np
 import torch
 from compare import load_net
-from targets_blocks import TargetResults, TargetRow
+from targets_blocks import LEDGER_FROM, TargetResults, TargetRow, merged
+from targets_board import Int8File, error_steps, rows_on_the_board
 
 from edgeprune import api, pipeline, records
 from edgeprune.closing import versions
@@ -23,23 +26,59 @@ from edgeprune.compress.evaluate import logits
 from edgeprune.context import NOT_RUN, Context
 from edgeprune.errors import EdgepruneError
 from edgeprune.folders import model_bytes
+from edgeprune.formats import QuantizeOptions
+from edgeprune.int8 import Search, layer_gains
+from edgeprune.int8_results import LayerFallback
 from edgeprune.options import Options
 from edgeprune.progress import Terminal
 from edgeprune.runfolder import RunFolder
 from edgeprune.specs import Recovery
 
 OUT = Path(__file__).parent / "results" / "targets.json"
-TARGETS = ("rpi4", "this-machine", "jetson-orin-nano", "android-arm64", "iphone")
+TARGETS = ("rpi4", "rpi3-32bit", "this-machine", "jetson-orin-nano", "android-arm64", "iphone")
 IMAGES = 1000
+NETS = ("example", *sorted(p.stem for p in (Path(__file__).parent / "nets").glob("*.safetensors")))
 
 
-def rows_of(context: Context, net: str, folder: Path) -> list[TargetRow]:
-    """Both precisions of one target."""
+def now() -> str:
+    """The date and time, UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def told(arguments: list[str]) -> list[str]:
+    """Arguments without those that name places of one machine."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--run", "--out"):
+            kept.append(argument)
+        skip = argument in ("--run", "--out")
+    return kept
+
+
+def layer_costs(context: Context, fp32: Path, exact: torch.Tensor) -> tuple[LayerFallback, ...]:
+    """What each layer costs an INT8 file with the format's own ranges; nothing for a format that cannot be looked into."""
+    if context.has_twin:
+        return ()  # the scan would be of the twin's file, not of this one
+    x, y = context.development[:IMAGES].numpy(), context.job.loaded.dataset.development.y
+    reference = logits(context.model, torch.from_numpy(x))
+    folder = fp32.parent / "int8"
+    folder.mkdir(exist_ok=True)
+    search = Search(context, folder, x, None if y is None else y[:IMAGES], reference, exact)
+    search.add("own ranges", fp32, context.model, QuantizeOptions())
+    return tuple(
+        LayerFallback(layer=layer, gain_nats=gain)
+        for layer, (gain, _) in layer_gains(search, search.best).items()
+    )
+
+
+def rows_of(context: Context, net: str, folder: Path, for_board: list[Int8File]) -> list[TargetRow]:
+    """Both precisions of one target; the INT8 file with its answers here is added to those for the board."""
     job, form = context.job, context.ship
     development = job.loaded.dataset.development.head(IMAGES)
     x, y = context.development[:IMAGES].numpy(), development.y
     expected = logits(context.model, torch.from_numpy(x)).argmax(1)
-    base = {"net": net, "target": job.target.name, "format": form.info.name}
+    created = now()
+    base = {"net": net, "target": job.target.name, "format": form.info.name, "created": created}
     float_path = folder / f"{net}.fp32{form.info.suffix}"
     int8_path = folder / f"{net}.int8{form.info.suffix}"
     found: list[TargetRow] = []
@@ -76,8 +115,25 @@ def rows_of(context: Context, net: str, folder: Path) -> list[TargetRow]:
             if exact is None:
                 exact = answers
             else:
-                step = float(exact.max() - exact.min()) / 255
-                changes["error_steps"] = float((answers - exact).abs().max()) / step
+                fp32_row = found[-1].accuracy or 0.0
+                if fp32_row - float(changes.get("accuracy", fp32_row)) > LEDGER_FROM:  # type: ignore[arg-type]
+                    changes["costs"] = layer_costs(context, float_path, exact)
+                changes["error_steps"] = error_steps(answers, exact)
+                for_board.append(
+                    Int8File(
+                        net,
+                        job.target.name,
+                        form.info.name,
+                        form.info.layout,
+                        job.target.runtime.name,
+                        path,
+                        x,
+                        y,
+                        expected,
+                        exact,
+                        answers,
+                    )
+                )
         counts = artifact.op_counts
         found.append(
             TargetRow.model_validate(
@@ -94,16 +150,42 @@ def rows_of(context: Context, net: str, folder: Path) -> list[TargetRow]:
     return found
 
 
+def write(out: Path, rows: tuple[TargetRow, ...], accuracy: dict[str, float]) -> None:
+    """The results file."""
+    records.write_json(
+        TargetResults(
+            command=shlex.join(["python", "benchmarks/targets.py", *told(sys.argv[1:])]),
+            created=now(),
+            split="development",
+            n=IMAGES,
+            torch_accuracy=accuracy,
+            versions=versions(),
+            rows=rows,
+        ),
+        out,
+    )
+
+
 @click.command()
-@click.option("--net", "nets", multiple=True, default=("example", "resnet20-wide"))
+@click.option("--net", "nets", multiple=True, default=NETS)
 @click.option("--target", "targets", multiple=True, default=TARGETS)
 @click.option("--out", type=click.Path(path_type=Path), default=OUT)
 @click.option("--run", type=click.Path(path_type=Path), default=Path("runs/targets"))
-def main(nets: tuple[str, ...], targets: tuple[str, ...], out: Path, run: Path) -> None:
+@click.option("--emulated-board", is_flag=True)
+def main(
+    nets: tuple[str, ...], targets: tuple[str, ...], out: Path, run: Path, emulated_board: bool
+) -> None:
     """Convert, run, compare."""
     progress = Terminal()
-    rows: list[TargetRow] = []
+    for_board: list[Int8File] = []
+    rows: tuple[TargetRow, ...] = ()
     accuracy: dict[str, float] = {}
+    if out.is_file():
+        before = records.read_json(TargetResults, out)
+        rows = tuple(
+            row.model_copy(update={"created": row.created or before.created}) for row in before.rows
+        )
+        accuracy = dict(before.torch_accuracy)
     run.mkdir(parents=True, exist_ok=True)
     for net in nets:
         loaded = load_net(net, Recovery(epochs=0))
@@ -113,29 +195,21 @@ def main(nets: tuple[str, ...], targets: tuple[str, ...], out: Path, run: Path) 
                 RunFolder(run / f"{net}-{target}", progress) as folder,
                 pipeline.opened(job, progress, folder) as context,
             ):
-                if net not in accuracy:
+                if target == targets[0] or net not in accuracy:
                     y = torch.from_numpy(np.asarray(job.loaded.dataset.development.y[:IMAGES]))
                     answers = logits(context.model, context.development[:IMAGES]).argmax(1)
                     accuracy[net] = float((answers == y).double().mean())
-                new = rows_of(context, net, folder.path)
-            rows += new
+                new = rows_of(context, net, folder.path, for_board)
+            rows = merged(rows, tuple(new))
             for row in new:
                 progress.say(
                     f"{row.net:14} {row.target:18} {row.precision:5} {row.where or row.message}"
                     f"  {row.agreement}  {row.seconds:.1f} s"
                 )
-            records.write_json(
-                TargetResults(
-                    command=shlex.join(["python", "benchmarks/targets.py", *sys.argv[1:]]),
-                    created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                    split="development",
-                    n=IMAGES,
-                    torch_accuracy=accuracy,
-                    versions=versions(),
-                    rows=tuple(rows),
-                ),
-                out,
-            )
+            write(out, rows, accuracy)
+    if emulated_board:
+        rows = merged(rows, tuple(rows_on_the_board(for_board, progress, now())))
+        write(out, rows, accuracy)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,20 @@ from collections.abc import Callable
 from typing import Literal
 
 from edgeprune import records
+from edgeprune.int8_results import LayerFallback
+
+LEDGER_FROM = 0.005  # accuracy that INT8 loses against FP32 before its layers are looked at
+SHOWN_LAYERS = 5
+EMULATED = "emulated arm64 board"
 
 
 class TargetRow(records.Record):
     """One net as one file of one target's format.
 
     ``agreement`` is with torch, on ``n`` images; ``error_steps`` the largest difference of an INT8 file's answers from those of the FP32
-    file of its format, in steps of 1/255 of their range. Both are ``None`` where nothing here runs the file.
+    file of its format, in steps of 1/255 of their range. Both are ``None`` where nothing here runs the file. ``created`` is empty where it
+    is that of the whole file. ``from_host_steps`` of a row of the emulated board is the largest difference from this machine's answers of
+    the same file. ``costs`` says, where INT8 lost more than :data:`LEDGER_FROM`, what each layer alone in float brings back.
     """
 
     net: str
@@ -27,6 +34,9 @@ class TargetRow(records.Record):
     accuracy: float | None = None
     int8_ops: int = 0
     message: str = ""
+    created: str = ""
+    from_host_steps: float | None = None
+    costs: tuple[LayerFallback, ...] = ()
 
 
 class TargetResults(records.Record):
@@ -56,7 +66,7 @@ def targets_block(
             "" if row.error_steps is None else f"{row.error_steps:.1f}",
             _percent(row.accuracy),
             f"{row.size_bytes / 1000:.0f} kB" if row.size_bytes else "",
-            f"{row.seconds:.1f} s" if row.size_bytes else "",
+            f"{row.seconds:.1f} s" if row.seconds else "",
         )
         for row in results.rows
         if not precisions or row.precision in precisions
@@ -69,11 +79,45 @@ def targets_block(
         f"Dense nets, {results.n} images of the {results.split} split; nothing is pruned or trained here. torch itself: {known}."
         " Times of conversion are of a shared machine. A file that nothing here runs says `not run`."
     )
-    return f"{table(columns, lines)}\n\n{note}"
+    parts = [table(columns, lines), note]
+    costly = [row for row in results.rows if row.costs]
+    if costly:
+        parts.append(
+            f"Where INT8 costs more than {LEDGER_FROM:.1%}, the layers that cost it: nats of KL from FP32 that go away when the layer alone"
+            " stays in float."
+        )
+        parts.append("\n".join(_ledger(row) for row in costly))
+    return "\n\n".join(parts)
+
+
+def merged(old: tuple[TargetRow, ...], new: tuple[TargetRow, ...]) -> tuple[TargetRow, ...]:
+    """Rows of an earlier run, those that were made again replaced where they stood; new ones at the end."""
+    made = {_place(row) for row in new}
+    kept: list[TargetRow] = []
+    for row in old:
+        place = _place(row)
+        if place not in made:
+            kept.append(row)
+        elif place not in {_place(k) for k in kept}:
+            kept += [r for r in new if _place(r) == place]
+    here = {_place(row) for row in kept}
+    return tuple(sorted((*kept, *(r for r in new if _place(r) not in here)), key=lambda r: r.net))
+
+
+def _place(row: TargetRow) -> tuple[str, str, bool]:
+    return row.net, row.target, row.where.endswith(EMULATED)
+
+
+def _ledger(row: TargetRow) -> str:
+    worst = sorted(row.costs, key=lambda cost: -cost.gain_nats)[:SHOWN_LAYERS]
+    told = ", ".join(f"`{cost.layer}` {cost.gain_nats:.3g}" for cost in worst)
+    return f"- {row.net}, {row.format} ({row.target}): {told}"
 
 
 def _where(row: TargetRow) -> str:
     """Who ran the file: this machine stands in for every board and phone."""
+    if row.from_host_steps is not None:
+        return f"{row.where}; {row.from_host_steps:.1f} steps from this machine's answers"
     is_stand_in = row.agreement is not None and row.target != "this-machine"
     return f"{row.where} (stand-in)" if is_stand_in else row.where or row.message
 

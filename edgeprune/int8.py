@@ -53,7 +53,7 @@ class Quantised:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """An INT8 file, what it was made from, and how."""
 
     tried: Int8Try
@@ -70,7 +70,7 @@ class _Candidate:
 
 
 @dataclass
-class _Search:
+class Search:
     """Candidates on one selection sample. The earliest of equals is the best: more effort must earn its place."""
 
     context: Context
@@ -79,10 +79,11 @@ class _Search:
     y: np.ndarray | None
     reference: torch.Tensor  # of the dense model
     exact: torch.Tensor  # of the FP32 file
-    found: list[_Candidate] = field(default_factory=list)
+    found: list[Candidate] = field(default_factory=list)
 
     @property
-    def best(self) -> _Candidate:
+    def best(self) -> Candidate:
+        """The earliest of the candidates with the highest rank."""
         return max(self.found, key=lambda c: (c.rank, -self.found.index(c)))
 
     @property
@@ -111,7 +112,7 @@ class _Search:
             return
         loss = kl_nats(self.exact, found)
         tried = Int8Try(name=name, quality=self._quality(found), loss_nats=loss, note=note)
-        self.found.append(_Candidate(tried, path, artifact, fp32, model, options))
+        self.found.append(Candidate(tried, path, artifact, fp32, model, options))
 
     def export(self, name: str, model: nn.Module) -> Path:
         """The FP32 file of a changed model."""
@@ -137,7 +138,7 @@ def best_int8(
     folder.mkdir(exist_ok=True)
     rows = np.sort(np.random.default_rng(PIXEL_SEED).permutation(len(split))[:JUDGED])
     x = model_input(split.x[rows], context.job.loaded.preprocess)
-    search = _Search(
+    search = Search(
         context,
         folder,
         x,
@@ -189,7 +190,7 @@ def _calibration_labels(context: Context) -> np.ndarray | None:
 
 
 def _try_all(
-    search: _Search, model: nn.Module, fp32: Path, limit_ms: float
+    search: Search, model: nn.Module, fp32: Path, limit_ms: float
 ) -> tuple[LayerFallback, ...]:
     """Everything in order of cost, until INT8 costs next to nothing; all of it where the effort is thorough."""
     is_thorough = search.context.job.int8.effort == "thorough"
@@ -210,7 +211,7 @@ def _try_all(
     return layers
 
 
-def _try_weights(search: _Search, model: nn.Module) -> None:
+def _try_weights(search: Search, model: nn.Module) -> None:
     """Equalised layers and corrected biases, with the best ranges so far."""
     context, options = search.context, search.best.options
     x = torch.from_numpy(context.calibration)
@@ -229,30 +230,12 @@ def _try_weights(search: _Search, model: nn.Module) -> None:
         context.progress.say(f"      bias correction left out: {str(error).splitlines()[0]}")
 
 
-def _try_float_layers(search: _Search, limit_ms: float) -> tuple[LayerFallback, ...]:
+def _try_float_layers(search: Search, limit_ms: float) -> tuple[LayerFallback, ...]:
     """Scan the layers one at a time in float, then keep those in float that bring most for a millisecond, within the limit."""
     context, start = search.context, search.best
-    if not isinstance(context.whole, Inspectable):
-        return ()
-    layers = _heaviest(context, start)
-    few = search.x[:SCANNED]
-    exact = search.exact[: len(few)]
-    loss = kl_nats(exact, context.run_file(context.host, start.path, few))
-    paths: dict[str, Path] = {}
-    gains: dict[str, float] = {}
-    with context.progress.bar("INT8 layer by layer", len(layers)) as bar:
-        for layer in layers:
-            path = search.folder / f"float-{len(paths)}{context.whole.info.suffix}"
-            options = replace(start.options, float_layers=(layer,))
-            try:
-                context.whole.quantize(
-                    start.fp32, context.calibration, path, model=start.model, options=options
-                )
-                found = context.run_file(context.host, path, few)
-                gains[layer], paths[layer] = loss - kl_nats(exact, found), path
-            except FormatError as error:
-                context.progress.say(f"      {layer} cannot stay in float: {error.message}")
-            bar.advance(1)
+    scanned = layer_gains(search, start)
+    gains = {layer: gain for layer, (gain, _) in scanned.items()}
+    paths = {layer: path for layer, (_, path) in scanned.items()}
     useful = sorted((n for n in gains if gains[n] > 0), key=lambda n: -gains[n])[:MOST_TIMED]
     times = _times(context, {"": start.path, **{n: paths[n] for n in useful}})
     extra = {n: max(0.0, times[n] - times[""]) for n in useful}
@@ -278,7 +261,37 @@ def _try_float_layers(search: _Search, limit_ms: float) -> tuple[LayerFallback, 
     return tuple(sorted(found_all, key=lambda item: -item.gain_nats))
 
 
-def _heaviest(context: Context, start: _Candidate) -> list[str]:
+def layer_gains(search: Search, start: Candidate) -> dict[str, tuple[float, Path]]:
+    """Nats of KL that each layer alone in float takes away from an INT8 file, and the file with that layer in float.
+
+    Layers come in the order of the file, at most :data:`MOST_LAYERS`; the loss is that of the first :data:`SCANNED` samples. Empty for
+    a format whose files cannot be looked into.
+    """
+    context = search.context
+    if not isinstance(context.whole, Inspectable):
+        return {}
+    layers = _heaviest(context, start)
+    few = search.x[:SCANNED]
+    exact = search.exact[: len(few)]
+    loss = kl_nats(exact, context.run_file(context.host, start.path, few))
+    scanned: dict[str, tuple[float, Path]] = {}
+    with context.progress.bar("INT8 layer by layer", len(layers)) as bar:
+        for layer in layers:
+            path = search.folder / f"float-{len(scanned)}{context.whole.info.suffix}"
+            options = replace(start.options, float_layers=(layer,))
+            try:
+                context.whole.quantize(
+                    start.fp32, context.calibration, path, model=start.model, options=options
+                )
+                found = context.run_file(context.host, path, few)
+                scanned[layer] = loss - kl_nats(exact, found), path
+            except FormatError as error:
+                context.progress.say(f"      {layer} cannot stay in float: {error.message}")
+            bar.advance(1)
+    return scanned
+
+
+def _heaviest(context: Context, start: Candidate) -> list[str]:
     """Layers with weights in the order of the file; where there are too many, those with the most multiply-accumulates."""
     form = context.whole
     assert isinstance(form, Inspectable)
@@ -317,7 +330,7 @@ def _times(context: Context, paths: dict[str, Path]) -> dict[str, float]:
     return {name: m.median_ms for name, m in zip(paths, found, strict=True)}
 
 
-def _try_training(search: _Search, model: nn.Module) -> None:
+def _try_training(search: Search, model: nn.Module) -> None:
     """A few epochs of distillation with rounded weights and inputs, then the file from those weights."""
     context, loaded = search.context, search.context.job.loaded
     settings = loaded.workload.recovery

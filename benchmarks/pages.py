@@ -1,0 +1,100 @@
+"""Every block and picture of README.md and docs, from the results files. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from blocks import (
+    BudgetResults,
+    MeasurementResults,
+    budgets_block,
+    demo_block,
+    measurement_block,
+    prediction_block,
+    stamp_text,
+    table,
+)
+from board_blocks import BoardResults, boards_block, matrix_block
+from compare_blocks import compare_block, compare_summary
+from compare_plot import compare_plot
+from compare_records import CompareResults
+from int8_blocks import RecipeResults, int8_block
+from predictor_blocks import PredictorResults, predictor_block
+from targets_blocks import TargetResults, targets_block
+from zoo_blocks import ZooResults, zoo_block
+
+from edgeprune import records
+from edgeprune.results import Report
+
+NETS = ("example", "resnet20-wide", "mobilenetv2-half")
+
+
+def load_blocks(results: Path) -> dict[str, str | None]:
+    """Every block by name; ``None`` while its results file is not there.
+
+    Args:
+        results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json``, ``emulated-setup.json``,
+            ``predictor.json``, ``zoo.json``, ``targets.json``, ``int8.json`` and ``compare-NET.json``.
+
+    Raises:
+        IntegrityError: a results file is damaged.
+    """
+    demo, budgets = results / "demo.json", results / "budgets.json"
+    measurement = results / "measurement.json"
+    boards, setup = results / "boards.json", results / "emulated-setup.json"
+    names = (
+        "demo",
+        "budgets",
+        "prediction",
+        "predictor",
+        "measurement",
+        "boards",
+        "zoo",
+        "targets",
+        "int8",
+    )
+    found: dict[str, str | None] = dict.fromkeys(names)
+    found["failures"] = matrix_block()
+    if demo.is_file():
+        found["demo"] = demo_block(records.read_json(Report, demo))
+    if budgets.is_file():
+        read = records.read_json(BudgetResults, budgets)
+        found |= {"budgets": budgets_block(read), "prediction": prediction_block(read)}
+    if measurement.is_file():
+        found["measurement"] = measurement_block(records.read_json(MeasurementResults, measurement))
+    predictor = results / "predictor.json"
+    if predictor.is_file():
+        predicted = records.read_json(PredictorResults, predictor)
+        found["predictor"] = predictor_block(predicted, table, stamp_text)
+    if (targets := results / "targets.json").is_file():
+        converted = records.read_json(TargetResults, targets)
+        found["targets"] = targets_block(converted, table)
+        found["targets-short"] = targets_block(converted, table, precisions=("int8",))
+    if (recipes := results / "int8.json").is_file():
+        found["int8"] = int8_block(records.read_json(RecipeResults, recipes), table)
+    if (zoo := results / "zoo.json").is_file():
+        found["zoo"] = zoo_block(records.read_json(ZooResults, zoo), table)
+    for net in NETS:
+        path = results / f"compare-{net}.json"
+        found |= {f"compare-{net}": None, f"compare-{net}-short": None}
+        if path.is_file():
+            compared = records.read_json(CompareResults, path)
+            stamp = stamp_text(compared.fingerprint)
+            found[f"compare-{net}"] = compare_block(compared, table, stamp)
+            found[f"compare-{net}-short"] = compare_summary(compared, stamp)
+    if boards.is_file():
+        costs = json.loads(setup.read_bytes()) if setup.is_file() else None
+        found["boards"] = boards_block(records.read_json(BoardResults, boards), costs)
+    return found
+
+
+def load_plots(results: Path) -> dict[str, str]:
+    """Pictures by their place in the checkout. Raises as :func:`load_blocks`."""
+    found = {}
+    for net in NETS:
+        path = results / f"compare-{net}.json"
+        drawn = compare_plot(records.read_json(CompareResults, path)) if path.is_file() else None
+        if drawn is not None:
+            found[f"docs/compare-{net}.svg"] = drawn.decode()
+    return found
