@@ -15,6 +15,7 @@ from board_blocks import BoardResults, boards_block, matrix_block
 from compare_blocks import compare_block, compare_summary
 from compare_plot import compare_plot
 from compare_records import CompareResults
+from picture_blocks import picture_blocks
 from predictor_blocks import PredictorResults, predictor_block
 from targets_blocks import TargetResults, targets_block
 from zoo_blocks import ZooResults, zoo_block
@@ -437,7 +438,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
 
     Args:
         results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json``, ``emulated-setup.json``,
-            ``predictor.json``, ``zoo.json``, ``targets.json`` and ``compare-NET.json``.
+            ``predictor.json``, ``zoo.json``, ``targets.json``, ``pictures.json`` and ``compare-NET.json``.
 
     Raises:
         IntegrityError: a results file is damaged.
@@ -445,17 +446,9 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     demo, budgets = results / "demo.json", results / "budgets.json"
     measurement = results / "measurement.json"
     boards, setup = results / "boards.json", results / "emulated-setup.json"
-    names = (
-        "demo",
-        "budgets",
-        "prediction",
-        "predictor",
-        "measurement",
-        "boards",
-        "zoo",
-        "targets",
-    )
+    names = ("demo", "budgets", "prediction", "predictor", "measurement", "boards", "zoo", "targets")  # fmt: skip
     found: dict[str, str | None] = dict.fromkeys(names)
+    found |= picture_blocks(results, stamp_text)
     found["failures"] = matrix_block()
     if demo.is_file():
         found["demo"] = demo_block(records.read_json(Report, demo))

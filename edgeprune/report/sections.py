@@ -70,7 +70,9 @@ def gates(report: Report) -> Markup:
     where = report.device if report.stamp == "measured" else f"{report.device}, {report.stamp}"
     caption = f"Each gate, judged on the exported file ({where})"
     if facts.not_run(report):
-        caption = f"What was judged, on another file of the same net ({where}), and what was not run"
+        caption = (
+            f"What was judged, on another file of the same net ({where}), and what was not run"
+        )
     budget = f"Budget as asked: {report.budget}, which is {time_text(report.limit_ms, 4)} here. "
     return section(
         "gates",
