@@ -25,6 +25,7 @@ class Picture(records.Record):
     model: str
     headline: str
     verdict: str
+    epochs: float  # of healing
     gates: dict[str, str]
     fingerprint: Fingerprint
     report_sha256: str
@@ -53,17 +54,14 @@ def caption(picture: Picture, stamp: str) -> str:
         picture: from the results file.
         stamp: the text of its stamp, which names another architecture where there is one.
     """
-    made, gates = picture.fingerprint, picture.gates
-    verdicts = ", ".join(f"{name} {verdict}" for name, verdict in gates.items())
+    made = picture.fingerprint
+    machine = f"{made.cpu_model}, {made.machine}, {made.runtime} {made.runtime_version}"
+    verdicts = ", ".join(f"{name} {verdict}" for name, verdict in picture.gates.items())
     shown = f"{picture.verdict.lower()}, {picture.headline}"
-    return "\n".join(
-        (
-            f"![The report of {picture.target}: {shown}]({picture.file})",
-            "",
-            f"*The head of `report.html` after `{picture.command}`: gates {verdicts}. Made on {picture.created[:10]} on"
-            f" `{made.device}` ({made.cpu_model}, {made.machine}, {made.runtime} {made.runtime_version}, {made.threads} thread):"
-            f" **{stamp}**.*",
-        )
+    return (
+        f"![The report of {picture.target}: {shown}]({picture.file})\n\n"
+        f"*The head of `report.html` after `{picture.command}` on the example, healed for {picture.epochs:g} epochs; gates: {verdicts}."
+        f" Made on {picture.created[:10]} on `{made.device}` ({machine}): **{stamp}**.*"
     )
 
 

@@ -187,6 +187,7 @@ def described(report: Report, page: bytes, drawn: bytes, browser: str) -> Pictur
         model=Path(report.model).name,
         headline=report.headline,
         verdict=facts.verdict(report),
+        epochs=float(report.settings.get("recovery epochs") or 0),
         gates={gate.name: facts.verdict_text(gate) for gate in report.gates},
         fingerprint=report.fingerprint,
         report_sha256=hashlib.sha256(page).hexdigest(),
@@ -196,15 +197,31 @@ def described(report: Report, page: bytes, drawn: bytes, browser: str) -> Pictur
     )
 
 
-def deployed(target: str, folder: Path, latency: str) -> Path:
-    """Deploy the example to a target, or go on where that stopped.
+def example(folder: Path, epochs: float) -> Path:
+    """A copy of the example that heals for so many epochs.
+
+    Raises:
+        SpecError: the example does not say once for how many epochs it heals.
+    """
+    shutil.copytree(catalog.example_dir("fashion-mnist"), folder, dirs_exist_ok=True)
+    path = folder / "edgeprune.yaml"
+    text, n = re.subn(r"(?m)^  epochs: \S+$", f"  epochs: {epochs:g}", path.read_text("utf-8"))
+    if n != 1:
+        raise SpecError(f"the example must give its epochs once, but {path} gives them {n} times")
+    path.write_text(text, "utf-8")
+    return folder
+
+
+def deployed(target: str, folder: Path, latency: str, copy: Path | None) -> Path:
+    """Deploy the example, or a copy of it, to a target; or go on where that stopped.
 
     Raises:
         FormatError: the deployment ended without a report.
     """
-    argv = ["-m", "edgeprune", "deploy", "--example", "fashion-mnist", "--target", target]
+    argv = ["-m", "edgeprune", "deploy", "--target", target, "--latency", latency]
+    named = [] if copy else ["--example", "fashion-mnist"]
     done = subprocess.run(
-        [sys.executable, *argv, "--latency", latency, "--run", str(folder)], stdout=sys.stderr
+        [sys.executable, *argv, *named, "--run", str(folder.resolve())], stdout=sys.stderr, cwd=copy
     )
     if done.returncode not in (0, 6):  # 6: a gate was missed, which the report says
         raise FormatError(f"the deployment to {target} ended with code {done.returncode}")
@@ -224,6 +241,7 @@ def merged(out: Path, pictures: Sequence[Picture]) -> tuple[Picture, ...]:
     "--target", "targets", multiple=True, default=TARGETS, help="To deploy without --run."
 )
 @click.option("--latency", default="50%", show_default=True, help="Budget without --run.")
+@click.option("--epochs", type=float, help="Of healing, without --run; default: the example's.")
 @click.option("--browser", help="Path or name; default: Chromium or Chrome.")
 @click.option("--docs", type=click.Path(path_type=Path), default=ROOT / "docs")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "pictures.json")
@@ -231,6 +249,7 @@ def main(
     runs: tuple[str, ...],
     targets: tuple[str, ...],
     latency: str,
+    epochs: float | None,
     browser: str | None,
     docs: Path,
     out: Path,
@@ -240,7 +259,9 @@ def main(
         found = find_browser(browser)
         folders = parse_runs(runs)
         if not folders:
-            folders = {t: deployed(t, Path("runs/pictures") / t, latency) for t in targets}
+            base = Path("runs/pictures")
+            copy = None if epochs is None else example(base / "example", epochs)
+            folders = {t: deployed(t, base / t, latency, copy) for t in targets}
         pictures = []
         for target, folder in folders.items():
             pictures.append(pictured(target, folder, docs, found))

@@ -23,6 +23,7 @@ from edgeprune import records  # noqa: E402
 from edgeprune.errors import FormatError, IntegrityError, SpecError, UnknownName  # noqa: E402
 from edgeprune.report import render_html  # noqa: E402
 from edgeprune.results import Report  # noqa: E402
+from edgeprune.specs import Workload  # noqa: E402
 
 PAGES = {
     "rpi4": "raspberry-pi.md",
@@ -91,6 +92,13 @@ def test_a_page_that_would_show_a_path_of_the_machine_is_refused():
 def test_another_page_is_refused():
     with pytest.raises(IntegrityError, match="accuracy"):
         script.head_of("<html><head></head><body></body></html>")
+
+
+def test_a_copy_of_the_example_heals_for_as_long_as_was_asked(tmp_path):
+    folder = script.example(tmp_path / "example", 0.3)
+    found = records.read_yaml(Workload, folder / "edgeprune.yaml")
+    assert found.recovery.epochs == 0.3
+    assert (folder / str(found.weights)).is_file()
 
 
 def drawn(bottom: int, height: int = 100) -> Image.Image:
