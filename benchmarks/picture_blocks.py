@@ -57,10 +57,10 @@ def caption(picture: Picture, stamp: str) -> str:
     made = picture.fingerprint
     machine = f"{made.cpu_model}, {made.machine}, {made.runtime} {made.runtime_version}"
     verdicts = ", ".join(f"{name} {verdict}" for name, verdict in picture.gates.items())
-    shown = f"{picture.verdict.lower()}, {picture.headline}"
     return (
-        f"![The report of {picture.target}: {shown}]({picture.file})\n\n"
-        f"*The head of `report.html` after `{picture.command}` on the example, healed for {picture.epochs:g} epochs; gates: {verdicts}."
+        f"![The report of {picture.target}: {picture.headline}]({picture.file})\n\n"
+        f"*The head of `report.html` after `{picture.command}` on the example, healed for {picture.epochs:g} epochs:"
+        f" {picture.verdict.lower()}; {verdicts}."
         f" Made on {picture.created[:10]} on `{made.device}` ({machine}): **{stamp}**.*"
     )
 
