@@ -31,7 +31,7 @@ from edgeprune.results import Report
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 # A page as wide as a README column, sharp on a dense screen; higher than any head, for what is below it is cut off.
-WIDTH, HEIGHT, SCALE = 900, 2600, 1.5
+WIDTH, HEIGHT, SCALE = 940, 2600, 1.5
 MARGIN = 20  # below the last thing that is shown
 COLOURS = 128
 MAX_BYTES = 200_000

@@ -289,6 +289,7 @@ def test_a_page_of_a_file_that_was_not_run_says_so_before_the_figures() -> None:
     assert "on another file of the same net (this-machine, stand-in)" in page.section("gates")
     assert "judged on the exported file" not in page.section("gates")
     assert page.rows("gates")[-1][:3] == ["numerics", "not run", "—"]
+    assert '<span class="chip stamp">not run</span>' in page.source
 
 
 def test_measured_figures_carry_no_banner() -> None:

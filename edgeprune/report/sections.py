@@ -92,7 +92,9 @@ def budget_text(report: Report) -> str:
 
 
 def _verdict(gate: Gate) -> Markup:
-    return tag("span", facts.verdict_text(gate), class_=f"chip {'good' if gate.met else 'bad'}")
+    # What was not judged is neither good nor bad.
+    kind = "stamp" if gate.not_run else "good" if gate.met else "bad"
+    return tag("span", facts.verdict_text(gate), class_=f"chip {kind}")
 
 
 def variants(report: Report) -> Markup:
