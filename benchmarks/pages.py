@@ -20,6 +20,7 @@ from compare_blocks import compare_block, compare_summary
 from compare_plot import compare_plot
 from compare_records import CompareResults
 from int8_blocks import RecipeResults, int8_block
+from picture_blocks import picture_blocks
 from predictor_blocks import PredictorResults, predictor_block
 from targets_blocks import TargetResults, targets_block
 from zoo_blocks import ZooResults, zoo_block
@@ -35,7 +36,8 @@ def load_blocks(results: Path) -> dict[str, str | None]:
 
     Args:
         results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json``, ``emulated-setup.json``,
-            ``predictor.json``, ``zoo.json``, ``targets.json``, ``int8.json`` and ``compare-NET.json``.
+            ``predictor.json``, ``zoo.json``, ``targets.json``, ``int8.json``, ``pictures.json`` and
+            ``compare-NET.json``.
 
     Raises:
         IntegrityError: a results file is damaged.
@@ -55,6 +57,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         "int8",
     )
     found: dict[str, str | None] = dict.fromkeys(names)
+    found |= picture_blocks(results, stamp_text)
     found["failures"] = matrix_block()
     if demo.is_file():
         found["demo"] = demo_block(records.read_json(Report, demo))

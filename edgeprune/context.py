@@ -152,7 +152,7 @@ class Context:
             return (f"single kernels are those of {twin}, which has the kernels of {ship}",)
         return (
             f"the {ship} file was not run: not every machine here has {runtime};"
-            f" times, quality and answers are of a {twin} file of the same net (stand-in)",
+            f" times, quality and answers are of the {twin} file of the same net (stand-in)",
         )
 
     def _proof_notes(self) -> tuple[str, ...]:

@@ -299,7 +299,7 @@ def final_quality(
         agreement[precision] = float(same.double().mean())
         note = "this machine is the device" if context.is_host else ""
         if not context.runs_ship:
-            note = f"{NOT_RUN}: answers are of a {context.form.info.name} file of the same net"
+            note = f"{NOT_RUN}: answers are of the {context.form.info.name} file of the same net"
         entries.append(
             context.entry("on-device", on_device, precision=precision, where=where, note=note)
         )

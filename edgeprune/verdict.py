@@ -199,7 +199,7 @@ def of_twin(gate: Gate, twin: str) -> Gate:
     """A gate that was judged on a file of the twin format, which is not the one that ships; says so."""
     if gate.not_run:
         return gate
-    said = f"judged on a {twin} file of the same net, a stand-in for the file that ships"
+    said = f"judged on the {twin} file of the same net, a stand-in for the file that ships"
     return gate.model_copy(update={"note": "; ".join(filter(None, (gate.note, said)))})
 
 

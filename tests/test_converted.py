@@ -127,7 +127,7 @@ def test_gates_that_a_twin_was_judged_by_say_so():
     gate = Gate(name="latency", limit=1, value=0.9, unit="ms", met=True, note="of dense")
     said = verdict.of_twin(gate, "onnx")
     assert said.met
-    assert said.note.startswith("of dense; judged on a onnx file")
+    assert said.note.startswith("of dense; judged on the onnx file")
     assert verdict.of_twin(not_run_gate(), "onnx") == not_run_gate()
 
 

@@ -120,7 +120,7 @@ def test_the_top_says_what_shipped_how_fast_how_accurate_and_whether_it_passed(p
         "2.08x faster than dense int8, accuracy -0.66 points",
         "Latency, pruned INT8",
         f"{median_of(report, 'pruned-int8'):.2f} ms",
-        "judged on 47.91 % of dense int8",
+        "judged on 47.91 % of dense int8 in the same rounds; budget 50.00 %",
         f"{ratio:.2f}\N{MULTIPLICATION SIGN}",
         "92.18 %",
         "−0.44 pp against dense INT8",
@@ -247,7 +247,11 @@ def test_a_stand_in_is_announced_and_never_called_measured_or_a_board(page: Page
     banner = page.source.split("<aside", 1)[1].split("</aside>", 1)[0]
     assert "Stand-in figures" in banner
     assert "x86_64 machine" in banner
-    assert "not on a Raspberry Pi" in banner
+    assert "not on a Raspberry Pi (target rpi4)" in banner
+    assert "was not run" not in banner
+    top = page.source.split("<h1", 1)[0]
+    assert '<span class="chip stamp">stand-in</span>' in top
+    assert "judged on the exported file (this-machine, stand-in)" in page.section("gates")
     outside = page.source.replace(banner, "")
     assert "measured" not in outside
     assert "stand-in median" in outside
@@ -257,13 +261,42 @@ def test_an_emulated_board_is_announced() -> None:
     page = Page(make_report(stamp="emulated", target="jetson-orin-nano"))
     banner = page.source.split("<aside", 1)[1].split("</aside>", 1)[0]
     assert "Emulated board" in banner
-    assert "not those of the board of target jetson-orin-nano" in banner
+    assert "not those of a Jetson (target jetson-orin-nano)" in banner
     assert "emulated median" in page.source
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("rpi3-32bit", "a Raspberry Pi (target rpi3-32bit)"),
+        ("android-arm64", "an Android phone (target android-arm64)"),
+        ("iphone", "an iPhone (target iphone)"),
+        ("my-board", "the board of target my-board"),
+    ],
+)
+def test_the_banner_calls_the_thing_what_people_call_it(target: str, name: str) -> None:
+    assert f"not on {name}. They show" in Page(make_report(target=target)).words
+
+
+def test_a_page_of_a_file_that_was_not_run_says_so_before_the_figures() -> None:
+    report = make_report(target="iphone")
+    numerics = next(g for g in report.gates if g.name == "numerics")
+    unknown = numerics.model_copy(update={"met": False, "not_run": True})
+    gates = (*(g for g in report.gates if g.name != "numerics"), unknown)
+    page = Page(make_report(target="iphone", gates=gates, passed=False))
+    assert ">NOT VERIFIED: THE FILE THAT SHIPS WAS NOT RUN<" in page.source.split("<h1", 1)[0]
+    assert "The file that ships was not run at all" in page.source.split("<nav", 1)[0]
+    assert "on another file of the same net (this-machine, stand-in)" in page.section("gates")
+    assert "judged on the exported file" not in page.section("gates")
+    assert page.rows("gates")[-1][:3] == ["numerics", "not run", "—"]
+    assert '<span class="chip stamp">not run</span>' in page.source
 
 
 def test_measured_figures_carry_no_banner() -> None:
     page = Page(make_report(stamp="measured"))
     assert "<aside" not in page.source
+    assert "chip stamp" not in page.source.split("</style>", 1)[1]
+    assert "judged on the exported file (this-machine)" in page.section("gates")
     assert "measured median" in page.source
 
 

@@ -20,6 +20,13 @@ from edgeprune.results import (
 from edgeprune.specs import Precision, Stamp
 
 KINDS = ("training", "conversion", "measuring", "other")
+# How the names of targets begin, and what people call such a thing.
+_BOARDS = {
+    "rpi": "a Raspberry Pi",
+    "jetson": "a Jetson",
+    "android": "an Android phone",
+    "iphone": "an iPhone",
+}
 
 
 class Planned(Protocol):
@@ -215,7 +222,7 @@ def stamp_banner(report: Report) -> tuple[str, str] | None:
         return (
             "Stand-in figures",
             f"Every time in this report was measured on this {machine} machine ({report.fingerprint.cpu_model}), not on "
-            f"{board(report)}. They show that the method works; they say nothing about the speed on the board.",
+            f"{board(report)}. They show that the method works; they say nothing about the speed there.{_not_run_text(report)}",
         )
     if report.stamp == "emulated":
         return (
@@ -224,6 +231,13 @@ def stamp_banner(report: Report) -> tuple[str, str] | None:
             f"{board(report)} and carry no meaning as speed.",
         )
     return None
+
+
+def _not_run_text(report: Report) -> str:
+    """What a reader of a file that was never run must know before the figures."""
+    if not not_run(report):
+        return ""
+    return " The file that ships was not run at all: times and answers are those of another file of the same net."
 
 
 def unreliable(report: Report) -> list[str]:
@@ -271,6 +285,6 @@ def latency_gate(report: Report) -> Gate | None:
 def board(report: Report) -> str:
     """What the target stands for, as people call it."""
     target = report.target
-    if target.startswith("rpi"):
-        return f"a Raspberry Pi (target {target})"
-    return f"the board of target {target}"
+    known = (name for start, name in _BOARDS.items() if target.startswith(start))
+    name = next(known, "")
+    return f"{name} (target {target})" if name else f"the board of target {target}"

@@ -140,6 +140,7 @@ def _hero(report: Report) -> Markup:
             "p",
             tag("span", facts.verdict(report), class_=f"verdict {'good' if is_sure else 'bad'}"),
             tag("span", why, class_="why") if why else "",
+            "" if report.stamp == "measured" else tag("span", report.stamp, class_="chip stamp"),
         ),
         tag("h1", report.headline),
         tag("div", *_tiles(report), class_="tiles"),

@@ -67,11 +67,17 @@ def gates(report: Report) -> Markup:
     ]
     if not rows:
         return section("gates", "Gates", note("No gate was judged."))
+    where = report.device if report.stamp == "measured" else f"{report.device}, {report.stamp}"
+    caption = f"Each gate, judged on the exported file ({where})"
+    if facts.not_run(report):
+        caption = (
+            f"What was judged, on another file of the same net ({where}), and what was not run"
+        )
     budget = f"Budget as asked: {report.budget}, which is {time_text(report.limit_ms, 4)} here. "
     return section(
         "gates",
         "Gates",
-        table("Each gate, judged on the exported file on the device", columns, rows),
+        table(caption, columns, rows),
         note(budget, f"Ships {report.shipped.upper()}: {report.shipped_reason}."),
     )
 
@@ -81,14 +87,14 @@ def budget_text(report: Report) -> str:
     gate = facts.latency_gate(report)
     if gate is None or gate.unit == "ms":
         return f"budget {time_text(report.limit_ms)}"
-    found, limit = (
-        unit_text(v, gate.unit, facts.ledger_n(report)) for v in (gate.value, gate.limit)
-    )
-    return f"judged on {found} in the same rounds, budget {limit}"
+    found = unit_text(gate.value, gate.unit, facts.ledger_n(report))
+    return f"judged on {found} in the same rounds; budget {share_text(gate.limit, 2)}"
 
 
 def _verdict(gate: Gate) -> Markup:
-    return tag("span", facts.verdict_text(gate), class_=f"chip {'good' if gate.met else 'bad'}")
+    # What was not judged is neither good nor bad.
+    kind = "stamp" if gate.not_run else "good" if gate.met else "bad"
+    return tag("span", facts.verdict_text(gate), class_=f"chip {kind}")
 
 
 def variants(report: Report) -> Markup:
