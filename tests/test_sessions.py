@@ -18,6 +18,7 @@ from edgeprune.devices import session as sessions
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.frames import Refusal
 from edgeprune.devices.plans import TimingPlan
+from edgeprune.devices.session import allowed_load
 from edgeprune.errors import DeviceError, LinkLost
 from edgeprune.specs import Device
 
@@ -187,3 +188,8 @@ def test_a_command_that_only_looks_needs_no_lease_but_timing_does(tmp_path):
         board.load("net", matmul_file(), **ORT)
         with pytest.raises(DeviceError, match="does not hold"):
             board.time(["net"], QUICK)
+
+
+def test_who_lets_others_have_the_cores_is_not_held_up_by_their_load():
+    assert [allowed_load(ratio) for ratio in (0.05, 0.3, 0.5)] == [0.3, 0.3, 0.5]
+    assert allowed_load(1.0) > 1000

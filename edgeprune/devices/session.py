@@ -45,6 +45,7 @@ from edgeprune.specs import Device
 
 LINK_S = 60.0  # for anything that mostly waits for the link
 BEAT_S = 5.0  # or a third of what the lease allows, where that is less
+LOAD_PER_CORE, NO_LIMIT = 0.3, 1e6
 PATIENCE_S = (
     30.0  # what a model may take over ten times the expected time before the board ends its process
 )
@@ -59,6 +60,15 @@ _LOOK = """set -- "$1" "$2" "$(sha256sum "$2" 2>/dev/null)"
 if [ -e "$1" ]; then f="$(stat -L -c '%u %a' "$1")"; else f="none none"; fi
 printf '\\nedgeprune-workdir %s %s %s\\n' "$(id -u)" "$f" "${3%% *}"
 """
+
+
+def allowed_load(foreign_cpu_ratio: float) -> float:
+    """The load of the last minute for each core from which on a board is not timed; who lets others have the cores is not held up by it.
+
+    >>> allowed_load(0.05), allowed_load(0.5), allowed_load(1.0)
+    (0.3, 0.5, 1000000.0)
+    """
+    return NO_LIMIT if foreign_cpu_ratio >= 1 else max(LOAD_PER_CORE, foreign_cpu_ratio)
 
 
 @dataclass(frozen=True)
@@ -170,6 +180,7 @@ class Session:
                 "soft_limit_c": thermal.soft_limit_c,
                 "start_below_c": thermal.start_below_c,
                 "foreign_cpu_ratio": device.max_foreign_cpu_ratio,
+                "load_per_core": allowed_load(device.max_foreign_cpu_ratio),
                 "patience_s": PATIENCE_S,
             },
             "client": {"user": _user(), "host": platform.node(), "job": self._lease.job},
