@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ Command = Callable[..., Any]
 
 
 def schedule_options(command: Command) -> Command:
-    """Add the flags of the keys under ``recovery`` that say how channels and weights go."""
+    """Add the flags of the keys under ``recovery`` that say how long is trained, and how channels and weights go."""
     options = [
+        click.option("--epochs", help="Passes over the training data for healing, such as 0.5."),
         click.option("--steps", help="Prune in 1 to 5 steps, or auto; default 1."),
         click.option("--start", help="Train kept weights (default), rewound or fresh ones."),
         click.option("--rewind-weights", help="Earlier weights of the dense model to rewind to."),
@@ -54,10 +56,12 @@ def int8_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def schedule_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags say, as keys under ``recovery``; the record checks them."""
-    names = ("steps", "start", "rewind_weights", "sparsity")
+    names = ("epochs", "steps", "start", "rewind_weights", "sparsity")
     given = {key: flags[key] for key in names if flags.get(key) is not None}
     if given.get("steps", "").isdecimal():
         given["steps"] = int(given["steps"])
+    with contextlib.suppress(ValueError):
+        given |= {key: float(given[key]) for key in ("epochs",) if key in given}
     if given.get("start", "rewound") != "rewound":
         given.setdefault(
             "rewind_weights", None

@@ -169,7 +169,7 @@ class Closing:
             (only,) = comparable
             if verdict.quality_gate(measured, job.max_drop, only).met:
                 runtime = self.context.runtime_on(self.context.board).name
-                reason = f"{runtime} stands in for the target's runtime, so its times do not rank the precisions"
+                reason = f"{runtime} on this machine stands in for the target, so its times do not rank the precisions"
                 return verdict.Choice(only, reason)
         return verdict.choose(measured, job.budget, job.max_drop, job.target.precisions)
 

@@ -205,11 +205,13 @@ class Context:
     def precisions(self, wanted: Sequence[Precision]) -> tuple[Precision, ...]:
         """Of some precisions, those between which times on the timed board may decide.
 
-        All, unless the runtime there is none of the format's own: onnxruntime computes the INT8 graph of TensorRT in float, so which of
-        two precisions is faster in it says nothing, and INT8 is what the target is for.
+        All on the target's own hardware. On a stand-in INT8, where the target allows it: how much INT8 gains is the processor's affair (a
+        desktop without 8-bit dot products gains next to nothing, a phone or a Raspberry Pi much), and onnxruntime even computes the INT8
+        graph of TensorRT in float.
         """
-        known = self.runtime_on(self.board).name in self.form.info.runtimes
-        return tuple(wanted) if known or "int8" not in wanted else ("int8",)
+        runtime = self.runtime_on(self.board)
+        ranks = self.fingerprint(runtime).stamp == "measured"
+        return tuple(wanted) if ranks or "int8" not in wanted else ("int8",)
 
     @cached_property
     def prepared(self) -> tuple[nn.Module, tuple[str, ...]]:

@@ -104,6 +104,8 @@ def test_a_misspelt_key_is_told_the_nearest_one() -> None:
 def test_flags_say_the_same_as_keys() -> None:
     assert schedule_settings({"steps": "3", "start": None}) == {"steps": 3}
     assert schedule_settings({"steps": "auto"}) == {"steps": "auto"}
+    assert schedule_settings({"epochs": "0.5"}) == {"epochs": 0.5}
+    assert schedule_settings({"epochs": "few"}) == {"epochs": "few"}  # the record refuses it
     assert schedule_settings({}) == {}
     assert schedule_settings({"sparsity": "2:4"}) == {"sparsity": "2:4"}
     rewound = {"start": "rewound", "rewind_weights": "early.pt"}

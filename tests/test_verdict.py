@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from edgeprune import verdict
+from edgeprune.context import Context
 from edgeprune.results import Artifact, Block, Comparison, Measurement, Telemetry
 from edgeprune.specs import Precision, parse_budget
 from edgeprune.verdict import Measured
@@ -190,3 +193,18 @@ def test_the_headline_names_every_gate_that_was_missed():
         verdict.numerics_gate(1.0, 1.0),
     ]
     assert verdict.headline(found(), "int8", gates).endswith("missed: latency, accuracy")
+
+
+@pytest.mark.parametrize(
+    ("stamp", "wanted", "found"),
+    [
+        ("measured", ("fp32", "int8"), ("fp32", "int8")),
+        ("stand-in", ("fp32", "int8"), ("int8",)),
+        ("stand-in", ("fp32",), ("fp32",)),
+    ],
+)
+def test_times_of_a_stand_in_do_not_say_which_precision_is_faster(stamp, wanted, found):
+    context = SimpleNamespace(
+        board=None, runtime_on=lambda _: None, fingerprint=lambda _: SimpleNamespace(stamp=stamp)
+    )
+    assert Context.precisions(context, wanted) == found

@@ -208,6 +208,7 @@ CASES = (
         ("below the fastest admissible latency", "of dense"),
         use_the_measured_stages,
     ),
+    Case("epochs in words", (*DEPLOY, "--epochs", "few"), 2, ("recovery.epochs", "got 'few'")),
     Case("no steps", (*DEPLOY, "--steps", "0"), 2, ("steps", "1 to 5, or auto", "got 0")),
     Case("misspelt start", (*DEPLOY, "--start", "keept"), 2, ("'kept', 'rewound' or 'fresh'",)),
     Case("nothing to rewind to", (*DEPLOY, "--start", "rewound"), 2, ("rewind_weights",)),
