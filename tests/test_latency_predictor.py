@@ -158,6 +158,21 @@ def test_heavy_nets_pull_the_fit_towards_them() -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize("slowed", [2, 5, 9])
+@pytest.mark.parametrize("factor", [1.6, 3.0])
+def test_one_net_that_something_else_slowed_down_does_not_bend_the_fit(
+    slowed: int, factor: float
+) -> None:
+    def truth(net: Mapping[str, int]) -> float:
+        return 1.2 * kernels_ms(net) + 0.1
+
+    nets = timed(truth, 10, seed=3, noise=0.01)
+    nets[slowed] = nets[slowed]._replace(ms=nets[slowed].ms * factor)
+    mean, worst = evaluate(correct(model(), nets), timed(truth, 20, seed=4))
+    assert mean < 0.015
+    assert worst < 0.05
+
+
 def test_kernel_classes_get_their_own_scales_when_one_is_not_enough() -> None:
     scales = {"CONV_2D": 0.8, "DEPTHWISE": 3.0}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,10 @@ from edgeprune.latency.table import KernelShape, KernelTable, LatencyTable
 NOISE_RATIO = 0.02  # one whole-net timing, relative: sets how soon data outweigh the priors
 CLASS_ERROR_RATIO = 0.04  # above this mean error one scale for all kernels is not enough
 LEAST_SCALE = 0.05
+FEW = 6  # nets, below which there is no telling which of them is off
+OUTLIER = 2.5  # robust standard deviations from which on a timing counts less, in proportion (Huber's weights)
+REWEIGHTINGS = 4
+MOST_ERROR_RATIO = 0.15  # what one net counts at most when fits are compared
 PRIOR_SPREAD = 0.5  # standard deviation of a scale, relative to what it is expected to be
 
 
@@ -245,6 +249,9 @@ def evaluate(
     return sum(errors) / len(errors), max(errors)
 
 
+Fit: TypeAlias = Callable[[LatencyModel, list[TimedNet]], LatencyModel]
+
+
 def correct(
     model: LatencyModel, nets: Sequence[tuple[Mapping[str, int], float, float] | TimedNet]
 ) -> LatencyModel:
@@ -252,6 +259,9 @@ def correct(
 
     Whatever correction the model had is replaced. If nets left out of the fit are still missed by more than 4 % on average, every
     kernel class gets its own scale, with a prior at the common one, and is kept if that misses less. Times stay above zero.
+
+    A net that something else on the board slowed down does not bend the fit: one that the fit misses by far more than the median net counts
+    less. Nets of weight over 1 were timed more than once and keep theirs.
 
     Args:
         model: from :func:`build_model`, or corrected before.
@@ -261,23 +271,38 @@ def correct(
     raw = replace(model, scale=1.0, offset_ms=0.0, class_scales={})
     if any(not net.ms > 0 or not net.weight > 0 for net in timed):
         raise ValueError("times and weights of timed nets must be above 0")
-    plain = _fit_common(raw, timed)
-    if len(timed) < 6:
-        return plain
+    if len(timed) < FEW:
+        return _fit_common(raw, timed)
     error = _left_out_error(raw, timed, _fit_common)
     if error <= CLASS_ERROR_RATIO or _left_out_error(raw, timed, _fit_classes) >= error:
-        return plain
-    return _fit_classes(raw, timed)
+        return _robust(_fit_common, raw, timed)
+    return _robust(_fit_classes, raw, timed)
 
 
-def _left_out_error(
-    raw: LatencyModel,
-    nets: list[TimedNet],
-    fit: Callable[[LatencyModel, list[TimedNet]], LatencyModel],
-) -> float:
-    """Mean relative error at each net, predicted from all the others."""
-    errors = [evaluate(fit(raw, nets[:i] + nets[i + 1 :]), [net])[0] for i, net in enumerate(nets)]
-    return sum(errors) / len(errors)
+def _robust(fit: Fit, raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
+    """A fit in which nets that it misses by far count less: iteratively reweighted least squares with Huber's weights."""
+    found = fit(raw, nets)
+    if len(nets) < FEW:
+        return found
+    for _ in range(REWEIGHTINGS):
+        missed = np.array([abs(found.predict(net.widths) / net.ms - 1) for net in nets])
+        # 1.4826 makes the median of absolute values the standard deviation of normal errors.
+        limit = OUTLIER * max(1.4826 * float(np.median(missed)), NOISE_RATIO)
+        found = fit(
+            raw,
+            [
+                net if net.weight > 1 else net._replace(weight=net.weight * min(1.0, limit / m))
+                for net, m in zip(nets, np.maximum(missed, 1e-9).tolist(), strict=True)
+            ],
+        )
+    return found
+
+
+def _left_out_error(raw: LatencyModel, nets: list[TimedNet], fit: Fit) -> float:
+    """Mean relative error at each net, predicted from all the others; no disturbed net decides it alone."""
+    others = [nets[:i] + nets[i + 1 :] for i in range(len(nets))]
+    errors = [evaluate(_robust(fit, raw, o), [net])[0] for o, net in zip(others, nets, strict=True)]
+    return sum(min(error, MOST_ERROR_RATIO) for error in errors) / len(errors)
 
 
 def _fit_common(raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
