@@ -12,6 +12,7 @@ import pytest
 import torch
 from coreml_fixture import FACTS, LABELS, raw, seen
 from torch import nn
+from torch.nn import functional
 
 from edgeprune.errors import FormatError, MissingTool, ModelError
 from edgeprune.folders import files_of, model_bytes
@@ -253,6 +254,28 @@ class Fourier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x)
+
+
+class Pooled(nn.Module):
+    """Poolings that leave their stride to the window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.avg_pool2d(functional.max_pool2d(self.conv(x), 2), 2)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_pooling_without_a_stride_is_converted(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), seen(raw(16))
+    paths = [tmp_path / f"{name}.mlpackage" for name in ("fp32", "int8")]
+    form = coreml.CoremlFormat()
+    form.export(model, x[:1], paths[0])
+    form.quantize(paths[0], x, paths[1], model=model)
+    assert all(form.describe(path).op_counts for path in paths)
 
 
 def test_an_operation_that_core_ml_lacks_is_named_with_its_layer(tmp_path) -> None:

@@ -25,6 +25,7 @@ OBSERVERS_STAY = 10**9  # a step that never comes
 # It merges dequantize, reshape and quantize into a reshape of integers without a look at the two scales, which differ where torch saw
 # other ranges before and after a flatten: answers are then wrong by their ratio (coremltools 9.0).
 BROKEN_PASS = "common::int_op_canonicalization"  # noqa: S105
+POOLINGS = ("aten.max_pool", "aten.avg_pool")
 MAX_REASON = 300
 CALIBRATION_BATCH = 32
 
@@ -128,12 +129,22 @@ def float_model(
         with quiet(), torch.no_grad():
             program = torch.export.export(dressed, (sample,), strict=False)
             program = program.run_decompositions({})
+            _name_strides(program)
             return _converted(program, sample.shape, entry, with_probabilities)
     except Exception as error:
         raise FormatError(
             f"coremltools could not convert the model: {_reason(error, program)}",
             hint="replace that operation, or try a target with another format",
         ) from error
+
+
+def _name_strides(program: Any) -> None:
+    """Give every pooling its stride, in place: torch leaves out one that equals the window, and coremltools 9.0 wants it said."""
+    for node in program.graph.nodes:
+        name = str(node.target) if node.op == "call_function" else ""
+        if name.startswith(POOLINGS) and len(node.args) == 2:
+            node.args = (*node.args, node.args[1])
+    program.graph_module.recompile()
 
 
 def weight_only_model(found: Any) -> Any:
