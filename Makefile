@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes: with more, the tests that time kernels would time each other.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 DEPLOY ?= --target rpi4 --latency 50% --example fashion-mnist
 
 .PHONY: demo data test test-all test-slow check clean
