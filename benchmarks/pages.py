@@ -28,6 +28,7 @@ from zoo_blocks import ZooResults, zoo_block
 from edgeprune import records
 from edgeprune.results import Report
 
+README_NETS = ("example", "mobilenetv2-half")
 NETS = ("example", "resnet20-wide", "mobilenetv2-half")
 
 
@@ -73,7 +74,9 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     if (targets := results / "targets.json").is_file():
         converted = records.read_json(TargetResults, targets)
         found["targets"] = targets_block(converted, table)
-        found["targets-short"] = targets_block(converted, table, precisions=("int8",))
+        found["targets-short"] = targets_block(
+            converted, table, precisions=("int8",), nets=README_NETS
+        )
     if (recipes := results / "int8.json").is_file():
         found["int8"] = int8_block(records.read_json(RecipeResults, recipes), table)
     if (zoo := results / "zoo.json").is_file():

@@ -53,9 +53,17 @@ class TargetResults(records.Record):
 
 
 def targets_block(
-    results: TargetResults, table: Callable[..., str], *, precisions: tuple[str, ...] = ()
+    results: TargetResults,
+    table: Callable[..., str],
+    *,
+    precisions: tuple[str, ...] = (),
+    nets: tuple[str, ...] = (),
 ) -> str:
-    """Every net by every target; of some precisions only, where they are named."""
+    """Every net by every target; of some precisions and nets only, where they are named."""
+    if nets:
+        rows = tuple(row for row in results.rows if row.net in nets)
+        known_nets = {k: v for k, v in results.torch_accuracy.items() if k in nets}
+        results = results.model_copy(update={"rows": rows, "torch_accuracy": known_nets})
     lines = [
         (
             row.net,
