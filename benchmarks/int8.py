@@ -28,7 +28,7 @@ from edgeprune.options import Options
 from edgeprune.progress import Terminal
 from edgeprune.runfolder import RunFolder
 from edgeprune.specs import Recovery
-from targets import NETS, now
+from targets import NETS, now, told
 
 OUT = Path(__file__).parent / "results" / "int8.json"
 TARGET = "rpi4"
@@ -110,7 +110,7 @@ def main(nets: tuple[str, ...], out: Path, run: Path) -> None:
             progress.say(f"{net:18} {row.recipe:28} {row.accuracy:.2%} {row.agreement:.2%}")
         records.write_json(
             RecipeResults(
-                command=shlex.join(["python", "benchmarks/int8.py", *sys.argv[1:]]),
+                command=shlex.join(["python", "benchmarks/int8.py", *told(sys.argv[1:])]),
                 split="development",
                 nets=tuple(found.values()),
             ),
