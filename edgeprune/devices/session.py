@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.devices import replies
+from edgeprune.devices.agent.validity import LIMITS
 from edgeprune.devices.agent_file import agent_bytes, agent_digest, agent_name
 from edgeprune.devices.frames import Frames, Refusal, clean
 from edgeprune.devices.transports import Pipe, Transport, open_transport
@@ -45,7 +46,7 @@ from edgeprune.specs import Device
 
 LINK_S = 60.0  # for anything that mostly waits for the link
 BEAT_S = 5.0  # or a third of what the lease allows, where that is less
-LOAD_PER_CORE, NO_LIMIT = 0.3, 1e6
+NO_LIMIT = 1e6
 PATIENCE_S = (
     30.0  # what a model may take over ten times the expected time before the board ends its process
 )
@@ -68,7 +69,7 @@ def allowed_load(foreign_cpu_ratio: float) -> float:
     >>> allowed_load(0.05), allowed_load(0.5), allowed_load(1.0)
     (0.3, 0.5, 1000000.0)
     """
-    return NO_LIMIT if foreign_cpu_ratio >= 1 else max(LOAD_PER_CORE, foreign_cpu_ratio)
+    return NO_LIMIT if foreign_cpu_ratio >= 1 else max(LIMITS["load_per_core"], foreign_cpu_ratio)
 
 
 @dataclass(frozen=True)
