@@ -9,6 +9,10 @@ from pydantic import BeforeValidator, Field
 from edgeprune.records import Record
 
 PATTERN_FACT = "sparsity_patterns"  # of a profile: the patterns that its kernels make use of
+GROUP, KEPT = (
+    4,
+    2,
+)  # of 2:4: of so many consecutive input channels at most so many weights are not zero
 _UNQUOTED = 2 * 60 + 4  # YAML 1.1 reads 2:4 without quotes as a number to the base 60
 
 
@@ -16,7 +20,7 @@ def _as_written(value: Any) -> Any:
     return "2:4" if value == _UNQUOTED and not isinstance(value, bool) else value
 
 
-Pattern = Literal["2:4"]  # of every 4 consecutive input channels at most 2 weights are not zero
+Pattern = Literal["2:4"]
 Sparsity = Annotated[Literal["none", "2:4"], BeforeValidator(_as_written)]
 
 

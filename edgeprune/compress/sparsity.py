@@ -21,8 +21,7 @@ from torch.nn.utils import parametrize
 
 from edgeprune.compress.least_squares import Layer
 from edgeprune.errors import ModelError
-
-GROUP, KEPT = 4, 2
+from edgeprune.patterns import GROUP, KEPT
 
 
 def mask_of(weight: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import numpy as np
 
 from edgeprune.formats._onnx_inspect import layer_of
 from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
-
-GROUP, KEPT = 4, 2
+from edgeprune.patterns import GROUP, KEPT
 
 
 def sparse_layers(content: bytes) -> dict[str, bool]:
