@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import torch
+from commands import public_command
 from compare import load_net
 from int8_blocks import NetRecipes, RecipeResults, RecipeRow
 
@@ -28,7 +29,7 @@ from edgeprune.options import Options
 from edgeprune.progress import Terminal
 from edgeprune.runfolder import RunFolder
 from edgeprune.specs import Recovery
-from targets import NETS, now, told
+from targets import NETS, now
 
 OUT = Path(__file__).parent / "results" / "int8.json"
 TARGET = "rpi4"
@@ -110,7 +111,7 @@ def main(nets: tuple[str, ...], out: Path, run: Path) -> None:
             progress.say(f"{net:18} {row.recipe:28} {row.accuracy:.2%} {row.agreement:.2%}")
         records.write_json(
             RecipeResults(
-                command=shlex.join(["python", "benchmarks/int8.py", *told(sys.argv[1:])]),
+                command=public_command(shlex.join(["python", "benchmarks/int8.py", *sys.argv[1:]])),
                 split="development",
                 nets=tuple(found.values()),
             ),

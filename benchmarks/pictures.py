@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import click
 from blocks import RESULTS
+from commands import public_command
 from picture_blocks import TARGETS, Picture, PictureResults, picture_file
 from PIL import Image, ImageChops
 
@@ -38,7 +39,6 @@ MAX_BYTES = 200_000
 BROWSER_S = 120
 # What a still picture has no use for: links, the explanations beside the charts, and everything after accuracy.
 LEFT_OUT = "nav, .skip, #variants .figures > div, #accuracy .scroll, #accuracy ~ *, footer { display: none !important; }"
-_FOLDER_FLAGS = ("--run", "--resume")
 
 
 class Browser(NamedTuple):
@@ -65,19 +65,6 @@ def parse_runs(texts: Sequence[str]) -> dict[str, Path]:
         catalog.target(target)
         found[target] = Path(folder)
     return found
-
-
-def public_command(command: str) -> str:
-    """A command without what is of one machine only: its folders are left out, and the last part of other absolute paths stays."""
-    words: list[str] = []
-    skip = False
-    for word in shlex.split(command):
-        if skip or word.split("=", 1)[0] in _FOLDER_FLAGS:
-            skip = not skip and "=" not in word
-            continue
-        name, mark, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words.append(name + mark + (Path(value).name if Path(value).is_absolute() else value))
-    return shlex.join(words)
 
 
 def head_of(page: str) -> str:
@@ -197,32 +184,17 @@ def described(report: Report, page: bytes, drawn: bytes, browser: str) -> Pictur
     )
 
 
-def example(folder: Path, epochs: float) -> Path:
-    """A copy of the example that heals for so many epochs.
-
-    Raises:
-        SpecError: the example does not say once for how many epochs it heals.
-    """
-    shutil.copytree(catalog.example_dir("fashion-mnist"), folder, dirs_exist_ok=True)
-    path = folder / "edgeprune.yaml"
-    text, n = re.subn(r"(?m)^  epochs: \S+$", f"  epochs: {epochs:g}", path.read_text("utf-8"))
-    if n != 1:
-        raise SpecError(f"the example must give its epochs once, but {path} gives them {n} times")
-    path.write_text(text, "utf-8")
-    return folder
-
-
-def deployed(target: str, folder: Path, latency: str, copy: Path | None) -> Path:
-    """Deploy the example, or a copy of it, to a target; or go on where that stopped.
+def deployed(target: str, folder: Path, latency: str, epochs: float | None) -> Path:
+    """Deploy the example to a target; or go on where that stopped.
 
     Raises:
         FormatError: the deployment ended without a report.
     """
-    argv = ["-m", "edgeprune", "deploy", "--target", target, "--latency", latency]
-    named = [] if copy else ["--example", "fashion-mnist"]
-    done = subprocess.run(
-        [sys.executable, *argv, *named, "--run", str(folder.resolve())], stdout=sys.stderr, cwd=copy
-    )
+    argv = ["-m", "edgeprune", "deploy", "--example", "fashion-mnist"]
+    argv += ["--target", target, "--latency", latency, "--run", str(folder)]
+    if epochs is not None:
+        argv += ["--epochs", f"{epochs:g}"]
+    done = subprocess.run([sys.executable, *argv], stdout=sys.stderr)
     if done.returncode not in (0, 6):  # 6: a gate was missed, which the report says
         raise FormatError(f"the deployment to {target} ended with code {done.returncode}")
     return folder
@@ -260,8 +232,7 @@ def main(
         folders = parse_runs(runs)
         if not folders:
             base = Path("runs/pictures")
-            copy = None if epochs is None else example(base / "example", epochs)
-            folders = {t: deployed(t, base / t, latency, copy) for t in targets}
+            folders = {t: deployed(t, base / t, latency, epochs) for t in targets}
         pictures = []
         for target, folder in folders.items():
             pictures.append(pictured(target, folder, docs, found))

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from commands import public_command
 from compare import load_net
 from targets_blocks import LEDGER_FROM, TargetResults, TargetRow, merged
 from targets_board import Int8File, error_steps, rows_on_the_board
@@ -43,16 +44,6 @@ NETS = ("example", *sorted(p.stem for p in (Path(__file__).parent / "nets").glob
 def now() -> str:
     """The date and time, UTC."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def told(arguments: list[str]) -> list[str]:
-    """Arguments without those that name places of one machine."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and argument not in ("--run", "--out"):
-            kept.append(argument)
-        skip = argument in ("--run", "--out")
-    return kept
 
 
 def layer_costs(context: Context, fp32: Path, exact: torch.Tensor) -> tuple[LayerFallback, ...]:
@@ -83,6 +74,7 @@ def rows_of(context: Context, net: str, folder: Path, for_board: list[Int8File])
     int8_path = folder / f"{net}.int8{form.info.suffix}"
     found: list[TargetRow] = []
     exact: torch.Tensor | None = None
+    accuracy: list[float] = []  # of the FP32 file, then of the INT8 file
     for precision, path in (("fp32", float_path), ("int8", int8_path)):
         started = time.monotonic()
         try:
@@ -111,12 +103,13 @@ def rows_of(context: Context, net: str, folder: Path, for_board: list[Int8File])
             }
             if y is not None:
                 hits = answers.argmax(1).numpy() == np.asarray(y)
-                changes["accuracy"] = float(hits.mean())
+                accuracy.append(float(hits.mean()))
+                changes["accuracy"] = accuracy[-1]
             if exact is None:
                 exact = answers
             else:
-                fp32_row = found[-1].accuracy or 0.0
-                if fp32_row - float(changes.get("accuracy", fp32_row)) > LEDGER_FROM:  # type: ignore[arg-type]
+                lost = accuracy[-2] - accuracy[-1] if y is not None else 0.0
+                if lost > LEDGER_FROM:
                     changes["costs"] = layer_costs(context, float_path, exact)
                 changes["error_steps"] = error_steps(answers, exact)
                 for_board.append(
@@ -154,7 +147,7 @@ def write(out: Path, rows: tuple[TargetRow, ...], accuracy: dict[str, float]) ->
     """The results file."""
     records.write_json(
         TargetResults(
-            command=shlex.join(["python", "benchmarks/targets.py", *told(sys.argv[1:])]),
+            command=public_command(shlex.join(["python", "benchmarks/targets.py", *sys.argv[1:]])),
             created=now(),
             split="development",
             n=IMAGES,

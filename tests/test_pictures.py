@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,12 +19,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # the benchmarks are scripts, not 
 import blocks  # noqa: E402
 import picture_blocks  # noqa: E402
 import pictures as script  # noqa: E402
+from commands import public_command  # noqa: E402
 
 from edgeprune import records  # noqa: E402
+from edgeprune.cli_options import schedule_settings  # noqa: E402
 from edgeprune.errors import FormatError, IntegrityError, SpecError, UnknownName  # noqa: E402
 from edgeprune.report import render_html  # noqa: E402
 from edgeprune.results import Report  # noqa: E402
-from edgeprune.specs import Workload  # noqa: E402
 
 PAGES = {
     "rpi4": "raspberry-pi.md",
@@ -67,11 +69,12 @@ def test_runs_that_cannot_be_meant_are_refused(texts, error):
         ("a.py --run rpi4=/x/y --run iphone=z --docs b", "a.py --docs b"),
         ("edgeprune deploy /home/me/net.py:build", "edgeprune deploy net.py:build"),
         ("edgeprune deploy --data '/a b/c d'", "edgeprune deploy --data 'c d'"),
+        ("a.py --net b --out /x/y.json --emulated-board", "a.py --net b --emulated-board"),
         ("edgeprune deploy --data=/a/b/c.npz", "edgeprune deploy --data=c.npz"),
     ],
 )
 def test_a_command_is_kept_without_the_folders_of_a_machine(command, shown):
-    assert script.public_command(command) == shown
+    assert public_command(command) == shown
 
 
 def test_the_head_keeps_what_it_says_and_hides_the_rest():
@@ -94,11 +97,29 @@ def test_another_page_is_refused():
         script.head_of("<html><head></head><body></body></html>")
 
 
-def test_a_copy_of_the_example_heals_for_as_long_as_was_asked(tmp_path):
-    folder = script.example(tmp_path / "example", 0.3)
-    found = records.read_yaml(Workload, folder / "edgeprune.yaml")
-    assert found.recovery.epochs == 0.3
-    assert (folder / str(found.weights)).is_file()
+@pytest.mark.parametrize(("epochs", "flags"), [(None, []), (0.3, ["--epochs", "0.3"])])
+def test_the_example_is_deployed_and_healed_for_as_long_as_was_asked(
+    tmp_path, monkeypatch, epochs, flags
+):
+    calls = []
+
+    def run(argv, **_):
+        calls.append(argv)
+        return subprocess.CompletedProcess(argv, 6)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    assert script.deployed("rpi4", tmp_path, "50%", epochs) == tmp_path
+    ((_, *argv),) = calls
+    base = ["--example", "fashion-mnist", "--target", "rpi4", "--latency", "50%"]
+    assert argv == ["-m", "edgeprune", "deploy", *base, "--run", str(tmp_path), *flags]
+    assert schedule_settings({"epochs": "0.3"}) == {"epochs": 0.3}
+
+
+def test_a_deployment_that_failed_leaves_no_picture(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 4)
+    monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(FormatError, match="ended with code 4"):
+        script.deployed("rpi4", tmp_path, "50%", None)
 
 
 def drawn(bottom: int, height: int = 100) -> Image.Image:

@@ -68,11 +68,3 @@ def test_layers_that_cost_int8_are_named_worst_first():
 def test_an_error_is_told_in_steps_of_the_exact_range():
     exact = torch.tensor([[0.0, 255.0]])
     assert error_steps(exact + torch.tensor([[0.0, -3.0]]), exact) == pytest.approx(3.0)
-
-
-def test_a_results_file_keeps_no_place_of_the_machine_that_made_it():
-    import targets
-
-    assert targets.told(["--net", "a", "--run", "/tmp/x", "--out", "/tmp/y", "--emulated-board"]) == [
-        "--net", "a", "--emulated-board",
-    ]  # fmt: skip
