@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -51,24 +50,27 @@ def kill_when(home: Path, reached: Callable[[], bool]) -> None:
             cwd=home, env=tinynet.environment(home), stdout=log, stderr=log,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
+    children: list[int] = []
     deadline = time.monotonic() + 200
-    while not reached():
-        assert process.poll() is None, (home / "log").read_text()
-        assert time.monotonic() < deadline, (home / "log").read_text()
-        time.sleep(0.005)
-    children = child_processes(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
+    try:
+        while not reached():
+            assert process.poll() is None, (home / "log").read_text()
+            assert time.monotonic() < deadline, (home / "log").read_text()
+            time.sleep(0.005)
+        children = child_processes(process.pid)
+    finally:  # whatever went wrong: one that lived on would hold the device against the tests after it
+        process.kill()
+        process.wait(10)
     for child in children:
         wait_until_gone(child, 30)
 
 
 def child_processes(pid: int) -> list[int]:
-    return [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def started(home: Path, stage: str) -> Callable[[], bool]:
@@ -85,6 +87,7 @@ def export_digest(home: Path) -> str:
 
 def check_finished(home: Path, done: subprocess.CompletedProcess[str]) -> Report:
     """The report of a run that has ended well."""
+    assert done.returncode in (0, 6), done.stderr
     found = records.read_json(Report, home / "run" / "report.json")
     assert done.returncode == (0 if found.passed else 6), done.stderr
     assert not list((home / "run").rglob("*.part"))
