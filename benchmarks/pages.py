@@ -23,6 +23,7 @@ from int8_blocks import RecipeResults, int8_block
 from picture_blocks import picture_blocks
 from predictor_blocks import PredictorResults, predictor_block
 from targets_blocks import TargetResults, targets_block
+from walltime_blocks import WallTime, walltime_block
 from zoo_blocks import ZooResults, zoo_block
 
 from edgeprune import records
@@ -37,8 +38,8 @@ def load_blocks(results: Path) -> dict[str, str | None]:
 
     Args:
         results: the folder with ``demo.json``, ``budgets.json``, ``measurement.json``, ``boards.json``, ``emulated-setup.json``,
-            ``predictor.json``, ``zoo.json``, ``targets.json``, ``int8.json``, ``pictures.json`` and
-            ``compare-NET.json``.
+            ``predictor.json``, ``zoo.json``, ``targets.json``, ``int8.json``, ``pictures.json``,
+            ``walltime.json`` and ``compare-NET.json``.
 
     Raises:
         IntegrityError: a results file is damaged.
@@ -56,6 +57,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         "zoo",
         "targets",
         "int8",
+        "walltime",
     )
     found: dict[str, str | None] = dict.fromkeys(names)
     found |= picture_blocks(results, stamp_text)
@@ -71,6 +73,9 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     if predictor.is_file():
         predicted = records.read_json(PredictorResults, predictor)
         found["predictor"] = predictor_block(predicted, table, stamp_text)
+    if (walltime := results / "walltime.json").is_file():
+        timed = records.read_json(WallTime, walltime)
+        found["walltime"] = walltime_block(timed, table, stamp_text)
     if (targets := results / "targets.json").is_file():
         converted = records.read_json(TargetResults, targets)
         found["targets"] = targets_block(converted, table)

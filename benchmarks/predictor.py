@@ -30,6 +30,7 @@ from edgeprune import api, catalog, conversion, pipeline, planning, records
 from edgeprune.closing import versions
 from edgeprune.context import Context
 from edgeprune.devices.measure import compare
+from edgeprune.devices.plans import SEARCH
 from edgeprune.errors import EdgepruneError, SpecError
 from edgeprune.factories import call_factory
 from edgeprune.formats import Resizable
@@ -43,6 +44,7 @@ from edgeprune.workload import LoadedWorkload, from_objects, load_workload
 EXAMPLE = "fashion-mnist"
 HELD_OUT_SEED = 20261125  # the whole nets of the correction come from the run's own seed
 CHUNK = 8  # structures in one request, with the dense net among them
+LOADS = 48  # of each held-out structure: with the 12 of a search, one timing is as uncertain as a good prediction
 SAMPLES = 512  # of noise, for a network that comes without data: time does not depend on it
 
 
@@ -71,13 +73,13 @@ def resizable(context: Context, precision: Precision, folder: Path) -> Resizable
 def measure_held_out(
     stand: planning.Stand, file: Resizable, grids: dict[str, tuple[int, ...]], count: int
 ) -> list[tuple[dict[str, int], float, float]]:
-    """Structures, each with its measured share of the dense latency and half of that share's interval."""
+    """Structures, each with its measured share of the dense latency and half of that share's 99 % interval."""
     dense, found = file.resized({}), []
     nets = sample_nets(grids, count, HELD_OUT_SEED)
     for start in range(0, count, CHUNK):
         part = nets[start : start + CHUNK]
         files = {"dense": dense, **{str(i): file.resized(w) for i, w in enumerate(part)}}
-        measured = stand.measure(files, f"held-out-{start}")
+        measured = stand.measure(files, f"held-out-{start}", replace(SEARCH, rounds=LOADS))
         for i, widths in enumerate(part):
             one = compare(measured[str(i)], measured["dense"])
             found.append((widths, one.ratio, (one.high - one.low) / 2))

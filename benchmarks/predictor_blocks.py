@@ -15,7 +15,7 @@ from edgeprune.specs import Precision
 
 
 class HeldOut(records.Record):
-    """One structure: predicted and measured share of the dense latency, and half of the 90 % interval of the latter."""
+    """One structure: predicted and measured share of the dense latency, and half of the 99 % interval of the latter."""
 
     predicted_ratio: float
     measured_ratio: float
@@ -89,7 +89,7 @@ def predictor_block(
         "time",
     )
     intro = (
-        "Random structures that took no part in the fit, timed whole beside the dense net. The noise is half the 90 % interval of the"
+        "Random structures that took no part in the fit, timed whole beside the dense net. The noise is half the 99 % interval of the"
         " measured share, the median over structures: no prediction can be seen to be better than that."
     )
     return f"{intro}\n\n{table(head, rows, left=2)}"

@@ -16,7 +16,7 @@ from edgeprune.compress.groups import ChannelGroup
 from edgeprune.devices.board import Board
 from edgeprune.devices.decide import Decision, decide
 from edgeprune.devices.measure import ModelFile, compare, measure
-from edgeprune.devices.plans import SEARCH
+from edgeprune.devices.plans import SEARCH, TimingPlan
 from edgeprune.devices.pool import Pool
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
@@ -60,7 +60,9 @@ class Stand:
     phase: str = ""
     kernel_runtime: Runtime | None = None
 
-    def measure(self, files: Mapping[str, bytes], purpose: str) -> dict[str, Measurement]:
+    def measure(
+        self, files: Mapping[str, bytes], purpose: str, plan: TimingPlan = SEARCH
+    ) -> dict[str, Measurement]:
         """Interleaved measurements of whole files, by name. ``purpose`` is used once in a run; see :meth:`Board.time`."""
         models = [ModelFile(n, c, self.precision, sha256_bytes(c)) for n, c in files.items()]
         found = measure(
@@ -68,7 +70,7 @@ class Stand:
             models,
             runtime=self.runtime.name,
             threads=self.runtime.threads,
-            plan=SEARCH,
+            plan=plan,
             purpose=self.phase + purpose,
         )
         return {m.name: m for m in found}

@@ -1,11 +1,11 @@
-"""Networks for 28x28 grey images, of the families that pruning papers report on; sized so that two CPU cores can train them.
+"""Networks of the families that pruning papers report on: for 28x28 grey images, so that two CPU cores can train them, and one for 224x224.
 
 Notation: ``N`` batch, ``C`` channels, ``H`` and ``W`` height and width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -56,16 +56,16 @@ class InvertedResidual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Features, global mean, one linear layer: ``[N, 1, H, W]`` to logits ``[N, 10]``."""
+    """Features, global mean, one linear layer: images ``[N, C, H, W]`` to logits ``[N, classes]``."""
 
-    def __init__(self, features: nn.Sequential, width: int) -> None:
+    def __init__(self, features: nn.Sequential, width: int, classes: int = CLASSES) -> None:
         super().__init__()
         self.features = features
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(width, CLASSES)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images ``[N, 1, H, W]`` to logits ``[N, 10]``."""
+        """Map images ``[N, C, H, W]`` to logits ``[N, classes]``."""
         return self.head(self.pool(self.features(x)).flatten(1))
 
 
@@ -95,19 +95,32 @@ MOBILENET_V2 = (
 
 def mobilenet_v2_half() -> nn.Module:
     """MobileNetV2 of width 0.5 for 28x28 images, channels rounded to 8."""
+    return _mobilenet_v2(inputs=1, width=0.5, last=640, classes=CLASSES, halved=())
+
+
+def mobilenet_v2_imagenet() -> nn.Module:
+    """MobileNetV2 of width 1.0 for 224x224 colour images and 1000 classes, as the paper has it; random weights."""
+    return _mobilenet_v2(inputs=3, width=1.0, last=1280, classes=1000, halved=(0, 1, 2))
+
+
+def _mobilenet_v2(
+    *, inputs: int, width: float, last: int, classes: int, halved: Sequence[int]
+) -> nn.Module:
+    """``halved`` are the places, of those where ``MOBILENET_V2`` keeps the size, that the paper's net halves it at: 0 is the stem."""
 
     def scaled(channels: int) -> int:
-        return max(8, int(channels * 0.5 + 4) // 8 * 8)
+        return max(8, int(channels * width + 4) // 8 * 8)
 
     n_in = scaled(32)
-    layers: list[nn.Module] = [conv_bn(1, n_in, 3), nn.ReLU6()]
-    for expansion, channels, repeats, stride in MOBILENET_V2:
+    layers: list[nn.Module] = [conv_bn(inputs, n_in, 3, 2 if 0 in halved else 1), nn.ReLU6()]
+    for place, (expansion, channels, repeats, kept) in enumerate(MOBILENET_V2):
+        stride = 2 if place and place in halved else kept
         for number in range(repeats):
             n_out = scaled(channels)
             layers.append(InvertedResidual(n_in, n_out, stride if number == 0 else 1, expansion))
             n_in = n_out
-    layers += [conv_bn(n_in, 640, 1), nn.ReLU6()]
-    return Classifier(nn.Sequential(*layers), 640)
+    layers += [conv_bn(n_in, last, 1), nn.ReLU6()]
+    return Classifier(nn.Sequential(*layers), last, classes)
 
 
 FACTORIES: dict[str, Callable[[], nn.Module]] = {

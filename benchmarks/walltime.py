@@ -1,0 +1,105 @@
+"""How long everything before the training takes: ``python benchmarks/walltime.py``.
+
+MobileNetV2 at 224 pixels with random weights, and noise as data: neither conversion, timing, scores nor the search takes longer or shorter
+for what the weights and images are. The stages are those of ``edgeprune search``, in a new run folder.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from blocks import RESULTS
+from commands import public_command
+from walltime_blocks import WallTime
+
+from edgeprune import api, pipeline, records
+from edgeprune.closing import versions
+from edgeprune.errors import EdgepruneError
+from edgeprune.feasibility import plan_stages
+from edgeprune.options import Options
+from edgeprune.progress import Terminal
+from edgeprune.runfolder import RunFolder
+from edgeprune.specs import Preprocess
+from edgeprune.version import VERSION
+from edgeprune.workload import LoadedWorkload, from_objects
+
+NET = "MobileNetV2, 224x224"
+IMAGES = (
+    256  # in each split: calibration, scores and the recipe for INT8 take no more than that many
+)
+
+
+def load() -> LoadedWorkload:
+    """The net and noise of its input's shape, seeded."""
+    sys.path.insert(0, str(Path(__file__).parent / "nets"))
+    from families import mobilenet_v2_imagenet
+
+    torch.manual_seed(0)
+    draw = np.random.default_rng(0)
+    splits = {
+        name: (
+            draw.standard_normal((IMAGES, 3, 224, 224), dtype=np.float32),
+            draw.integers(0, 1000, IMAGES),
+        )
+        for name in ("train", "validation")
+    }
+    return from_objects(mobilenet_v2_imagenet(), splits, preprocess=Preprocess(color="rgb"))
+
+
+def measure(options: Options, folder: Path) -> WallTime:
+    """One search in a new run folder."""
+    loaded = load()
+    began = time.monotonic()
+    job = api.resolve(loaded, options)
+    with RunFolder(folder, Terminal()) as run, pipeline.opened(job, Terminal(), run) as context:
+        planned = plan_stages(context, run)
+        plan = planned.plan.result
+        runtime = context.runtime_on(context.board)
+        return WallTime(
+            edgeprune_version=VERSION,
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            command=public_command(options.command),
+            net=NET,
+            target=job.target.name,
+            budget=job.budget.text,
+            precision=plan.plan.precision,
+            fingerprint=context.board.fingerprint(runtime.name, runtime.threads),
+            seconds=time.monotonic() - began,
+            stages=tuple(run.costs),
+            groups=len(plan.plan.groups),
+            kernels=plan.quality.kernels_measured,
+            checked=len(plan.checks),
+            ratio=plan.chosen().ratio_to_dense,
+            versions=versions(),
+        )
+
+
+@click.command()
+@click.option("--target", default="rpi4", show_default=True)
+@click.option("--device", help="Name in devices.yaml.")
+@click.option("--latency", default="50%", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "walltime.json")
+def main(target: str, device: str | None, latency: str, out: Path) -> None:
+    """Time every stage of a search on MobileNetV2 at 224 pixels."""
+    command = shlex.join(["python", "benchmarks/walltime.py", *sys.argv[1:]])
+    options = Options(target=target, device=device, latency=latency, command=command)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(options, Path(folder) / "run")
+    except EdgepruneError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    records.write_json(found, out)
+    click.echo(f"{found.seconds:.0f} s before training; next: python benchmarks/readme.py")
+
+
+if __name__ == "__main__":
+    main()
