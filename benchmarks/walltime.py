@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from blocks import RESULTS
 from commands import public_command
+from torch import nn
 from walltime_blocks import WallTime
 
 from edgeprune import api, pipeline, records
@@ -38,7 +39,7 @@ IMAGES = (
 
 
 def load() -> LoadedWorkload:
-    """The net and noise of its input's shape, seeded."""
+    """The net and noise of its input's shape, seeded; batch norm has seen the noise, so that no layer dies of its random weights."""
     sys.path.insert(0, str(Path(__file__).parent / "nets"))
     from families import mobilenet_v2_imagenet
 
@@ -51,7 +52,13 @@ def load() -> LoadedWorkload:
         )
         for name in ("train", "validation")
     }
-    return from_objects(mobilenet_v2_imagenet(), splits, preprocess=Preprocess(color="rgb"))
+    net = mobilenet_v2_imagenet()
+    net.train()
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = 1.0
+    with torch.no_grad():
+        net(torch.from_numpy(splits["train"][0][:64]))
+    return from_objects(net.eval(), splits, preprocess=Preprocess(color="rgb"))
 
 
 def measure(options: Options, folder: Path) -> WallTime:

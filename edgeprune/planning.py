@@ -20,7 +20,7 @@ from edgeprune.devices.plans import SEARCH, TimingPlan
 from edgeprune.devices.pool import Pool
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
-from edgeprune.latency import sparse
+from edgeprune.latency import sparse, traffic
 from edgeprune.latency.grid import admissible, thin
 from edgeprune.latency.kernel_times import KernelKey
 from edgeprune.latency.predictor import Factor, LatencyModel, correct, evaluate, sample_nets
@@ -290,6 +290,7 @@ class Probes:
 def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, int]) -> LatencyModel:
     """The uncorrected model: the sum of the kernels' fitted tables over the admissible grid.
 
+    The bytes of their weights are in it too, and count nothing until whole nets show that they do.
     Where a group's width is 0, the kernels of its block take no time, those included whose shape does not follow the group.
     """
     factors, constant_ms = [], 0.0
@@ -301,16 +302,37 @@ def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, in
             if kernel.index in inside and 0 in measured.grids[g]
         ]
         timed = [[w for w in measured.grids[v] if w] for v in kernel.variables]
-        for slots, ns in table.arrays(timed):
-            variables = tuple(kernel.variables[s] for s in slots)
-            factor = Factor(variables, ns / 1e6, kernel.op)
+        parts = [
+            Factor(tuple(kernel.variables[s] for s in slots), ns / 1e6, kernel.op)
+            for slots, ns in table.arrays(timed)
+        ]
+        for part in (*parts, *_traffic(file, kernel, timed)):
+            factor = part
             for group in blocks:
                 factor = _removable(factor, group, len(measured.grids[group]))
             if factor.variables:
                 factors.append(factor)
             else:
                 constant_ms += float(factor.cost_ms)
-    return LatencyModel(grids=measured.grids, factors=tuple(factors), constant_ms=constant_ms)
+    return LatencyModel(
+        grids=measured.grids,
+        factors=tuple(factors),
+        constant_ms=constant_ms,
+        class_scales={traffic.OP: 0.0},
+    )
+
+
+def _traffic(file: Resizable, kernel: Kernel, grids: Sequence[Sequence[int]]) -> list[Factor]:
+    """The bytes of a kernel's weights, in megabytes, as a factor; none where it has no weights."""
+    square = [
+        v for v, role in zip(kernel.variables, kernel.roles, strict=False) if role == "square"
+    ]
+    found = traffic.weight_bytes(
+        lambda widths: len(file.kernel(kernel.index, widths)),
+        dict(zip(kernel.variables, grids, strict=True)),
+        square,
+    )
+    return [] if found is None else [Factor(kernel.variables, found / 1e6, traffic.OP)]
 
 
 def _removable(factor: Factor, group: str, choices: int) -> Factor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from edgeprune.errors import SpecError
+from edgeprune.latency import traffic
 from edgeprune.latency.predictor import (
     Factor,
     LatencyModel,
@@ -184,6 +185,42 @@ def test_kernel_classes_get_their_own_scales_when_one_is_not_enough() -> None:
     ratio = corrected.class_scales["DEPTHWISE"] / corrected.class_scales["CONV_2D"]
     assert ratio == pytest.approx(3.0 / 0.8, rel=0.2)
     assert evaluate(corrected, timed(truth, 20, seed=6))[0] < 0.02
+
+
+BYTES = {"conv2": ("inner", "late")}
+
+
+def megabytes(net: Mapping[str, int]) -> float:
+    return sum(36e-6 * net[i] * net[o] for i, o in BYTES.values())
+
+
+def model_with_bytes() -> LatencyModel:
+    plain = model()
+    sizes = tuple(
+        Factor(names, 36e-6 * np.multiply.outer(*(np.array(GRIDS[n]) for n in names)), traffic.OP)
+        for names in BYTES.values()
+    )
+    return replace(plain, factors=(*plain.factors, *sizes), class_scales={traffic.OP: 0.0})
+
+
+def test_bytes_of_weights_count_nothing_before_whole_nets_show_that_they_do() -> None:
+    net = sample_nets(GRIDS, 1, seed=2)[0]
+    assert model_with_bytes().predict(net) == model().predict(net)
+    assert correct(model_with_bytes(), []).predict(net) == correct(model(), []).predict(net)
+    nets = timed(lambda n: 1.2 * kernels_ms(n), 10, seed=5, noise=0.005)
+    assert correct(model_with_bytes(), nets).class_scales == {traffic.OP: 0.0}
+
+
+def test_whole_nets_that_wait_for_their_weights_get_a_cost_for_each_byte() -> None:
+    def truth(net: Mapping[str, int]) -> float:
+        return 0.5 * kernels_ms(net) + 5.0 * megabytes(net) + 0.05
+
+    nets = timed(truth, 12, seed=5, noise=0.01)
+    corrected = correct(model_with_bytes(), nets)
+    assert corrected.scale * corrected.class_scales[traffic.OP] > 2.5
+    probes = timed(truth, 20, seed=6)
+    assert evaluate(corrected, probes)[0] < 0.02
+    assert evaluate(correct(model(), nets), probes)[0] > 0.03
 
 
 def test_predictions_stay_above_zero_whatever_the_nets_say() -> None:

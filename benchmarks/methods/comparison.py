@@ -170,7 +170,8 @@ class Comparison:
 
     def _alone(self, kernel: Kernel, model: LatencyModel) -> LatencyModel:
         """What one kernel takes, corrected as the whole is."""
-        file = SimpleNamespace(kernels=(kernel,), blocks=self.ready.file.blocks)
+        whole = self.ready.file
+        file = SimpleNamespace(kernels=(kernel,), blocks=whole.blocks, kernel=whole.kernel)
         measured, full = self.ready.table.result, self.context.full
         alone = without_removal(planning.kernel_model(file, measured, full))  # type: ignore[arg-type]
         return dataclasses.replace(alone, scale=model.scale, class_scales=model.class_scales)

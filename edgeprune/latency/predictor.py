@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from edgeprune.errors import SpecError
+from edgeprune.latency import traffic
 from edgeprune.latency.grid import admissible, thin
 from edgeprune.latency.leastsquares import nonnegative_least_squares
 from edgeprune.latency.table import KernelShape, KernelTable, LatencyTable
@@ -26,6 +27,9 @@ OUTLIER = 2.5  # robust standard deviations from which on a timing counts less, 
 REWEIGHTINGS = 4
 MOST_ERROR_RATIO = 0.15  # what one net counts at most when fits are compared
 PRIOR_SPREAD = 0.5  # standard deviation of a scale, relative to what it is expected to be
+NS_PER_BYTE = (
+    0.5  # standard deviation of what a byte of weights costs; it is expected to cost nothing
+)
 
 
 class TimedNet(NamedTuple):
@@ -50,7 +54,8 @@ class LatencyModel:
     """Predicted latency of any structure on the grids.
 
     ``T = scale * sum of class_scales[op] * factor + offset_ms``, where ``constant_ms`` is one more factor, of the class ``""``; a class
-    without an entry has scale 1.
+    without an entry has scale 1. The class of :mod:`edgeprune.latency.traffic` holds no times but megabytes of weights, and has scale 0
+    until a correction gives it one.
     """
 
     grids: Mapping[str, tuple[int, ...]]
@@ -249,7 +254,33 @@ def evaluate(
     return sum(errors) / len(errors), max(errors)
 
 
-Fit: TypeAlias = Callable[[LatencyModel, list[TimedNet]], LatencyModel]
+class _Rows(NamedTuple):
+    """Timed nets as arrays: uncorrected sums by class ``[nets, classes]``, milliseconds and weights ``[nets]``."""
+
+    sums: np.ndarray
+    ms: np.ndarray
+    weight: np.ndarray
+
+    def at(self, places: np.ndarray) -> _Rows:
+        """Some of the nets, by a mask."""
+        return _Rows(self.sums[places], self.ms[places], self.weight[places])
+
+
+class _Correction(NamedTuple):
+    """``T = scale * sums @ relative + offset_ms``."""
+
+    scale: float
+    relative: np.ndarray
+    offset_ms: float
+
+    def missed(self, rows: _Rows) -> np.ndarray:
+        """Relative errors, without sign."""
+        predicted = self.scale * (rows.sums @ self.relative) + self.offset_ms
+        found: np.ndarray = np.abs(predicted / rows.ms - 1)
+        return found
+
+
+_Fit: TypeAlias = Callable[[_Rows, np.ndarray], _Correction]  # the second: which classes are times
 
 
 def correct(
@@ -257,8 +288,9 @@ def correct(
 ) -> LatencyModel:
     """The model refitted to whole nets: ``T = a S + c``, errors relative, with a weak prior at ``a = 1``, ``c = 0``.
 
-    Whatever correction the model had is replaced. If nets left out of the fit are still missed by more than 4 % on average, every
-    kernel class gets its own scale, with a prior at the common one, and is kept if that misses less. Times stay above zero.
+    Whatever correction the model had is replaced. If nets left out of the fit are still missed by more than 4 % on average, two richer
+    forms are tried, and the one that misses least is kept: a cost of each byte of weights besides (:mod:`edgeprune.latency.traffic`), and
+    with it a scale of its own for every kernel class, with a prior at the common one. Times stay above zero.
 
     A net that something else on the board slowed down does not bend the fit: one that the fit misses by far more than the median net counts
     less. Nets of weight over 1 were timed more than once and keep theirs.
@@ -268,77 +300,111 @@ def correct(
         nets: timed structures; about 8 random ones, the dense and the smallest. Without any, ``a = 1`` and ``c = 0``.
     """
     timed = [TimedNet(*net) for net in nets]
-    raw = replace(model, scale=1.0, offset_ms=0.0, class_scales={})
     if any(not net.ms > 0 or not net.weight > 0 for net in timed):
         raise ValueError("times and weights of timed nets must be above 0")
-    if len(timed) < FEW:
-        return _fit_common(raw, timed)
-    error = _left_out_error(raw, timed, _fit_common)
-    if error <= CLASS_ERROR_RATIO or _left_out_error(raw, timed, _fit_classes) >= error:
-        return _robust(_fit_common, raw, timed)
-    return _robust(_fit_classes, raw, timed)
+    raw = replace(model, scale=1.0, offset_ms=0.0, class_scales={})
+    ops = ["", *sorted({f.op for f in model.factors} - {""})]
+    rows, is_time = _rows(raw, timed, ops), np.array([op != traffic.OP for op in ops])
+    found = _robust(_choose(rows, is_time), rows, is_time)
+    scales = dict(zip(ops, found.relative.tolist(), strict=True))
+    ones = {op for op, scale in scales.items() if scale == 1.0}
+    return _above_zero(
+        replace(
+            raw,
+            scale=found.scale,
+            offset_ms=found.offset_ms,
+            class_scales={op: scale for op, scale in scales.items() if op not in ones},
+        )
+    )
 
 
-def _robust(fit: Fit, raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
+def _rows(raw: LatencyModel, nets: Sequence[TimedNet], ops: Sequence[str]) -> _Rows:
+    parts = [raw.by_class(net.widths) for net in nets]
+    return _Rows(
+        np.array([[part.get(op, 0.0) for op in ops] for part in parts]).reshape(-1, len(ops)),
+        np.array([net.ms for net in nets]),
+        np.array([net.weight for net in nets]),
+    )
+
+
+def _choose(rows: _Rows, is_time: np.ndarray) -> _Fit:
+    """The simplest form of correction that does, or else the one that misses nets least that it was not shown."""
+    best: _Fit = _fit_common
+    if len(rows.ms) < FEW:
+        return best
+    error = _left_out_error(rows, is_time, best)
+    richer = (*([] if is_time.all() else [_fit_traffic]), _fit_classes)
+    for fit in richer if error > CLASS_ERROR_RATIO else ():
+        found = _left_out_error(rows, is_time, fit)
+        if found < error:
+            best, error = fit, found
+    return best
+
+
+def _robust(fit: _Fit, rows: _Rows, is_time: np.ndarray) -> _Correction:
     """A fit in which nets that it misses by far count less: iteratively reweighted least squares with Huber's weights."""
-    found = fit(raw, nets)
-    if len(nets) < FEW:
+    found = fit(rows, is_time)
+    if len(rows.ms) < FEW:
         return found
     for _ in range(REWEIGHTINGS):
-        missed = np.array([abs(found.predict(net.widths) / net.ms - 1) for net in nets])
+        missed = np.maximum(found.missed(rows), 1e-9)
         # 1.4826 makes the median of absolute values the standard deviation of normal errors.
         limit = OUTLIER * max(1.4826 * float(np.median(missed)), NOISE_RATIO)
-        found = fit(
-            raw,
-            [
-                net if net.weight > 1 else net._replace(weight=net.weight * min(1.0, limit / m))
-                for net, m in zip(nets, np.maximum(missed, 1e-9).tolist(), strict=True)
-            ],
-        )
+        less = rows.weight * np.minimum(1.0, limit / missed)
+        found = fit(rows._replace(weight=np.where(rows.weight > 1, rows.weight, less)), is_time)
     return found
 
 
-def _left_out_error(raw: LatencyModel, nets: list[TimedNet], fit: Fit) -> float:
+def _left_out_error(rows: _Rows, is_time: np.ndarray, fit: _Fit) -> float:
     """Mean relative error at each net, predicted from all the others; no disturbed net decides it alone."""
-    others = [nets[:i] + nets[i + 1 :] for i in range(len(nets))]
-    errors = [evaluate(_robust(fit, raw, o), [net])[0] for o, net in zip(others, nets, strict=True)]
+    places = np.arange(len(rows.ms))
+    errors = [
+        float(_robust(fit, rows.at(places != i), is_time).missed(rows.at(places == i))[0])
+        for i in places
+    ]
     return sum(min(error, MOST_ERROR_RATIO) for error in errors) / len(errors)
 
 
-def _fit_common(raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
-    sums = np.array([[raw.predict(net.widths)] for net in nets]).reshape(len(nets), 1)
-    scales, offset_ms = _map_fit(sums, nets, prior=np.ones(1), spread=np.full(1, PRIOR_SPREAD))
-    return _above_zero(replace(raw, scale=float(scales[0]), offset_ms=offset_ms))
+def _fit_common(rows: _Rows, is_time: np.ndarray) -> _Correction:
+    relative = is_time.astype(float)
+    sums = (rows.sums @ relative)[:, None]
+    scales, offset_ms = _map_fit(sums, rows, prior=np.ones(1), spread=np.full(1, PRIOR_SPREAD))
+    return _Correction(float(scales[0]), relative, offset_ms)
 
 
-def _fit_classes(raw: LatencyModel, nets: list[TimedNet]) -> LatencyModel:
-    common = _fit_common(raw, nets).scale
-    parts = [raw.by_class(net.widths) for net in nets]
-    ops = sorted({op for part in parts for op in part})
-    sums = np.array([[part.get(op, 0.0) for op in ops] for part in parts])
-    prior = np.full(len(ops), common)
-    scales, offset_ms = _map_fit(sums, nets, prior=prior, spread=PRIOR_SPREAD * prior)
-    relative = dict(zip(ops, (scales / common).tolist(), strict=True))
-    return _above_zero(replace(raw, scale=common, offset_ms=offset_ms, class_scales=relative))
+def _fit_traffic(rows: _Rows, is_time: np.ndarray) -> _Correction:
+    sums = np.stack([rows.sums @ is_time, rows.sums @ ~is_time], axis=1)
+    prior, spread = np.array([1.0, 0.0]), np.array([PRIOR_SPREAD, NS_PER_BYTE])
+    scales, offset_ms = _map_fit(sums, rows, prior=prior, spread=spread)
+    return _Correction(float(scales[0]), np.where(is_time, 1.0, scales[1] / scales[0]), offset_ms)
+
+
+def _fit_classes(rows: _Rows, is_time: np.ndarray) -> _Correction:
+    common = (
+        _fit_common(rows, is_time).scale if is_time.all() else _fit_traffic(rows, is_time).scale
+    )
+    prior = np.where(is_time, common, 0.0)
+    spread = np.where(is_time, PRIOR_SPREAD * common, NS_PER_BYTE)
+    scales, offset_ms = _map_fit(rows.sums, rows, prior=prior, spread=spread)
+    return _Correction(common, scales / common, offset_ms)
 
 
 def _map_fit(
-    sums: np.ndarray, nets: list[TimedNet], *, prior: np.ndarray, spread: np.ndarray
+    sums: np.ndarray, rows: _Rows, *, prior: np.ndarray, spread: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Scales of the columns of ``sums [nets, columns]`` and an offset, by maximum a posteriori with normal priors.
 
     The offset may have either sign, so it enters as the difference of two non-negative unknowns; its prior is 0 +- 30 % of the mean time.
     """
-    times = np.array([net.ms for net in nets])
-    trust = np.sqrt([net.weight for net in nets]) / (times * NOISE_RATIO)
-    typical = float(times.mean()) if len(times) else 1.0
-    ones = np.ones((len(times), 1))
+    trust = np.sqrt(rows.weight) / (rows.ms * NOISE_RATIO)
+    typical = float(rows.ms.mean()) if len(rows.ms) else 1.0
+    ones = np.ones((len(rows.ms), 1))
     data = np.hstack([sums, ones, -ones]) * trust[:, None]
     scale_rows = np.hstack([np.diag(1 / spread), np.zeros((len(prior), 2))])
     offset_row = np.hstack([np.zeros(len(prior)), [1.0, -1.0]]) / (0.3 * typical)
-    rows = np.vstack([data, scale_rows, offset_row])
-    wanted = np.hstack([times * trust, prior / spread, 0.0])
-    solution = nonnegative_least_squares(rows, wanted)
+    system = np.vstack([data, scale_rows, offset_row])
+    wanted = np.hstack([rows.ms * trust, prior / spread, 0.0])
+    solution = nonnegative_least_squares(system, wanted)
     scales = np.maximum(solution[:-2], LEAST_SCALE * prior)
     return scales, float(solution[-2] - solution[-1])
 
