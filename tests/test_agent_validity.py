@@ -181,7 +181,7 @@ def test_foreign_load_is_what_is_left_of_all_cores_without_ours(scene):
     assert (lap.reasons, lap.foreign_cpu_ratio) == ([], 0.04)
     scene.pass_time(1.0, ours=1.0, foreign=0.5)
     lap = watch.lap()
-    assert (lap.reasons, lap.foreign_cpu_ratio) == (["foreign cpu 12.5 % > 5 %"], 0.125)
+    assert (lap.reasons, lap.foreign_cpu_ratio) == (["other programs used 12.5 % of the processors, over 5 %"], 0.125)
     assert lap.telemetry["foreign_cpu_ratio"] == 0.125
     scene.pass_time(1.0)
     assert watch.lap().reasons == []
@@ -193,7 +193,7 @@ def test_windows_too_short_for_ticks_are_judged_together(scene):
         scene.pass_time(0.08, foreign=2.0)
         assert watch.lap()[:2] == ([], None)
     scene.pass_time(0.08, foreign=2.0)
-    assert watch.lap().reasons == ["foreign cpu 50.0 % > 5 %"]
+    assert watch.lap().reasons == ["other programs used 50.0 % of the processors, over 5 %"]
 
 
 def test_two_ticks_on_one_core_are_chance(scene):
@@ -203,7 +203,7 @@ def test_two_ticks_on_one_core_are_chance(scene):
     lap = watch.lap()
     assert (lap.reasons, lap.foreign_cpu_ratio) == ([], pytest.approx(0.1))
     scene.pass_time(0.2, foreign=0.15)
-    assert watch.lap().reasons == ["foreign cpu 15.0 % > 5 %"]
+    assert watch.lap().reasons == ["other programs used 15.0 % of the processors, over 5 %"]
 
 
 def test_a_worker_that_ended_makes_the_load_unknown_not_foreign(scene):
@@ -212,7 +212,7 @@ def test_a_worker_that_ended_makes_the_load_unknown_not_foreign(scene):
     scene.board.remove(f"/proc/{OURS}/stat")
     lap = watch.lap()
     assert (lap.reasons, lap.foreign_cpu_ratio) == ([], None)
-    assert lap.notes == ["a process of ours ended; foreign cpu was not judged"]
+    assert lap.notes == ["a process of ours ended; what other programs used was not judged"]
 
 
 def test_an_id_that_another_process_got_is_not_ours_of_before(scene):
@@ -322,7 +322,7 @@ def test_a_real_busy_process_is_foreign_to_who_does_not_own_it(busy_child):
     theirs, ours = unknowing.lap(), knowing.lap()
     cores = ours.telemetry["cpus_online"]
     assert used > 10, "the child had no processor to be busy on"
-    assert any(reason.startswith("foreign cpu ") for reason in theirs.reasons)
+    assert any(reason.startswith("other programs used ") for reason in theirs.reasons)
     assert theirs.foreign_cpu_ratio is not None
     assert ours.foreign_cpu_ratio is not None
     parted = theirs.foreign_cpu_ratio - ours.foreign_cpu_ratio
@@ -376,7 +376,7 @@ def test_the_gate_names_all_that_speaks_against_measuring(scene):
         "under-voltage now; limit: none",
         "temperature 61.0 C > 60.0 C",
         "load of the last minute 0.50 per core >= 0.3",
-        "foreign cpu 25.0 % > 5 %",
+        "other programs used 25.0 % of the processors, over 5 %",
         "memory available 3223 MiB < 4096 MiB",
     ]
     assert gate.alive == 1
@@ -395,7 +395,7 @@ def test_the_gate_waits_until_the_other_load_is_gone(scene):
 
 def test_the_gate_gives_up_when_its_time_is_over_and_says_why(scene):
     gate = Gate(scene, foreign=0.4)
-    assert gate.wait(wait_s=30) == ["foreign cpu 10.0 % > 5 %"]
+    assert gate.wait(wait_s=30) == ["other programs used 10.0 % of the processors, over 5 %"]
     assert 30 <= gate.slept <= 32
     assert gate.alive >= 10
 

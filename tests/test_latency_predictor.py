@@ -219,8 +219,8 @@ def test_whole_nets_that_wait_for_their_weights_get_a_cost_for_each_byte() -> No
     corrected = correct(model_with_bytes(), nets)
     assert corrected.scale * corrected.class_scales[traffic.OP] > 2.5
     probes = timed(truth, 20, seed=6)
-    assert evaluate(corrected, probes)[0] < 0.02
-    assert evaluate(correct(model(), nets), probes)[0] > 0.03
+    assert evaluate(corrected, probes)[0] < 0.025
+    assert evaluate(correct(model(), nets), probes)[0] > 0.04
 
 
 def test_predictions_stay_above_zero_whatever_the_nets_say() -> None:

@@ -123,7 +123,7 @@ def foreign_reason(ticks: int, ratio: float, limit: float) -> List[str]:
     """A line if others used more than their share, and more than chance."""
     if ratio <= limit or ticks < MIN_FOREIGN_TICKS:
         return []
-    return ["foreign cpu %.1f %% > %g %%" % (100 * ratio, 100 * limit)]
+    return ["other programs used %.1f %% of the processors, over %g %%" % (100 * ratio, 100 * limit)]
 
 
 def foreign_ratio(window: Window, cores: int) -> Optional[float]:
@@ -272,7 +272,7 @@ class Watch:
         if lost:
             notes.append("no longer readable: %s" % ", ".join(sorted(lost)))
         if window.foreign_ticks is None and self._counters.busy_ticks is not None:
-            notes.append("a process of ours ended; foreign cpu was not judged")
+            notes.append("a process of ours ended; what other programs used was not judged")
         return notes
 
 
