@@ -44,7 +44,7 @@ from edgeprune.stage_records import (
 )
 
 SCORE_SAMPLES = 1024
-CURVE_SAMPLES, FEWEST_CURVE_SAMPLES = 1024, 192
+CURVE_SAMPLES, FEWEST_CURVE_SAMPLES = 1024, 96
 # Multiply-accumulates that all evaluations of all curves may take together, as long as the fewest samples allow it. A group has about two
 # of them, and each runs about three times through the net.
 CURVE_MACS = 4e12

@@ -190,7 +190,11 @@ def repaired(
     pruned: nn.Module, dense: nn.Module, kept_outputs: Mapping[str, tuple[int, ...]], x: Tensor
 ) -> nn.Module:
     """The pruned model after the repair of :func:`compensate`, with its defaults, for a caller who judges it on other samples."""
-    solved, *_ = _solved(pruned, dense, kept_outputs, x, MAX_INPUTS, POSITIONS, RIDGE, Silent())
+    solved, *_, count = _solved(
+        pruned, dense, kept_outputs, x, MAX_INPUTS, POSITIONS, RIDGE, Silent()
+    )
+    if solved is not None and count == len(x):
+        return solved  # the pass that solved it has seen all samples, and left their statistics
     return recalibrate_batchnorm(pruned if solved is None else solved, x)
 
 
@@ -436,7 +440,7 @@ def _dense_targets(
     for number, site in enumerate(sites):
         hook = functools.partial(keep, site, torch.Generator().manual_seed(number))
         handles.append(layers[site.name].register_forward_hook(lambda m, _, out, h=hook: h(m, out)))
-    run_once(dense, x, handles)
+    run_once(dense, x, handles, last=sites[-1].name if sites else "")
     return {
         name: (torch.cat([where for where, _ in parts]), torch.cat([rows for _, rows in parts]))
         for name, parts in drawn.items()

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgeprune.compress.coupling import WEIGHTED
-from edgeprune.compress.evaluate import evaluating
+from edgeprune.compress.evaluate import BATCH, evaluating
+from edgeprune.compress.inputs import batches
 from edgeprune.compress.surgery import ChannelGroup, remove_channels, weights_by_input
 
 CONSTANT_TOLERANCE = 1e-6  # of the value: what counts as the same at all positions of all samples
@@ -195,7 +196,8 @@ def record_inputs(model: nn.Module, x: torch.Tensor, ranges: Mapping[str, InputR
     ]
     try:
         with evaluating(model), torch.no_grad():
-            model(x)
+            for part in batches(len(x), BATCH, x[0].numel()):
+                model(x[part])
     finally:
         for handle in handles:
             handle.remove()

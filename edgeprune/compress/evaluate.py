@@ -43,13 +43,30 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
-def run_once(model: nn.Module, x: Tensor, handles: Iterable[RemovableHandle]) -> None:
-    """One pass of all samples in eval mode, without gradients; the hooks that watch it are removed, come what may."""
+class _Reached(Exception):
+    """Everything that was to be seen of a batch has run."""
+
+
+def run_once(
+    model: nn.Module, x: Tensor, handles: Iterable[RemovableHandle], *, last: str = ""
+) -> None:
+    """One pass of all samples in eval mode, without gradients; the hooks that watch it are removed, come what may.
+
+    ``last`` names a layer, running once a batch, behind which nothing is of interest: each batch ends there.
+    """
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    handles = list(handles)
+    if last:  # the hooks of the caller were there first, and run first
+        handles.append(dict(model.named_modules())[last].register_forward_hook(stop))
     try:
         with evaluating(model), torch.no_grad():
             place = device_of(model)
             for part in batches(len(x), 128, x[0].numel()):
-                model(x[part].to(place))
+                with contextlib.suppress(_Reached):
+                    model(x[part].to(place))
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from edgeprune.compress.coupling import WEIGHTED, moves_whole_groups
 from edgeprune.compress.dead import SAME_OUTPUT, InputRange, filter_of, record_inputs
-from edgeprune.compress.evaluate import evaluating
+from edgeprune.compress.evaluate import evaluating, logits
 from edgeprune.compress.groups import find_groups
 from edgeprune.compress.surgery import ChannelGroup, weights_by_input
 from edgeprune.errors import ModelError
@@ -58,17 +58,17 @@ def rescue_silent(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, tuple[s
     original = copy.deepcopy(model).eval()
     helped = copy.deepcopy(original)
     units = _units(helped, x[:2])
-    notes = _speak_up(helped, units, x)
-    ranges = {name: InputRange() for name in units}
-    record_inputs(helped, x, ranges)
+    ranges = _ranges(helped, units, x)
+    notes = _speak_up(helped, units, ranges, x)
+    if notes:
+        ranges = _ranges(helped, units, x)
     for name, unit in units.items():
         count = _raise_filters(unit, ranges[name])
         if count:
             notes.append(f"{name}: {count} filters too faint for INT8 were raised to what fits")
     if not notes:
         return original, ()
-    with torch.no_grad():
-        expected, found = original(x), helped(x)
+    expected, found = logits(original, x), logits(helped, x)
     difference = float((expected - found).abs().max())
     if not difference <= SAME_OUTPUT * max(1.0, float(expected.abs().max())):
         return original, (
@@ -204,11 +204,23 @@ def _set_constant(unit: _Unit, index: int, constant: float) -> None:
         unit.layer.bias[index] = constant
 
 
-def _speak_up(model: nn.Module, units: Mapping[str, _Unit], x: torch.Tensor) -> list[str]:
+def _ranges(
+    model: nn.Module, units: Mapping[str, _Unit], x: torch.Tensor
+) -> dict[str, InputRange]:
+    """What every unit's layer is given."""
+    ranges = {name: InputRange() for name in units}
+    record_inputs(model, x, ranges)
+    return ranges
+
+
+def _speak_up(
+    model: nn.Module,
+    units: Mapping[str, _Unit],
+    ranges: Mapping[str, InputRange],
+    x: torch.Tensor,
+) -> list[str]:
     """Give each group of channels that is silent as a whole one channel with a constant that nobody listens to."""
     layers = dict(model.named_modules())
-    ranges = {n: InputRange() for n, m in layers.items() if isinstance(m, WEIGHTED) and n in units}
-    record_inputs(model, x, ranges)
     silent = {
         name
         for name, found in ranges.items()
