@@ -181,7 +181,10 @@ def test_foreign_load_is_what_is_left_of_all_cores_without_ours(scene):
     assert (lap.reasons, lap.foreign_cpu_ratio) == ([], 0.04)
     scene.pass_time(1.0, ours=1.0, foreign=0.5)
     lap = watch.lap()
-    assert (lap.reasons, lap.foreign_cpu_ratio) == (["other programs used 12.5 % of the processors, over 5 %"], 0.125)
+    assert (lap.reasons, lap.foreign_cpu_ratio) == (
+        ["other programs used 12.5 % of the processors, over 5 %"],
+        0.125,
+    )
     assert lap.telemetry["foreign_cpu_ratio"] == 0.125
     scene.pass_time(1.0)
     assert watch.lap().reasons == []

@@ -130,6 +130,29 @@ def test_compensation_brings_a_pruned_net_closer_to_the_dense_one() -> None:
         assert not net.training
 
 
+@pytest.mark.parametrize("count", [100, 200])  # one batch of the statistics, and two
+def test_a_repair_leaves_the_statistics_of_its_samples(count: int) -> None:
+    dense, x = dense_net(), samples(count)
+    found = module.repaired(without_channels(dense, KEPT), dense, KEPT_OUTPUTS, x)
+    again = recalibrate_batchnorm(found, x).state_dict()
+    for name, tensor in found.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(again[name], tensor, rtol=0.02, atol=1e-3)
+    assert not any(m.training for m in found.modules())
+
+
+def test_a_pass_ends_behind_the_last_layer_that_is_watched_and_leaves_no_hook() -> None:
+    net, ran = dense_net(), []
+    handles = [
+        getattr(net, name).register_forward_hook(lambda *_, n=name: ran.append(n))
+        for name in ("stem", "mix", "classifier")
+    ]
+    evaluate.run_once(net, samples(200), handles, last="mix")
+    assert ran == ["stem", "mix"] * 2  # batches of 128
+    logits(net, samples(4))
+    assert len(ran) == 4
+
+
 def test_channels_that_others_repeat_cost_nothing_after_compensation() -> None:
     dense = dense_net()
     twins = {
