@@ -204,9 +204,7 @@ def _set_constant(unit: _Unit, index: int, constant: float) -> None:
         unit.layer.bias[index] = constant
 
 
-def _ranges(
-    model: nn.Module, units: Mapping[str, _Unit], x: torch.Tensor
-) -> dict[str, InputRange]:
+def _ranges(model: nn.Module, units: Mapping[str, _Unit], x: torch.Tensor) -> dict[str, InputRange]:
     """What every unit's layer is given."""
     ranges = {name: InputRange() for name in units}
     record_inputs(model, x, ranges)

@@ -123,7 +123,9 @@ def foreign_reason(ticks: int, ratio: float, limit: float) -> List[str]:
     """A line if others used more than their share, and more than chance."""
     if ratio <= limit or ticks < MIN_FOREIGN_TICKS:
         return []
-    return ["other programs used %.1f %% of the processors, over %g %%" % (100 * ratio, 100 * limit)]
+    return [
+        "other programs used %.1f %% of the processors, over %g %%" % (100 * ratio, 100 * limit)
+    ]
 
 
 def foreign_ratio(window: Window, cores: int) -> Optional[float]:
