@@ -69,7 +69,7 @@ def predictor_block(
             share_text(r.p95_error_ratio),
             share_text(r.worst_error_ratio),
             str(len(r.held_out)),
-            share_text(statistics.median(h.noise_ratio for h in r.held_out)),
+            share_text(statistics.median(h.noise_ratio / h.measured_ratio for h in r.held_out)),
             str(r.kernels),
             str(r.nets),
             seconds_text(r.table_seconds + r.nets_seconds),
@@ -90,6 +90,6 @@ def predictor_block(
     )
     intro = (
         "Random structures that took no part in the fit, timed whole beside the dense net. The noise is half the 99 % interval of the"
-        " measured share, the median over structures: no prediction can be seen to be better than that."
+        " measured share, relative to it, the median over structures: no prediction can be seen to be better than that."
     )
     return f"{intro}\n\n{table(head, rows, left=2)}"

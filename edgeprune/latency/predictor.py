@@ -307,13 +307,12 @@ def correct(
     rows, is_time = _rows(raw, timed, ops), np.array([op != traffic.OP for op in ops])
     found = _robust(_choose(rows, is_time), rows, is_time)
     scales = dict(zip(ops, found.relative.tolist(), strict=True))
-    ones = {op for op, scale in scales.items() if scale == 1.0}
     return _above_zero(
         replace(
             raw,
             scale=found.scale,
             offset_ms=found.offset_ms,
-            class_scales={op: scale for op, scale in scales.items() if op not in ones},
+            class_scales={op: scale for op, scale in scales.items() if scale != 1.0},
         )
     )
 

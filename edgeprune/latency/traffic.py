@@ -1,9 +1,8 @@
 """Bytes of weights that a whole net reads, as a part of the latency model.
 
 A kernel that is timed alone finds its weights in the cache; in a whole net that is larger than the cache it has to fetch them. What that
-costs grows with the bytes, so the sum over kernels fits the same factors as their times. Measured by this project on x86-64 (ONNX Runtime,
-FP32, one thread, structures between 0.03 and 1.9 MB): whole nets took 0.4 to 1.0 times the sum of their kernels, rising with the bytes,
-and an affine correction of the sum missed by 13.5 % where one with the bytes missed by 4.5 %.
+costs grows with the bytes, so the sum over kernels fits the same factors as their times. Seen with ONNX Runtime in FP32 on x86-64 by
+``benchmarks/predictor.py``, whose results file has the error that is left.
 """
 
 from __future__ import annotations
