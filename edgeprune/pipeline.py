@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from edgeprune import choosing, conversion, formats, records, schedule, stages
+from edgeprune import allocator, choosing, conversion, formats, records, schedule, stages
 from edgeprune.apps import for_app
 from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
@@ -89,6 +89,7 @@ def opened(
         DeviceError: the device cannot be reached, or lacks the runtime.
     """
     check_format(job.target)
+    allocator.keep_large_blocks()
     for note in job.notes:
         progress.say(f"note: {note}")
     with contextlib.ExitStack() as stack:

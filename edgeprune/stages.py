@@ -19,6 +19,7 @@ from edgeprune.compress import importance as importances
 from edgeprune.compress.divergence import AfterHealing, AfterRepair, trial_settings
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import ChannelGroup, remove_channels
+from edgeprune.compress.inputs import channels_last
 from edgeprune.compress.recover import recover
 from edgeprune.compress.structure import work
 from edgeprune.context import NOT_RUN, Context
@@ -83,12 +84,15 @@ def score(
     """Score every channel of a model on training data and calibrate the cost of every width on the selection split."""
     data = context.job.loaded.dataset
     function = importances.BY_NAME[context.job.importance]
-    x = torch.from_numpy(context.inputs(data.train, SCORE_SAMPLES))
+    x = channels_last(torch.from_numpy(context.inputs(data.train, SCORE_SAMPLES)))
     with context.progress.bar("scoring channels", 1) as bar:
         scores = function(model, groups, x, context.job.seed)
         bar.advance(1)
-    held = torch.from_numpy(context.inputs(data.selection, curve_samples(model, groups, x[:1])))
-    curves = importances.cost_curves(model, groups, scores, grids, held, progress=context.progress)
+    held = context.inputs(data.selection, curve_samples(model, groups, x[:1]))
+    samples = channels_last(torch.from_numpy(held))
+    curves = importances.cost_curves(
+        model, groups, scores, grids, samples, progress=context.progress
+    )
     return ScoresResult(
         scores={g: tuple(float(v) for v in s) for g, s in scores.items()},
         curves={g: tuple(float(v) for v in c) for g, c in curves.items()},
@@ -136,7 +140,7 @@ def structure_loss(
     example = torch.from_numpy(context.example)
     n = curve_samples(model, groups, example)
     held = context.inputs(context.job.loaded.dataset.selection, n)
-    return AfterRepair(model, groups, torch.from_numpy(held))
+    return AfterRepair(model, groups, channels_last(torch.from_numpy(held)))
 
 
 def structure_trial(context: Context, loss: AfterRepair) -> AfterHealing | None:

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "edgeprune"
 LAYERS = {
     "version": 0,
     "errors": 0,
+    "allocator": 0,
     "records": 0,
     "operators": 0,
     "patterns": 0,

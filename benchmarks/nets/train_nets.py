@@ -27,6 +27,8 @@ import families  # noqa: E402
 import small  # noqa: E402
 import train as example  # noqa: E402
 
+from edgeprune.compress.recover import low_precision  # noqa: E402
+
 RECALIBRATION = 5120  # images of the training split
 FACTORIES = families.FACTORIES | small.FACTORIES
 BATCH, PEAK, WEIGHT_DECAY, SMOOTHING, AVERAGE = 128, 0.1, 5e-4, 0.05, 0.995
@@ -110,6 +112,7 @@ def main() -> None:
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK, steps, pct_start=0.15)
     started, order = time.monotonic(), torch.empty(0, dtype=torch.long)
+    lowered = low_precision(torch.device("cpu")) is not None
     model.train()
     for step in range(steps):
         if len(order) < BATCH:
@@ -119,7 +122,9 @@ def main() -> None:
         if step < at_half:
             images = functional.avg_pool2d(images, 2)
         images = images.contiguous(memory_format=torch.channels_last)
-        loss = functional.cross_entropy(model(images), y[chosen], label_smoothing=SMOOTHING)
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            logits = model(images)
+        loss = functional.cross_entropy(logits.float(), y[chosen], label_smoothing=SMOOTHING)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -137,6 +142,7 @@ def main() -> None:
         "seed": args.seed,
         "epochs": args.epochs,
         "share_at_half_size": args.small_share,
+        "multiplied_in": "bfloat16" if lowered else "float32",
         **figures(kept, splits),
         "images": {n: len(pair[1]) for n, pair in splits.items()},
         "seconds": round(time.monotonic() - started),

@@ -21,7 +21,7 @@ from torch.nn import functional
 from edgeprune.compress import checkpoint as checkpoints
 from edgeprune.compress import sparsity
 from edgeprune.compress.evaluate import quality, raw_logits
-from edgeprune.compress.inputs import augmented, to_input
+from edgeprune.compress.inputs import augmented, channels_last, to_input
 from edgeprune.datasets import Split
 from edgeprune.errors import IntegrityError, ModelError
 from edgeprune.progress import Bar, Progress
@@ -197,7 +197,7 @@ def _setup(
         preprocess=preprocess,
         seed=seed,
         device=device,
-        precision=_low_precision(device),
+        precision=low_precision(device),
         batch=min(settings.batch_size, len(train)),
         epoch_steps=epoch_steps,
         total_steps=math.ceil(settings.epochs * epoch_steps),
@@ -236,7 +236,7 @@ def _plain_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].contiguous(), *args[1:])
 
 
-def _low_precision(device: torch.device) -> torch.dtype | None:
+def low_precision(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the hardware multiplies it; ``None`` where it would be emulated, which is slower than float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
@@ -410,8 +410,7 @@ def _batch(setup: _Setup, chosen: np.ndarray, generator: torch.Generator) -> Ten
     raw = torch.from_numpy(setup.train.x[chosen])
     if setup.preprocess.kind == "image" and raw.dtype == torch.uint8:
         raw = augmented(raw, setup.settings.augment, generator)
-    x = to_input(raw.to(setup.device), setup.preprocess)
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    return channels_last(to_input(raw.to(setup.device), setup.preprocess))
 
 
 def _judge(setup: _Setup, state: _State, loss: float | None) -> None:
