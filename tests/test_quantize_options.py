@@ -77,6 +77,15 @@ def test_saturation_counts_what_lies_outside():
     assert saturation(np.array([-2.0, 0.0, 0.5, 3.0]), (-1.0, 1.0)) == 0.5
 
 
+def test_the_default_ranges_reach_to_the_extremes_of_the_samples(exported, tmp_path):
+    form, _, path, _ = exported
+    x = heavy_tailed(16)
+    plain = tmp_path / f"a{form.info.suffix}"
+    form.quantize(path, x, plain)
+    low, high = form.ranges(plain)["input"]
+    assert (low, high) == pytest.approx((x.min(), x.max()), abs=(high - low) / 255)
+
+
 @pytest.mark.parametrize("ranges", ["percentile", "mse"])
 def test_ranges_other_than_the_default_reach_the_file(exported, tmp_path, ranges):
     form, _, path, _ = exported

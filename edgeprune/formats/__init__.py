@@ -107,8 +107,8 @@ class Resizable(Protocol):
 class QuantizeOptions:
     """How an INT8 file is made where there is a choice; the defaults are what every format does by itself.
 
-    ``ranges`` is where the range of an activation ends: at the extremes of the calibration samples (``minmax``, smoothed as the
-    format's own tools do), with ``tail_ratio`` of the values left outside at each end (``percentile``), or where the squared error of
+    ``ranges`` is where the range of an activation ends: at the extremes of the calibration samples (``minmax``; Core ML and ExecuTorch keep
+    what their own tools do), with ``tail_ratio`` of the values left outside at each end (``percentile``), or where the squared error of
     rounding and clipping is least (``mse``). The layers in ``float_layers`` (torch paths, as :attr:`Kernel.layer`) stay in float.
     ``io`` is the type of the file's inputs and outputs; ``None`` is the format's own.
     """

@@ -28,11 +28,14 @@ class Spread:
         return np.asarray((edges[1:] + edges[:-1]) / 2)
 
 
-def spreads(passes: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> dict[str, Spread]:
+def spreads(
+    passes: Callable[[], Iterable[Mapping[str, np.ndarray]]], *, counted: bool = True
+) -> dict[str, Spread]:
     """The spread of every tensor over all samples.
 
     Args:
         passes: gives the values of all tensors, sample by sample; called twice: once for the extremes, once to count between them.
+        counted: whether values are counted at all; without, every count is zero, and one pass is enough.
     """
     low: dict[str, float] = {}
     high: dict[str, float] = {}
@@ -42,7 +45,7 @@ def spreads(passes: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> dict[st
                 low[name] = min(low.get(name, np.inf), float(value.min()))
                 high[name] = max(high.get(name, -np.inf), float(value.max()))
     counts = {name: np.zeros(BINS, np.int64) for name in low}
-    for sample in passes():
+    for sample in passes() if counted else ():
         for name, value in sample.items():
             if value.size and high[name] > low[name]:
                 counts[name] += np.histogram(value, BINS, (low[name], high[name]))[0]

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +186,7 @@ class TfliteFormat:
             with quiet() as log:
                 quantizer = quantizer_module.Quantizer(str(fp32), _recipe(float_model, options))
                 feeds = [{text(entry.name): samples[i : i + 1]} for i in range(len(samples))]
-                ranges = quantizer.calibrate({SIGNATURE: feeds})
-                if options.ranges != "minmax":
-                    found = spreads(lambda: inspection.activations(content, samples))
-                    for name in ranges.keys() & found.keys():
-                        low, high = ends(found[name], options)
-                        shape = np.shape(ranges[name]["min"])
-                        ranges[name] |= {
-                            "min": np.full(shape, low, np.float32),
-                            "max": np.full(shape, high, np.float32),
-                        }
+                ranges = _ranges(content, samples, options, quantizer, feeds)
                 quantized = bytes(quantizer.quantize(ranges).quantized_model)
         except Exception as error:
             raise FormatError(
@@ -261,6 +252,30 @@ class TfliteFormat:
         leaves = {path for path, module in model.named_modules() if not [*module.children()]}
         decoder = WidthDecoder(full, changed)
         return TfliteResizable(dense.read_bytes(), variant.read_bytes(), decoder, leaves - {""})
+
+
+def _ranges(
+    content: bytes,
+    samples: np.ndarray,
+    options: QuantizeOptions,
+    quantizer: Any,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, Any]:
+    """The range of every activation in the quantiser's own terms, with our ends: its own smooth extremes over samples, and so clip them."""
+    found = spreads(
+        lambda: inspection.activations(content, samples), counted=options.ranges != "minmax"
+    )
+    ranges: dict[str, Any] = quantizer.calibrate({SIGNATURE: feeds[:1]})
+    if ranges.keys() - found.keys():  # tensors of its own, which it has to see all samples of
+        ranges = quantizer.calibrate({SIGNATURE: feeds})
+    for name in ranges.keys() & found.keys():
+        low, high = ends(found[name], options)
+        shape = np.shape(ranges[name]["min"])
+        ranges[name] |= {
+            "min": np.full(shape, low, np.float32),
+            "max": np.full(shape, high, np.float32),
+        }
+    return ranges
 
 
 def _recipe(float_model: Any, options: QuantizeOptions) -> Any:
