@@ -12,6 +12,7 @@ from torch import nn
 from edgeprune import catalog, pipeline, records
 from edgeprune.closing import Outcome, Planned
 from edgeprune.compress import importance as importances
+from edgeprune.compress import sparsity
 from edgeprune.context import Candidate, Context, Job, stand_in_runtime
 from edgeprune.devices.recording import as_recorded
 from edgeprune.errors import SpecError, UnknownName
@@ -45,11 +46,14 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     Raises:
         SpecError: no target was named, a budget is malformed, or the target has no kernels for the sparsity.
         UnknownName: a target, profile, device or importance that does not exist, or a format that the target does not list.
+        ModelError: sparsity is asked for, and no layer of the model can have it.
     """
     workload = loaded.workload
     target = chosen_target(options, workload)
     profile = catalog.profile(target.profile)
     check_sparsity(workload, target)
+    if workload.recovery.sparsity != "none":
+        sparsity.require_eligible(loaded.model)  # known now, where the search would take minutes
     device_name, device, notes = chosen_device(options, workload, target)
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing

@@ -13,7 +13,7 @@ from test_recover import PREPROCESS, SETTINGS, Stopper, damaged, splits, teacher
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from edgeprune import formats
+from edgeprune import api, formats
 from edgeprune.compress import sparsity
 from edgeprune.compress.evaluate import kl_nats, logits
 from edgeprune.compress.fakequant import fake_quantised, plain
@@ -23,7 +23,10 @@ from edgeprune.compress.sparsify import masked_by_magnitude, sparsified
 from edgeprune.compress.sparsity import eligible, has_pattern, mask_of, without_pattern
 from edgeprune.errors import ModelError
 from edgeprune.formats._onnx_sparsity import sparse_layers
+from edgeprune.options import Options
 from edgeprune.progress import Silent
+from edgeprune.specs import Preprocess, Recovery, Workload
+from edgeprune.workload import from_objects
 
 SPARSE = SETTINGS.model_copy(update={"sparsity": "2:4"})
 SHAPES = [(3, 4), (5, 12), (2, 8, 3, 3), (1, 4, 1, 1), (6, 16, 1, 5)]
@@ -121,6 +124,22 @@ def test_only_layers_that_the_rule_is_for_are_eligible() -> None:
     assert "parametrisation" in sparsity.reason_to_skip(bound)
     with pytest.raises(ModelError, match="the model has none"):
         sparsity.require_eligible(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(6, 2)))
+
+
+def test_a_model_without_such_a_layer_is_refused_before_any_work() -> None:
+    rows = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
+    loaded = from_objects(
+        nn.Linear(6, 2),
+        {split: (rows, np.arange(40) % 2) for split in ("train", "validation")},
+        settings=Workload(
+            model="net.py:build",
+            data="data.npz",
+            preprocess=Preprocess(kind="none"),
+            recovery=Recovery(sparsity="2:4"),
+        ),
+    )
+    with pytest.raises(ModelError, match="the model has none"):
+        api.resolve(loaded, Options(target="jetson-orin-nano"))
 
 
 def test_a_state_dict_is_checked_for_the_pattern() -> None:
