@@ -105,8 +105,9 @@ def arrays() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     found = {name: images(n, seed) for seed, (name, n) in enumerate(COUNTS.items())}
     x, _ = found["development"]
+    net = trained()
     with torch.no_grad():
-        answers = trained()(torch.from_numpy(x)[:, None].float() / 255)
+        answers = net(torch.from_numpy(x)[:, None].float() / 255)
     return {**found, "development": (x, answers.argmax(1).numpy())}
 
 
