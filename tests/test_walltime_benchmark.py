@@ -47,5 +47,6 @@ def test_a_target_that_does_not_exist_is_one_line_and_writes_nothing(tmp_path: P
     out = tmp_path / "walltime.json"
     done = CliRunner().invoke(walltime.main, ["--target", "nowhere", "--out", str(out)])
     assert done.exit_code == 2
-    assert done.output.count("\n") == 1 and "nowhere" in done.output
+    assert done.output.count("\n") == 1
+    assert "nowhere" in done.output
     assert not out.exists()
