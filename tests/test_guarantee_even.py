@@ -1,0 +1,82 @@
+"""Structures that are cut more evenly than sums of costs ask for: measured, and chosen by what they really lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_planning import FULL, Clock, Net, basis_of, table_of
+
+from edgeprune import guarantee, planning, search
+from edgeprune.errors import BudgetError
+from edgeprune.progress import Silent
+from edgeprune.specs import parse_budget
+
+
+@pytest.fixture
+def basis() -> guarantee.Basis:
+    """A basis whose costs say that nothing of group ``c`` is worth its time."""
+    clock, file = Clock(noise_ratio=0.0), Net()
+    table = table_of(clock)
+    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = planning.fit(planning.kernel_model(file, table, FULL), nets, 1)
+    found = basis_of(table, nets, model, quality)
+    return replace(found, curves={**found.curves, "c": found.curves["c"] * 1e-6})
+
+
+def unevenness(widths: Mapping[str, int]) -> float:
+    """0 where every group keeps the same share."""
+    return float(np.std([math.log(width / FULL[group]) for group, width in widths.items()]))
+
+
+def plan_of(basis: guarantee.Basis) -> dict[str, int]:
+    found = guarantee.make_plan(
+        Clock(noise_ratio=0.001),  # type: ignore[arg-type]
+        Net(),
+        basis,
+        budget=parse_budget("50%"),
+        progress=Silent(),
+    )
+    assert all(c.loss_nats is None for c in found.checks) == (basis.loss is None)
+    return found.plan.widths()
+
+
+def test_the_more_unevenness_weighs_the_more_evenly_groups_are_cut(basis):
+    limit_ms = 0.5 * basis.nets.dense_ms
+    by_weight = [search.solve(basis.evened(w, limit_ms), limit_ms).widths for w in (0.0, 10.0, 1e4)]
+    plain = search.solve(basis.problem(), limit_ms).widths
+    assert by_weight[0] == plain
+    assert unevenness(plain) > unevenness(by_weight[1]) >= unevenness(by_weight[2])
+    # Under it alone a time that is a product of widths is cut by the same share everywhere, but for the grid and single-sided kernels.
+    assert unevenness(by_weight[2]) < 0.35 < unevenness(plain)
+
+
+def test_what_a_structure_really_loses_decides_whether_even_cuts_are_better(basis):
+    alone = plan_of(basis)
+    assert unevenness(alone) > 0.35
+
+    def loss(kept: Mapping[str, tuple[int, ...]]) -> float:
+        return unevenness({group: len(channels) for group, channels in kept.items()})
+
+    assert unevenness(plan_of(replace(basis, loss=loss))) < unevenness(alone)
+    against = replace(basis, loss=lambda kept: -loss(kept))
+    assert unevenness(plan_of(against)) >= unevenness(alone) - 1e-9
+
+
+def test_costs_of_nothing_and_limits_that_cannot_be_met_are_no_special_case(basis):
+    limit_ms = 0.5 * basis.nets.dense_ms
+    free = replace(basis, curves={g: np.zeros_like(c) for g, c in basis.curves.items()})
+    assert search.solve(free.evened(10.0, limit_ms), limit_ms).predicted_ms <= limit_ms
+    with pytest.raises(BudgetError):
+        basis.evened(10.0, 1e-6)
+    gone = replace(free, at_most={"c": min(basis.model.grids["c"])})
+    assert gone.evened(10.0, limit_ms).cost_nats["c"].tolist() == [0.0]
+
+
+def test_every_cost_falls_with_width_and_ends_at_0(basis):
+    for costs in basis.evened(10.0, 0.5 * basis.nets.dense_ms).cost_nats.values():
+        assert np.all(np.diff(costs) <= 0)
+        assert costs[-1] == 0
