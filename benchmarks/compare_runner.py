@@ -192,7 +192,7 @@ class Runner:
 
     def _train(self, entry: Entry, seed: int) -> None:
         row, rig = entry.row, self._comparison.rig
-        name = f"{row.method}-{row.budget}"
+        name = f"{row.method}-{row.budget}-{records.digest_of(row.widths)[:8]}"
         shipped = rig.shipped(name, seed, entry.start)
         place = (row.method, row.budget)
         self._test.setdefault(place, {})[seed] = shipped.test
