@@ -31,7 +31,7 @@ def compare_block(results: CompareResults, table: Table, stamp: str) -> str:
             cells += _cells(by_place.get((method, budget)), results)
         rows.append(cells)
     parts = [_intro(results, stamp), table(head, rows), _one_shot(results, budgets, table)]
-    parts += _margins(results, budgets)
+    parts += [_against_fp32(results), *_margins(results, budgets)]
     parts += [
         f"Missed: {r.method} at {r.budget}: {printable(r.message) or r.status}."
         for r in results.rows
@@ -116,6 +116,21 @@ def _one_shot(results: CompareResults, budgets: Sequence[str], table: Table) -> 
         "least squares",
     )
     return table(head, rows)
+
+
+def _against_fp32(results: CompareResults) -> str:
+    """What pruning and INT8 gain together, ours at each budget; empty where the files were not timed at the end."""
+    exact = results.dense_test["fp32"]
+    found = [
+        f"{row.against_fp32:.1f} times as fast at {row.budget} ({signed(100 * (drop - exact), 2)} points)"
+        for row in results.rows
+        if row.method == OURS and row.against_fp32 and (drop := _drop_of(row)) is not None
+    ]
+    return (
+        f"edgeprune's INT8 file against dense FP32 in the same rounds: {', '.join(found)}."
+        if found
+        else ""
+    )
 
 
 def _margins(results: CompareResults, budgets: Sequence[str]) -> list[str]:

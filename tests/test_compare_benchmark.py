@@ -286,6 +286,15 @@ def test_the_table_names_drops_margins_and_what_was_not_reached():
     assert "Missed: uniform at 4x: not reached." in text
 
 
+def test_what_pruning_and_int8_gain_together_is_said_where_it_was_timed():
+    timed = row("edgeprune", "2x", 0.949).model_copy(update={"against_fp32": 7.06})
+    text = compare_block(made(timed), blocks.table, "s")
+    assert "dense FP32 in the same rounds: 7.1 times as fast at 2x (\u22120.10 points)." in text
+    assert "dense FP32 in" not in compare_block(
+        made(row("edgeprune", "2x", 0.9)), blocks.table, "s"
+    )
+
+
 def test_a_file_that_is_surely_over_the_budget_says_so():
     text = compare_block(made(row("edgeprune", "2x", 0.949, low=0.51)), blocks.table, "s")
     assert "over the budget" in text
