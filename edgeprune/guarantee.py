@@ -42,6 +42,7 @@ CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budg
 REMOVAL_CHARGES = (3.0, math.inf)
 # How many times the sum of costs the unevenness of the cuts weighs in further structures to measure, see `Basis.evened`.
 EVENNESS = (10.0, 40.0, 1e4)
+MEASURED = 3  # structures of a round that are timed: those that lose least after their repair
 FINALISTS = 3  # healed for a while, to choose between structures with and without removed blocks
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -131,8 +132,9 @@ def make_plan(
     """Solve, measure what was solved beside the dense net, correct the model, and repeat until the *measured* latency fits.
 
     Of the structures that fit, the one that really loses least after its repair is chosen: costs of groups do not add up where many are cut
-    deep, least of all where whole blocks go. So structures in which removals are charged more, or not allowed, are measured too; and since
-    gradients bring back other things than least squares do, the best with each number of removed blocks are healed for a while to choose.
+    deep, least of all where whole blocks go. So structures that cut more evenly, or in which removals are charged more or not allowed, are
+    repaired and compared too, and the best of them measured; and since gradients bring back other things than least squares do, the best
+    with each number of removed blocks are healed for a while to choose.
 
     Source: the guarantee loop of this project's design; each failing round lowers the effective budget, and the smallest net bounds it.
 
@@ -151,8 +153,11 @@ def make_plan(
             options = [
                 s for s in _options(basis, aim_ms) if tuple(sorted(s.widths.items())) not in tried
             ]
+            options, losses = _promising(basis, options)
             found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
-            found = _with_losses(basis, found)
+            found = [
+                c.model_copy(update={"loss_nats": n}) for c, n in zip(found, losses, strict=True)
+            ]
             checks.extend(found)
             samples += [(c.widths, c.measured_ms, 3.0) for c in found]
             basis = replace(basis, model=correct(basis.model, samples))
@@ -273,7 +278,8 @@ def _thinning(model: LatencyModel) -> dict[str, np.ndarray]:
 def _options(basis: Basis, limit_ms: float) -> tuple[Solution, ...]:
     """The best solution and two that differ from it, or the fastest one if the model sees nothing under the limit.
 
-    Also those that cut more evenly; and where blocks go, the best ones with fewer removals and with none, if there are such.
+    Also those that cut more evenly, where real losses can tell which is better; and where blocks go, the best ones with fewer removals and
+    with none, if there are such.
     """
     try:
         found = search.alternatives(basis.problem(), limit_ms, count=3, min_changes=3)
@@ -291,21 +297,26 @@ def _options(basis: Basis, limit_ms: float) -> tuple[Solution, ...]:
     if not all(all(s.widths.values()) for s in found):
         for charge in REMOVAL_CHARGES:
             add(partial(basis.problem, removal_charge=charge))
-    for weight in EVENNESS:
+    for weight in EVENNESS if basis.loss else ():
         add(partial(basis.evened, weight, limit_ms))
     return tuple(more)
 
 
-def _with_losses(basis: Basis, checks: Sequence[PlanCheck]) -> list[PlanCheck]:
-    """The checks, those within the budget with what they lose after the repair."""
+def _promising(
+    basis: Basis, options: Sequence[Solution]
+) -> tuple[list[Solution], list[float | None]]:
+    """The structures that are worth the device's time, with what they lose after the repair.
+
+    Those are the best :data:`MEASURED` of a round, and the best with each number of removed blocks.
+    """
     if basis.loss is None:
-        return list(checks)
-    return [
-        c.model_copy(update={"loss_nats": basis.loss(basis.kept(c.widths))})
-        if c.within_budget
-        else c
-        for c in checks
-    ]
+        return list(options), [None] * len(options)
+    losses = [basis.loss(basis.kept(s.widths)) for s in options]
+    order = sorted(range(len(options)), key=lambda i: (losses[i], i))
+    removed = [sum(not w for w in options[i].widths.values()) for i in order]
+    kinds = {i for n, i in enumerate(order) if removed.index(removed[n]) == n}
+    chosen = [i for n, i in enumerate(order) if n < MEASURED or i in kinds]
+    return [options[i] for i in chosen], [losses[i] for i in chosen]
 
 
 def _with_trials(basis: Basis, checks: list[PlanCheck], progress: Progress) -> list[PlanCheck]:

@@ -64,7 +64,7 @@ class PlanCheck(Record):
     """One structure that was measured on the device before any training.
 
     ``cost_nats`` adds up what its groups cost one by one; ``loss_nats`` is what the whole structure loses once it is repaired (KL from the
-    dense model on held-out samples), known for those within the budget; ``trial_nats`` what it still loses after a short healing, known
+    dense model on held-out samples), unknown for a plan that was given; ``trial_nats`` what it still loses after a short healing, known
     where structures with and without removed blocks were to be chosen between.
     """
 

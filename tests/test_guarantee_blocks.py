@@ -51,10 +51,8 @@ def test_a_block_is_removed_where_the_repaired_structure_loses_less_without_it(r
     )
     assert {bool(c.widths["a"]) for c in found.checks} == {True, False}
     assert bool(found.plan.widths()["a"]) == removal_is_dear
-    within = [c for c in found.checks if c.within_budget]
-    assert len(asked) == len(within)
-    assert all(c.loss_nats is not None for c in within)
-    assert all(c.loss_nats is None for c in found.checks if not c.within_budget)
+    assert all(c.loss_nats is not None for c in found.checks)
+    assert len(asked) >= len(found.checks)  # what loses more than others is not timed
 
 
 @pytest.mark.parametrize("heals_worse_without_the_block", [True, False])
