@@ -201,8 +201,9 @@ def main(
                 )
             write(out, rows, accuracy)
     if emulated_board:
-        rows = merged(rows, tuple(rows_on_the_board(for_board, progress, now())))
-        write(out, rows, accuracy)
+        for row in rows_on_the_board(for_board, progress, now()):
+            rows = merged(rows, (row,))
+            write(out, rows, accuracy)
 
 
 if __name__ == "__main__":

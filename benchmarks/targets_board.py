@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +44,13 @@ def error_steps(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).abs().max()) / step
 
 
-def rows_on_the_board(files: list[Int8File], progress: Terminal, created: str) -> list[TargetRow]:
-    """A row for each file in a format that the board has a runtime for."""
+def rows_on_the_board(
+    files: list[Int8File], progress: Terminal, created: str
+) -> Iterator[TargetRow]:
+    """A row for each file in a format that the board has a runtime for, as soon as it is there: emulation takes minutes a file."""
     sys.path[:0] = [str(TESTS), str(TESTS / "board")]
     from emulated_board import PYTHONS, emulated_board
 
-    rows: list[TargetRow] = []
     with emulated_board() as device:
         for runtime, python in PYTHONS.items():
             mine = [f for f in files if f.format in BOARD_FORMATS and f.runtime == runtime]
@@ -58,10 +60,10 @@ def rows_on_the_board(files: list[Int8File], progress: Terminal, created: str) -
             with open_board("emulated", there, exclusive=False) as board:
                 for file in mine:
                     board.load("net", file.path.read_bytes(), runtime=runtime, threads=1)
-                    rows.append(_row(file, _answers(board, file), created))
+                    row = _row(file, _answers(board, file), created)
                     board.unload(["net"])
-                    progress.say(f"{file.net:18} {file.target:12} {runtime}: {rows[-1].agreement}")
-    return rows
+                    progress.say(f"{file.net:18} {file.target:12} {runtime}: {row.agreement}")
+                    yield row
 
 
 def _answers(board: Board, file: Int8File) -> torch.Tensor:
