@@ -42,6 +42,8 @@ CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budg
 REMOVAL_CHARGES = (3.0, math.inf)
 # How many times the sum of costs the unevenness of the cuts weighs in further structures to measure, see `Basis.evened`.
 EVENNESS = (10.0, 40.0, 1e4)
+# Another kind of structure is waited for while it loses at most this many times what the best loses; more budget saves it less than that.
+RIVAL = 1.25
 MEASURED = 3  # structures of a round that are timed: those that lose least after their repair
 FINALISTS = 3  # healed for a while, to choose between structures with and without removed blocks
 Kept = Mapping[str, tuple[int, ...]]
@@ -384,10 +386,17 @@ def _loss(check: PlanCheck) -> float:
 
 
 def _settled(checks: Sequence[PlanCheck], limit_ms: float) -> bool:
-    """Whether the best with removed blocks and the best without, as far as such were measured, use enough of the budget."""
-    kinds = {all(c.widths.values()) for c in checks}
-    best = [_best([c for c in checks if all(c.widths.values()) == kind]) for kind in kinds]
-    return all(b is not None and b.measured_ms >= CLOSE_ENOUGH * limit_ms for b in best)
+    """Whether the best structure uses enough of the budget, and so does the best with removed blocks, or without, if it is a rival."""
+    leader = _best(checks)
+    if leader is None:
+        return False
+    for kind in {all(c.widths.values()) for c in checks}:
+        mine = [c for c in checks if all(c.widths.values()) == kind]
+        best = _best(mine)
+        is_rival = leader in mine or min(map(_loss, mine)) <= RIVAL * _loss(leader)
+        if is_rival and (best is None or best.measured_ms < CLOSE_ENOUGH * limit_ms):
+            return False
+    return True
 
 
 @dataclass

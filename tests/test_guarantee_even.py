@@ -12,6 +12,7 @@ from test_planning import FULL, Clock, Net, basis_of, table_of
 
 from edgeprune import guarantee, planning, search
 from edgeprune.errors import BudgetError
+from edgeprune.plan_results import PlanCheck
 from edgeprune.progress import Silent
 from edgeprune.specs import parse_budget
 
@@ -80,3 +81,31 @@ def test_every_cost_falls_with_width_and_ends_at_0(basis):
     for costs in basis.evened(10.0, 0.5 * basis.nets.dense_ms).cost_nats.values():
         assert np.all(np.diff(costs) <= 0)
         assert costs[-1] == 0
+
+
+def _checked(widths: Mapping[str, int], ms: float, loss: float, *, fits: bool = True) -> PlanCheck:
+    return PlanCheck(
+        widths=dict(widths), predicted_ms=ms, measured_ms=ms, ratio_to_dense=ms, ratio_high=ms, within_budget=fits,
+        cost_nats=0.0, loss_nats=loss,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other_ms", "other_loss", "fits", "settled"),
+    [
+        (0.98, 0.02, True, True),  # both use the budget
+        (0.90, 0.02, True, False),  # a rival that could still be wider
+        (1.02, 0.02, False, False),  # a rival that was never seen within the budget
+        (0.90, 0.04, True, True),  # far behind: not waited for
+        (1.02, 0.04, False, True),
+    ],
+)
+def test_the_other_kind_is_waited_for_only_while_it_is_a_rival(other_ms, other_loss, fits, settled):
+    leader = _checked({"a": 8}, 0.98, 0.019)
+    other = _checked({"a": 0}, other_ms, other_loss, fits=fits)
+    assert guarantee._settled([leader, other], 1.0) == settled
+
+
+def test_a_leader_that_leaves_budget_unused_is_never_the_end():
+    assert not guarantee._settled([_checked({"a": 8}, 0.9, 0.01)], 1.0)
+    assert not guarantee._settled([_checked({"a": 8}, 1.1, 0.01, fits=False)], 1.0)
