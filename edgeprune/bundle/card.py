@@ -23,7 +23,7 @@ def card_text(manifest: Manifest) -> bytes:
 ## What
 
 An image or tensor classifier with {len(manifest.labels)} classes ({labels}), pruned, retrained and exported by edgeprune
-{manifest.edgeprune_version} for {manifest.target}. `{model.path}` is a {model.precision} file of {model.size_bytes} bytes for
+{manifest.edgeprune_version} for {manifest.target}. `{model.path}` ({model.precision}, {model.size_bytes} bytes) runs on
 {manifest.runtime.name}; it takes `{source.dtype} {list(source.shape)}` ({source.layout}). Version: {manifest.version or NOT_STATED}.
 {_sparsity(manifest)}
 ## Data
