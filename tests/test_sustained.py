@@ -167,7 +167,7 @@ def test_a_real_file_runs_for_a_second():
             seconds=1,
             progress=Silent(),
         )
-    assert len(run.points) >= 5
+    assert len(run.points) >= 3  # about five, fewer where others take the processors
     assert 0 < run.start_ms < 100
     assert all(a.t_s < b.t_s for a, b in itertools.pairwise(run.points))
 
