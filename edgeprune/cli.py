@@ -324,12 +324,12 @@ def _read_report(run: Path) -> Any:
 
     path = run / "report.json" if run.is_dir() else run
     if not path.exists():
-        searched = (path.parent / "search.html").exists()
-        why = (
-            f"this was a search: see {path.parent / 'search.html'}"
-            if searched
-            else "the run has not finished yet"
-        )
+        folder = run if run.is_dir() else path.parent
+        why = "give a run folder, such as runs/rpi4-0123, or its report.json"
+        if (folder / "search.html").exists():
+            why = f"this was a search: see {folder / 'search.html'}"
+        elif run.is_dir() and (folder / "run.json").exists():
+            why = "the run has not finished yet"
         raise SpecError(f"there is no report at {path}", hint=why)
     return records.read_json(Report, path)
 

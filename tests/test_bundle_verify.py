@@ -122,6 +122,15 @@ def test_no_model_is_parsed_when_a_digest_is_wrong(
     assert _failure(folder).level == 1
 
 
+def test_a_run_in_place_of_its_bundle_says_which_folder_to_give(folder: Path) -> None:
+    run = folder.parent / "run"
+    run.mkdir()
+    (folder.parent / "elsewhere").mkdir()
+    folder.rename(run / "bundle")
+    assert f"give {run / 'bundle'}" in _failure(run).detail
+    assert _failure(folder.parent / "elsewhere").detail.endswith("elsewhere does not")
+
+
 def test_an_extra_a_missing_and_a_swapped_file_are_named(folder: Path) -> None:
     extra = folder / "samples/python/extra.py"
     extra.write_text("print()")

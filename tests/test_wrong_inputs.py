@@ -250,7 +250,12 @@ CASES = (
         5,
         ("ONNX files take and return float", "io: float"),
     ),
-    Case("report of a run that is not there", ("report", "gone"), 2, ("no report at",)),
+    Case(
+        "report of a run that is not there",
+        ("report", "gone"),
+        2,
+        ("no report at", "give a run folder"),
+    ),
 )
 
 # At least one of every exit code is met in a Python of its own, as a user starts it; the others in that of the tests, which has torch

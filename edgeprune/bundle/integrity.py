@@ -55,7 +55,11 @@ def check_structure(folder: Path) -> Manifest:
     present = files_under(folder)
     for name in (MANIFEST, SUMS):
         if name not in present:
-            raise IntegrityError(f"the bundle must hold {name}, but {folder.name} does not")
+            inside = folder / "bundle" / name
+            raise IntegrityError(
+                f"the bundle must hold {name}, but {folder.name} does not",
+                hint=f"that is a run: give {inside.parent}" if inside.is_file() else None,
+            )
         if (folder / name).stat().st_size > MAX_MANIFEST_BYTES:
             raise IntegrityError(f"{name} must be at most {MAX_MANIFEST_BYTES} bytes")
     return read_json(Manifest, folder / MANIFEST)
