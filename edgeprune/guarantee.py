@@ -105,8 +105,7 @@ class Basis:
         Raises:
             BudgetError: no structure without removals is predicted to be fast enough.
 
-        Source: our own derivation. ResNet-20-wide at a third of its latency, before training, 3000 development images: 91.6 % where sums of
-        costs alone gave 90.2 % (INT8, LiteRT, 2026-11-29).
+        Source: our own derivation. What it brings is in ``benchmarks/results/compare-resnet20-wide.json`` (``edgeprune-minus-evenness``).
         """
         plain = self.problem(removal_charge=math.inf)
         thinning = _thinning(plain.model)
