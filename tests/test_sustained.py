@@ -157,17 +157,17 @@ def test_a_board_that_fails_leaves_nothing_loaded():
     assert not board.loaded
 
 
-def test_a_real_file_runs_for_a_second():
+def test_a_real_file_runs_for_two_seconds():
     content = matmul_file()
     with open_board("here", Device(transport="local", targets=(), stand_in=True)) as board:
         run = sustained(
             board,
             ModelFile("m", content, "fp32", sha256_bytes(content)),
             **ORT,
-            seconds=1,
+            seconds=2,  # a busy machine gives four points a second
             progress=Silent(),
         )
-    assert len(run.points) >= 3  # about five, fewer where others take the processors
+    assert len(run.points) >= 5
     assert 0 < run.start_ms < 100
     assert all(a.t_s < b.t_s for a, b in itertools.pairwise(run.points))
 
