@@ -76,7 +76,8 @@ def opened(
     Where measuring decides about the format, that is done here, and the context is one in the format that ships.
 
     In a run folder every timing is stored before it is used, so that a killed run repeats only the one that it was in. A run that is
-    recorded measures all afresh: a recording must hold what the replay will be asked.
+    recorded measures all afresh: a recording must hold what the replay will be asked. Memory of large tensors stays with the process from
+    here on (:mod:`edgeprune.allocator`).
 
     Args:
         job: the resolved request.
