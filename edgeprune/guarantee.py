@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
@@ -40,13 +39,16 @@ BLOCK_REMOVED = "block removed"
 CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
 # How many times its own cost the removal of a block is charged in further structures to measure: removals add up to more than their sum.
 REMOVAL_CHARGES = (3.0, math.inf)
-# How many times the sum of costs the unevenness of the cuts weighs in further structures to measure, see `Basis.evened`.
+# How many times the sum of costs the unevenness of the cuts weighs in further structures to measure, see `search.evened`.
 EVENNESS = (10.0, 40.0, 1e4)
 # Another kind of structure is waited for while it loses at most this many times what the best loses; more budget saves it less than that.
 RIVAL = 1.25
 MEASURED = 3  # structures of a round that are timed: those that lose least after their repair
 FINALISTS = 3  # healed for a while, to choose between structures with and without removed blocks
 Kept = Mapping[str, tuple[int, ...]]
+Structure = tuple[
+    tuple[str, int], ...
+]  # widths by group, sorted: what a dictionary can be asked for
 
 
 @dataclass(frozen=True)
@@ -90,34 +92,6 @@ class Basis:
         }
         return Problem(grids=model.grids, cost_nats=curves, model=model)
 
-    def evened(self, weight: float, limit_ms: float) -> Problem:
-        """The problem with costs that also grow with how unevenly groups are cut; no block is removed.
-
-        The cost of a group is measured with all other groups whole. Where every group is cut deep, that says too little: a width that the
-        others made up for is missed once they are narrow, too. ``t log(W / w)`` knows nothing of the weights: ``w`` of ``W`` channels
-        stay, ``t`` ms are what the group can save. Under it every group is cut by the same share where latency is a product of widths, and
-        by more where the device gains more. Both costs are scaled by those of the best structure without it.
-
-        Args:
-            weight: of the second cost against the first.
-            limit_ms: largest predicted latency.
-
-        Raises:
-            BudgetError: no structure without removals is predicted to be fast enough.
-
-        Source: our own derivation. What it brings is in ``benchmarks/results/compare-resnet20-wide.json`` (``edgeprune-minus-evenness``).
-        """
-        plain = self.problem(removal_charge=math.inf)
-        thinning = _thinning(plain.model)
-        first = search.solve(plain, limit_ms).widths
-
-        def total(costs: Mapping[str, np.ndarray]) -> float:
-            return sum(float(costs[g][plain.grids[g].index(w)]) for g, w in first.items())
-
-        scales = 1 / max(total(plain.cost_nats), 1e-12), weight / max(total(thinning), 1e-12)
-        mixed = {g: plain.cost_nats[g] * scales[0] + thinning[g] * scales[1] for g in plain.grids}
-        return replace(plain, cost_nats=mixed)
-
     def kept(self, widths: Mapping[str, int]) -> Kept:
         """The channels of a structure."""
         return {n: kept_channels(self.orders[n], w) for n, w in widths.items()}
@@ -146,15 +120,14 @@ def make_plan(
     samples = [(w, ms, 1.0) for w, ms in zip(nets.widths, nets.ms, strict=True)]
     aim_ms = PLAN_SHARE * limit_ms / (1 + min(basis.quality.mean_error_ratio, 0.05))
     checks: list[PlanCheck] = []
+    known: dict[Structure, float] = {}
     failures = 0  # rounds in a row in which nothing fitted
     confirm, chosen = _Confirmation(stand, file, nets.dense_ms, limit_ms, progress), None
     with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
         for number in range(CHECK_ROUNDS):
-            tried = {tuple(sorted(c.widths.items())) for c in checks}
-            options = [
-                s for s in _options(basis, aim_ms) if tuple(sorted(s.widths.items())) not in tried
-            ]
-            options, losses = _promising(basis, options)
+            tried = {_structure(c.widths) for c in checks}
+            options = [s for s in _options(basis, aim_ms) if _structure(s.widths) not in tried]
+            options, losses = _promising(basis, options, known)
             found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
             found = [
                 c.model_copy(update={"loss_nats": n}) for c, n in zip(found, losses, strict=True)
@@ -265,15 +238,8 @@ def _curve(group: ChannelGroup, model: LatencyModel, cost_nats: np.ndarray) -> G
     )
 
 
-def _thinning(model: LatencyModel) -> dict[str, np.ndarray]:
-    """``t log(W / w)`` of every width of every group: see :meth:`Basis.evened`."""
-    widest = {name: grid[-1] for name, grid in model.grids.items()}
-    whole_ms = model.predict(widest)
-    found = {}
-    for name, grid in model.grids.items():
-        saved_ms = max(0.0, whole_ms - model.predict({**widest, name: grid[0]}))
-        found[name] = saved_ms * np.log([grid[-1] / w if w else 1.0 for w in grid])
-    return found
+def _structure(widths: Mapping[str, int]) -> Structure:
+    return tuple(sorted(widths.items()))
 
 
 def _options(basis: Basis, limit_ms: float) -> tuple[Solution, ...]:
@@ -286,33 +252,37 @@ def _options(basis: Basis, limit_ms: float) -> tuple[Solution, ...]:
         found = search.alternatives(basis.problem(), limit_ms, count=3, min_changes=3)
     except BudgetError:
         return (search.fastest(basis.problem()),)
-    more = list(found)
-
-    def add(problem: Callable[[], Problem]) -> None:
-        with contextlib.suppress(BudgetError):
-            other = search.solve(problem(), limit_ms)
-            cost = sum(basis.cost_nats(n, w) for n, w in other.widths.items())
-            if all(other.widths != s.widths for s in more):
-                more.append(replace(other, cost_nats=cost))
-
+    problems: list[Problem] = []
     if not all(all(s.widths.values()) for s in found):
-        for charge in REMOVAL_CHARGES:
-            add(partial(basis.problem, removal_charge=charge))
-    for weight in EVENNESS if basis.loss else ():
-        add(partial(basis.evened, weight, limit_ms))
-    return tuple(more)
+        problems += [basis.problem(removal_charge=charge) for charge in REMOVAL_CHARGES]
+    if basis.loss is not None:
+        with contextlib.suppress(BudgetError):
+            whole = basis.problem(removal_charge=math.inf)
+            problems += search.evened(whole, EVENNESS, limit_ms)
+    options = list(found)
+    for problem in problems:
+        with contextlib.suppress(BudgetError):
+            other = search.solve(problem, limit_ms)
+            cost = sum(basis.cost_nats(n, w) for n, w in other.widths.items())
+            if all(other.widths != s.widths for s in options):
+                options.append(replace(other, cost_nats=cost))
+    return tuple(options)
 
 
 def _promising(
-    basis: Basis, options: Sequence[Solution]
+    basis: Basis, options: Sequence[Solution], known: dict[Structure, float]
 ) -> tuple[list[Solution], list[float | None]]:
     """The structures that are worth the device's time, with what they lose after the repair.
 
-    Those are the best :data:`MEASURED` of a round, and the best with each number of removed blocks.
+    Those are the best :data:`MEASURED` of a round, and the best with each number of removed blocks. What a structure loses is put into
+    ``known``, since the next round may ask for one again that was not timed.
     """
     if basis.loss is None:
         return list(options), [None] * len(options)
-    losses = [basis.loss(basis.kept(s.widths)) for s in options]
+    for option in options:
+        if _structure(option.widths) not in known:
+            known[_structure(option.widths)] = basis.loss(basis.kept(option.widths))
+    losses = [known[_structure(s.widths)] for s in options]
     order = sorted(range(len(options)), key=lambda i: (losses[i], i))
     removed = [sum(not w for w in options[i].widths.values()) for i in order]
     kinds = {i for n, i in enumerate(order) if removed.index(removed[n]) == n}

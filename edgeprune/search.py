@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,6 +106,51 @@ def pareto(problem: Problem, *, points: int = 64) -> tuple[Solution, ...]:
         else:
             front.insert(i + 1, (search.point(state), state))
     return tuple(search.solution(state) for _, state in front)
+
+
+def evened(problem: Problem, weights: Sequence[float], limit_ms: float) -> list[Problem]:
+    """The problem, once for each weight, with costs that also grow with how unevenly groups are cut.
+
+    The cost of a group is measured with all other groups whole. Where every group is cut deep, that says too little: a width that the
+    others made up for is missed once they are narrow, too. ``t log(W / w)`` knows nothing of the weights: ``w`` of ``W`` channels stay,
+    ``t`` ms are what the group can save. Under it every group is cut by the same share where latency is a product of widths, and by more
+    where the device gains more. Both costs are scaled by those of the best structure without it.
+
+    Args:
+        problem: no width is 0 but that of a group which has no other.
+        weights: of the second cost against the first, at least 0.
+        limit_ms: largest predicted latency.
+
+    Raises:
+        BudgetError: no structure is predicted to be fast enough.
+
+    Source: our own derivation. What it brings is in ``benchmarks/results/compare-resnet20-wide.json`` (``edgeprune-minus-evenness``).
+    """
+    plain, thinning = problem.cost_nats, _thinning(problem.model)
+    first = solve(problem, limit_ms).widths
+
+    def total(costs: Mapping[str, np.ndarray]) -> float:
+        return sum(float(costs[g][problem.grids[g].index(w)]) for g, w in first.items())
+
+    of_plain, of_thinning = (1 / max(total(costs), 1e-12) for costs in (plain, thinning))
+    return [
+        replace(
+            problem,
+            cost_nats={g: plain[g] * of_plain + thinning[g] * of_thinning * weight for g in plain},
+        )
+        for weight in weights
+    ]
+
+
+def _thinning(model: LatencyModel) -> dict[str, np.ndarray]:
+    """``t log(W / w)`` of every width of every group: see :func:`evened`."""
+    widest = {name: grid[-1] for name, grid in model.grids.items()}
+    whole_ms = model.predict(widest)
+    found = {}
+    for name, grid in model.grids.items():
+        saved_ms = max(0.0, whole_ms - model.predict({**widest, name: grid[0]}))
+        found[name] = saved_ms * np.log([grid[-1] / w if w else 1.0 for w in grid])
+    return found
 
 
 def alternatives(

@@ -47,7 +47,10 @@ def plan_of(basis: guarantee.Basis) -> dict[str, int]:
 
 def test_the_more_unevenness_weighs_the_more_evenly_groups_are_cut(basis):
     limit_ms = 0.5 * basis.nets.dense_ms
-    by_weight = [search.solve(basis.evened(w, limit_ms), limit_ms).widths for w in (0.0, 10.0, 1e4)]
+    by_weight = [
+        search.solve(p, limit_ms).widths
+        for p in search.evened(basis.problem(removal_charge=math.inf), (0.0, 10.0, 1e4), limit_ms)
+    ]
     plain = search.solve(basis.problem(), limit_ms).widths
     assert by_weight[0] == plain
     assert unevenness(plain) > unevenness(by_weight[1]) >= unevenness(by_weight[2])
@@ -67,18 +70,48 @@ def test_what_a_structure_really_loses_decides_whether_even_cuts_are_better(basi
     assert unevenness(plan_of(against)) >= unevenness(alone) - 1e-9
 
 
+def test_no_structure_is_repaired_twice_and_only_the_best_of_a_round_are_timed(basis):
+    asked: list[tuple[tuple[str, int], ...]] = []
+
+    def loss(kept: Mapping[str, tuple[int, ...]]) -> float:
+        asked.append(tuple(sorted((group, len(channels)) for group, channels in kept.items())))
+        return unevenness(dict(asked[-1]))
+
+    found = guarantee.make_plan(
+        Clock(noise_ratio=0.001, hidden_ns=4000.0),  # type: ignore[arg-type]  # so that the first round fits nothing
+        Net(),
+        replace(basis, loss=loss),
+        budget=parse_budget("50%"),
+        progress=Silent(),
+    )
+    timed = [tuple(sorted(c.widths.items())) for c in found.checks]
+    assert len(asked) == len(set(asked)) > guarantee.MEASURED
+    assert set(timed) <= set(asked)
+    assert len(timed) < len(asked)
+
+
 def test_costs_of_nothing_and_limits_that_cannot_be_met_are_no_special_case(basis):
     limit_ms = 0.5 * basis.nets.dense_ms
     free = replace(basis, curves={g: np.zeros_like(c) for g, c in basis.curves.items()})
-    assert search.solve(free.evened(10.0, limit_ms), limit_ms).predicted_ms <= limit_ms
+    assert (
+        search.solve(
+            search.evened(free.problem(removal_charge=math.inf), (10.0,), limit_ms)[0], limit_ms
+        ).predicted_ms
+        <= limit_ms
+    )
     with pytest.raises(BudgetError):
-        basis.evened(10.0, 1e-6)
+        search.evened(basis.problem(removal_charge=math.inf), (10.0,), 1e-6)
     gone = replace(free, at_most={"c": min(basis.model.grids["c"])})
-    assert gone.evened(10.0, limit_ms).cost_nats["c"].tolist() == [0.0]
+    assert search.evened(gone.problem(removal_charge=math.inf), (10.0,), limit_ms)[0].cost_nats[
+        "c"
+    ].tolist() == [0.0]
 
 
 def test_every_cost_falls_with_width_and_ends_at_0(basis):
-    for costs in basis.evened(10.0, 0.5 * basis.nets.dense_ms).cost_nats.values():
+    (problem,) = search.evened(
+        basis.problem(removal_charge=math.inf), (10.0,), 0.5 * basis.nets.dense_ms
+    )
+    for costs in problem.cost_nats.values():
         assert np.all(np.diff(costs) <= 0)
         assert costs[-1] == 0
 
