@@ -263,7 +263,7 @@ def budgets_block(results: BudgetResults) -> str:
     ]
     intro = (
         f"`{results.target}` timed on `{results.device}` ({printable(results.fingerprint.cpu_model)}): **{stamp}**."
-        f" {epochs} of healing each.{dense} {_summary(done)}"
+        f" {epochs} of healing each.{dense} {_summary(results.rows)}"
         " The first line's wall time holds the stages that all budgets share."
     )
     listed = "\n".join(f"- {note}" for note in notes)
@@ -288,14 +288,18 @@ def _budget_cells(row: BudgetRow, width: int) -> list[str]:
     ]
 
 
-def _summary(done: Sequence[Achieved]) -> str:
+def _summary(rows: Sequence[BudgetRow]) -> str:
+    done = [(row, row.achieved) for row in rows if row.achieved is not None]
     if not done:
         return "No budget was deployed."
-    met, passed = sum(a.latency_met for a in done), sum(not a.missed_gates for a in done)
+    met = sum(a.latency_met for _, a in done)
+    passed = sum(not a.missed_gates for _, a in done)
+    barely = any(a.latency_met and a.high > row.asked_ratio for row, a in done)
+    explained = '; "barely" means that the interval reaches over it' if barely else ""
     return (
         f"{met} of {len(done)} deployed files met their latency budget, {passed} met every gate."
-        " Slack is the unused share of the budget; \"barely\" means that the interval reaches over it."
-    )  # fmt: skip
+        f" Slack is the unused share of the budget{explained}."
+    )
 
 
 def prediction_block(results: BudgetResults) -> str:
@@ -348,13 +352,14 @@ def measurement_block(results: MeasurementResults) -> str:
             shifted.setdefault(trial.true_ratio, []).append(trial)
     if not results.trials:
         return "No trial was made."
-    chains = ", ".join(f"{n} layers {time_text(ms)}" for n, ms in results.chain_ms.items())
+    times = sorted(results.chain_ms.values())
     f = results.fingerprint
     intro = (
         f"Chains of equal layers ({results.layer}) on `{f.device}` ({printable(f.cpu_model)}, {f.cores} cores, {f.runtime}"
-        f" {f.runtime_version}, {f.threads} thread): **{stamp}**. {chains}; blocks of {results.block_ms:g} ms. Trials of all rules take"
-        ' turns while all have some left. "Paired" is the rule of `edgeprune.devices.decide`; the others time one file after the other, as'
-        " these tools do, with the same runtime calls."
+        f" {f.runtime_version}, {f.threads} thread): **{stamp}**. A chain takes {time_text(times[0])} to {time_text(times[-1])},"
+        f" which drifts from trial to trial by more than the layers that are added; blocks of {results.block_ms:g} ms."
+        ' Trials of all rules take turns while all have some left. "Paired" is the rule of `edgeprune.devices.decide`;'
+        " the others time one file after the other, as these tools do, with the same runtime calls."
     )
     parts = [intro]
     if equal:
