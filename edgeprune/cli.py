@@ -469,6 +469,10 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
     base = catalog.example_dir(flags["example"]) if flags["example"] else Path.cwd()
     file = base / "edgeprune.yaml"
     given = {k: flags[k] for k in ("model", "weights", "data") if flags[k] is not None}
+    if given.get("model") in ("%", "x", "ms"):
+        raise SpecError(
+            f"the model is named {flags['model']!r}", hint="write a budget without spaces: 50%"
+        )
     if flags["example"] and given:
         raise SpecError(f"--example brings its own {', '.join(given)}", hint="leave them out")
     record: dict[str, Any] = {}

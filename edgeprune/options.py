@@ -184,7 +184,11 @@ def given_widths(options: Options, target: str) -> dict[str, int] | None:
         return None
     if not options.plan.is_file():
         raise SpecError(f"there is no plan {options.plan}", hint="run: edgeprune search")
-    plan = read_yaml(PlanFile, options.plan)  # JSON is YAML, and a person may have edited it
+    try:
+        plan = read_yaml(PlanFile, options.plan)  # JSON is YAML, and a person may have edited it
+    except (SpecError, UnknownName) as error:
+        error.hint = error.hint or "give the plan.json of a run of: edgeprune search"
+        raise
     if plan.target != target:
         raise SpecError(
             f"the plan {options.plan} was made for the target {plan.target}, and this is {target}",

@@ -22,7 +22,7 @@ from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.store import MeasurementStore
-from edgeprune.errors import Busy, DeviceError, LinkLost, Unreachable
+from edgeprune.errors import Busy, DeviceError, LinkLost, SpecError, Unreachable
 from edgeprune.feasibility import plan_stages
 from edgeprune.formats import FormatInfo
 from edgeprune.options import check_format
@@ -86,10 +86,16 @@ def opened(
         for_planning: times must mean something, so those of an emulated device are not taken: this machine is timed in its place.
 
     Raises:
+        SpecError: the run was measured before, and a recording that begins now would miss those times.
         FormatError: no module for the target's format exists yet.
         DeviceError: the device cannot be reached, or lacks the runtime.
     """
     check_format(job.target)
+    if job.record is not None and not job.record.exists() and run is not None and run.has_stages:
+        raise SpecError(
+            f"{run.path} was measured without a recording, and {job.record} would miss those times",
+            hint="record a new run: name its folder with --run",
+        )
     allocator.keep_large_blocks()
     for note in job.notes:
         progress.say(f"note: {note}")

@@ -125,6 +125,8 @@ def _spec_error(cls: type[Record], error: ValidationError, where: str) -> Edgepr
         return SpecError(f"{where} must have the key {name!r}")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if isinstance(first["input"], dict):  # the rule is about the whole record, which says nothing
+        return SpecError(f"{name} in {where}: {message}")
     # Whoever writes a secret where a reference belongs must not find it in a log.
     value = "a hidden value" if name.endswith("_ref") else f"{first['input']!r:.200}"
     return SpecError(f"{name} in {where}: {message}, but got {value}")

@@ -70,7 +70,7 @@ class RunFolder:
         progress: told which stage runs.
 
     Raises:
-        SpecError: the folder cannot be written, or another process is using it.
+        SpecError: the folder holds other files and no run, cannot be written, or another process is using it.
     """
 
     def __init__(self, path: Path, progress: Progress) -> None:
@@ -82,6 +82,7 @@ class RunFolder:
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
+        self._refuse_other_files()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -101,6 +102,22 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _refuse_other_files(self) -> None:
+        """Fail where the folder holds files and none of them is a run's: a run writes names that other work may use."""
+        if not self.path.is_dir():
+            return
+        names = sorted(entry.name for entry in self.path.iterdir())
+        if names and not {".lock", "run.json", "stages"} & set(names):
+            raise SpecError(
+                f"the folder {self.path} is no run and has other files in it, such as {names[0]!r}",
+                hint="name an empty folder with --run, or a new one",
+            )
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether a stage was finished here, now or earlier."""
+        return any(self.path.glob("stages/*/stage.json"))
 
     @contextlib.contextmanager
     def timed(self, name: str, kind: Kind) -> Iterator[None]:

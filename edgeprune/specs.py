@@ -496,5 +496,5 @@ def parse_drop(text: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if match is None or float(match[1]) > 100:
-        raise ValueError(f"max_drop must be a percentage such as 1%, but got {text!r}")
+        raise ValueError(f"max_drop must be between 0% and 100%, such as 1%, but got {text!r}")
     return float(match[1]) / 100

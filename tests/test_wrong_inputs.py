@@ -166,6 +166,23 @@ CASES = (
     Case("misspelt key", DEPLOY, 2, ("latencey", "did you mean 'latency'"), misspell_a_key),
     Case("malformed latency", (*DEPLOY, "--latency", "15"), 2, ("15ms, 60% or 2.5x", "'15'")),
     Case("malformed max-drop", (*DEPLOY, "--max-drop", "little"), 2, ("max_drop", "'little'")),
+    Case("a budget of two words", (*DEPLOY, "--latency", "50", "%"), 2, ("'%'", "without spaces")),
+    Case(
+        "max-drop over 100 %", (*DEPLOY, "--max-drop", "200%"), 2, ("between 0% and 100%", "'200%'")
+    ),
+    Case("plan of another kind", (*DEPLOY, "--plan", "net.py"), 2, ("net.py", "edgeprune search")),
+    Case(
+        "tables of another kind", (*DEPLOY, "--tables", "net.py"), 7, ("net.py", "--tables wrote")
+    ),
+    Case("standard deviation of nothing", (*DEPLOY, "--std", "0"), 2, ("std must be > 0",)),
+    Case("run in a folder of other files", (*DEPLOY, "--run", "."), 2, ("is no run", "data.npz")),
+    Case(
+        "recording of a run that is measured",
+        (*DEPLOY, "--latency", "80%", "--run", "run", "--record", "board.epr"),
+        2,
+        ("measured without a recording", "--run"),
+        use_the_measured_stages,
+    ),
     Case("unknown device", (*DEPLOY, "--device", "attic"), 2, ("unknown device 'attic'",)),
     Case("unknown importance", (*DEPLOY, "--importance", "fischer"), 2, ("'fisher'",)),
     Case("unknown flag", (*DEPLOY, "--latancy", "60%"), 2, ("--latancy", "--latency")),

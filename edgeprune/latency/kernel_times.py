@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from edgeprune.errors import SpecError
+from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.records import Record, read_json, write_json
 from edgeprune.results import Fingerprint
 from edgeprune.specs import FormatName, Precision
@@ -72,7 +72,11 @@ def read_times(path: Path) -> KernelTimes | None:
     Raises:
         SpecError, IntegrityError: it cannot be read, or holds something else.
     """
-    return read_json(KernelTimes, path) if path.exists() else None
+    try:
+        return read_json(KernelTimes, path) if path.exists() else None
+    except IntegrityError as error:
+        error.hint = "give a file that --tables wrote, or one that does not exist yet"
+        raise
 
 
 def write_times(path: Path, earlier: KernelTimes | None, new: KernelTimes) -> None:
