@@ -19,6 +19,7 @@ from board_blocks import BoardResults, boards_block, matrix_block
 from compare_blocks import compare_block, compare_summary
 from compare_plot import compare_plot
 from compare_records import CompareResults
+from goals import goals, goals_block
 from int8_blocks import RecipeResults, int8_block
 from picture_blocks import picture_blocks
 from predictor_blocks import PredictorResults, predictor_block
@@ -62,6 +63,9 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     found: dict[str, str | None] = dict.fromkeys(names)
     found |= picture_blocks(results, stamp_text)
     found["failures"] = matrix_block()
+    asked = tuple(goals(results))
+    any_found = any(goal.found is not None for goal in asked)
+    found["goals"] = goals_block(asked, table) if any_found else None
     if demo.is_file():
         found["demo"] = demo_block(records.read_json(Report, demo))
     if budgets.is_file():

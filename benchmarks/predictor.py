@@ -26,7 +26,7 @@ from blocks import RESULTS
 from predictor_blocks import HeldOut, Predictor, PredictorResults
 
 import edgeprune
-from edgeprune import api, catalog, conversion, pipeline, planning, records
+from edgeprune import api, catalog, conversion, feasibility, pipeline, planning, records
 from edgeprune.closing import versions
 from edgeprune.context import Context
 from edgeprune.devices.measure import compare
@@ -102,6 +102,7 @@ def evaluate(
         fingerprint_key=fingerprint.key(),
         format_name=context.job.target.format,
         progress=context.progress,
+        prior=feasibility.profile_steps(context, fingerprint, precision, file),
     )
     timed = time.monotonic()
     nets = planning.measure_nets(stand, file, table.grids, seed=context.job.seed)

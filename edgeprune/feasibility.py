@@ -214,17 +214,25 @@ def _table(
     return table
 
 
+def profile_steps(
+    context: Context, made_on: Fingerprint, precision: Precision, file: Resizable
+) -> dict[str, int] | None:
+    """A step for the width of each group, by the profile of the target; ``None`` where the board itself says, or all steps are 1."""
+    profile = context.job.profile
+    if made_on.stamp != "stand-in" or precision not in profile.channel_steps:
+        return None
+    found = planning.prior_steps(file, profile.channel_steps[precision])
+    return found if any(step > 1 for step in found.values()) else None
+
+
 def _prior(context: Context, latency: DenseLatency, file: Resizable) -> dict[str, int] | None:
     """Steps of the widths by the target's profile, where another machine stands in for its boards."""
-    profile = context.job.profile
-    if latency.fingerprint.stamp != "stand-in" or latency.precision not in profile.channel_steps:
+    found = profile_steps(context, latency.fingerprint, latency.precision, file)
+    if found is None:
         return None
-    found = planning.prior_steps(file, profile.channel_steps[latency.precision])
     steps = sorted({s for s in found.values() if s > 1})
-    if not steps:
-        return None
     context.progress.say(
-        f"      widths are multiples of {', '.join(map(str, steps))}, the channel steps of {profile.name};"
+        f"      widths are multiples of {', '.join(map(str, steps))}, the channel steps of {context.job.profile.name};"
         " on a board of that kind they are measured"
     )
     return found

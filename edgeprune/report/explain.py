@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from edgeprune.plan_results import LatencyModelQuality
 from edgeprune.report import plan_sections
 from edgeprune.report.figures import (
     in_unit,
@@ -81,9 +82,15 @@ def render_search(found: SearchResult, *, width: int | None = None) -> str:
     text.say(
         f"Predictions come from {quality.kernels_measured} kernel timings and {quality.nets_fitted} whole nets; on"
         f" {quality.nets_held_out} others they were {share_text(quality.mean_error_ratio)} off on average,"
-        f" {share_text(quality.worst_error_ratio)} at worst."
+        f" {share_text(quality.worst_error_ratio)} at worst.{_left_out(quality)}"
     )
     return text.text()
+
+
+def _left_out(quality: LatencyModelQuality) -> str:
+    if quality.p95_error_ratio is None:
+        return ""
+    return f" Each predicted from all others: {share_text(quality.p95_error_ratio)} at the 95th percentile."
 
 
 def render_plan(plan: PlanResult) -> str:

@@ -131,6 +131,11 @@ def predictions(report: facts.Planned) -> Markup:
             ("whole nets held out", str(model.nets_held_out)),
             ("mean error, held out", _held_out(report, model.mean_error_ratio)),
             ("worst error, held out", _held_out(report, model.worst_error_ratio)),
+            *(
+                [("95th percentile, each net from the others", share_text(model.p95_error_ratio))]
+                if model.p95_error_ratio is not None
+                else []
+            ),
         ]
     )
     unit = time_unit([v for c in report.checks for v in (c.predicted_ms, c.measured_ms)])
