@@ -20,6 +20,7 @@ Status = Literal["passed", "failed", "not-run"]
 MIN_DELEGATED_RATIO = 0.5  # below it the kernels that were measured are not the ones that run
 MIN_LATENCY_ROOM = 0.05
 _PLAN = TimingPlan(rounds=9, block_ms=100.0, min_runs=5, max_runs=500, warmup_ms=500.0)
+_NO_INT8_IN_XNNPACK = "tflite-runtime"  # 2.14, its last release, gives XNNPACK no INT8 operator
 _FLOAT_COMPUTE = ("Conv", "Gemm", "MatMul", "ConvTranspose", "FusedConv", "FusedGemm")
 
 
@@ -56,6 +57,9 @@ def delegate_check(board: Board, manifest: Manifest, loaded: Loaded, *, must: bo
         return _not_run("delegate", f"{manifest.runtime.name} does not tell who computes what")
     taken, operators = loaded.delegated
     detail = f"XNNPACK took {taken} of {operators} operators"
+    if manifest.runtime.name == _NO_INT8_IN_XNNPACK and manifest.model.precision == "int8":
+        why = f"{_NO_INT8_IN_XNNPACK} has no XNNPACK kernels for INT8"
+        return _not_run("delegate", f"{detail}: {why}, its built-in kernels run the INT8 operators")
     if taken == 0 and not must:
         return _not_run("delegate", f"{detail}: {board.name} runs without it")
     return Check(
