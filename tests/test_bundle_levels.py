@@ -162,6 +162,31 @@ def test_no_operator_in_xnnpack_is_no_fault_of_a_runtime_that_gives_it_none(
     assert ("built-in kernels run the INT8 operators" in found.detail) is (status == "not-run")
 
 
+@pytest.mark.parametrize(
+    ("counts", "status", "detail"),
+    [
+        ({"macs": 200, "macs:xnnpack": 200}, "passed", "XNNPACK runs 100% of"),
+        ({"macs": 200, "macs:xnnpack": 100}, "passed", "XNNPACK runs 50% of"),
+        ({"macs": 200, "macs:xnnpack": 98}, "failed", "XNNPACK runs 49% of"),
+        ({"macs": 200, "macs:xnnpack": 0}, "failed", "XNNPACK runs 0% of"),
+        ({"macs": 0, "macs:xnnpack": 0}, "not-run", "the manifest does not count"),
+        ({"macs": 200}, "not-run", "the manifest does not count"),
+        ({}, "not-run", "the manifest does not count"),
+    ],
+)
+def test_the_share_of_xnnpack_in_a_pte_is_that_of_the_manifest(tmp_path, counts, status, detail):
+    manifest = read_json(
+        Manifest, make_bundle(tmp_path / "b", runtime="executorch") / "manifest.json"
+    )
+    model = manifest.model.model_copy(update={"format": "executorch", "op_counts": counts})
+    loaded = Loaded("model", 1, 1, model.inputs, model.outputs)
+    manifest = manifest.model_copy(update={"model": model})
+    for must in (True, False):
+        found = behaviour.delegate_check(Pi(), manifest, loaded, must=must)  # type: ignore[arg-type]
+        assert found.status == status
+        assert found.detail.startswith(detail)
+
+
 def test_the_built_in_kernels_are_no_delegate(tmp_path):
     tflite_file(tmp_path / "m.tflite")
     content = (tmp_path / "m.tflite").read_bytes()
