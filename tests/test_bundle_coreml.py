@@ -88,6 +88,25 @@ def test_the_readme_says_that_it_was_not_run_and_what_to_do_in_xcode(tmp_path) -
     assert f"Drag `{MODEL}` into your Xcode project" in text
     assert "the golden answers were worked out" in text
     assert "predict.py" not in text
+    assert "carries no texts" not in text
+    assert "The package itself carries its description, labels, author, license" in text
+
+
+def test_the_texts_that_the_readme_and_verify_speak_of_are_in_the_package(tmp_path) -> None:
+    bundle = make(tmp_path / "net")
+    inside = (bundle / MODEL / "Data/com.apple.CoreML/model.mlmodel").read_bytes()
+    facts = coreml_fixture.FACTS
+    stated = (facts.description, facts.author, facts.license, facts.version, *facts.labels)
+    assert all(text.encode() in inside for text in (*stated, "edgeprune.input_shape"))
+    assert check_structure(bundle).embedded == ()
+    (check,) = (c for c in verify(bundle).levels[3].checks if c.name == "metadata")
+    assert check.status == "not-run"
+    assert "texts of its own (description, author, license, keys)" in check.detail
+    assert "not compared" in check.detail
+
+
+def test_no_sample_that_cannot_run_a_package_is_in_its_bundle(tmp_path) -> None:
+    assert {p.name for p in (make(tmp_path / "net") / "samples").iterdir()} == {"ios"}
 
 
 def test_verify_reads_the_package_and_says_what_was_not_run(tmp_path) -> None:

@@ -19,7 +19,7 @@ from edgeprune.bundle.manifest import Manifest
 from edgeprune.bundle.verify import require_ok
 from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.devices.board import open_board
-from edgeprune.devices.plans import TimingPlan
+from edgeprune.devices.plans import Loaded, TimingPlan
 from edgeprune.errors import BudgetError, IntegrityError
 from edgeprune.formats import load as load_format
 from edgeprune.records import read_json
@@ -129,6 +129,62 @@ def test_xnnpack_tells_how_much_it_took(tmp_path, monkeypatch):
     report = verify.verify(tflite_bundle(tmp_path))
     delegate = _checks(report, 4)["delegate"]
     assert (delegate.status, delegate.detail) == ("passed", "XNNPACK took 1 of 1 operators")
+
+
+class Pi:
+    """A strict board, of which the check needs no more than its name."""
+
+    name = "pi"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "status"),
+    [
+        ("litert", "int8", "failed"),
+        ("tflite-runtime", "fp32", "failed"),
+        ("tflite-runtime", "int8", "not-run"),
+    ],
+)
+def test_no_operator_in_xnnpack_is_no_fault_of_a_runtime_that_gives_it_none(
+    tmp_path, runtime, precision, status
+):
+    manifest = read_json(Manifest, tflite_bundle(tmp_path) / "manifest.json")
+    manifest = manifest.model_copy(
+        update={
+            "runtime": manifest.runtime.model_copy(update={"name": runtime}),
+            "model": manifest.model.model_copy(update={"precision": precision}),
+        }
+    )
+    loaded = Loaded("model", 1, 1, manifest.model.inputs, manifest.model.outputs, (0, 30))
+    found = behaviour.delegate_check(Pi(), manifest, loaded, must=True)  # type: ignore[arg-type]
+    assert found.status == status
+    assert found.detail.startswith("XNNPACK took 0 of 30 operators")
+    assert ("built-in kernels run the INT8 operators" in found.detail) is (status == "not-run")
+
+
+@pytest.mark.parametrize(
+    ("counts", "status", "detail"),
+    [
+        ({"macs": 200, "macs:xnnpack": 200}, "passed", "XNNPACK runs 100% of"),
+        ({"macs": 200, "macs:xnnpack": 100}, "passed", "XNNPACK runs 50% of"),
+        ({"macs": 200, "macs:xnnpack": 98}, "failed", "XNNPACK runs 49% of"),
+        ({"macs": 200, "macs:xnnpack": 0}, "failed", "XNNPACK runs 0% of"),
+        ({"macs": 0, "macs:xnnpack": 0}, "not-run", "the manifest does not count"),
+        ({"macs": 200}, "not-run", "the manifest does not count"),
+        ({}, "not-run", "the manifest does not count"),
+    ],
+)
+def test_the_share_of_xnnpack_in_a_pte_is_that_of_the_manifest(tmp_path, counts, status, detail):
+    manifest = read_json(
+        Manifest, make_bundle(tmp_path / "b", runtime="executorch") / "manifest.json"
+    )
+    model = manifest.model.model_copy(update={"format": "executorch", "op_counts": counts})
+    loaded = Loaded("model", 1, 1, model.inputs, model.outputs)
+    manifest = manifest.model_copy(update={"model": model})
+    for must in (True, False):
+        found = behaviour.delegate_check(Pi(), manifest, loaded, must=must)  # type: ignore[arg-type]
+        assert found.status == status
+        assert found.detail.startswith(detail)
 
 
 def test_the_built_in_kernels_are_no_delegate(tmp_path):

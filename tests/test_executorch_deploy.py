@@ -64,6 +64,8 @@ def test_the_bundle_for_phones_is_whole_and_verifies(deployed):
     assert report.ok
     golden = next(level for level in report.levels if level.level == 4)
     assert golden.status == "passed"
+    assert {check.name: check.status for check in golden.checks}["delegate"] == "passed"
+    assert not (bundle / "samples/cpp").exists()
     done = tinynet.edgeprune(bundle.parent, "verify", str(bundle), "--json", timeout_s=TIMEOUT_S)
     assert json.loads(done.stdout)["ok"]
 

@@ -20,6 +20,7 @@ Status = Literal["passed", "failed", "not-run"]
 MIN_DELEGATED_RATIO = 0.5  # below it the kernels that were measured are not the ones that run
 MIN_LATENCY_ROOM = 0.05
 _PLAN = TimingPlan(rounds=9, block_ms=100.0, min_runs=5, max_runs=500, warmup_ms=500.0)
+_NO_INT8_IN_XNNPACK = "tflite-runtime"  # 2.14, its last release, gives XNNPACK no INT8 operator
 _FLOAT_COMPUTE = ("Conv", "Gemm", "MatMul", "ConvTranspose", "FusedConv", "FusedGemm")
 
 
@@ -39,7 +40,9 @@ def golden_check(board: Board, folder: Path, manifest: Manifest, key: str = "mod
 
 
 def delegate_check(board: Board, manifest: Manifest, loaded: Loaded, *, must: bool) -> Check:
-    """Whether the fast kernels take part: XNNPACK's share of the operators, or onnxruntime's 8-bit nodes on its CPU provider.
+    """Whether the fast kernels take part: XNNPACK's share of the work, or onnxruntime's 8-bit nodes on its CPU provider.
+
+    XNNPACK's share is that of the operators; of a ``.pte`` it is that of the multiply-accumulates, which the manifest counts.
 
     Args:
         board: where the model is loaded as ``model``.
@@ -52,15 +55,30 @@ def delegate_check(board: Board, manifest: Manifest, loaded: Loaded, *, must: bo
         return _not_run("delegate", why)
     if manifest.runtime.name == "onnxruntime":
         return _onnxruntime_check(board, manifest)
+    if manifest.runtime.name == "executorch":
+        return _executorch_check(manifest)
     if loaded.delegated is None or loaded.delegated[1] == 0:
         return _not_run("delegate", f"{manifest.runtime.name} does not tell who computes what")
     taken, operators = loaded.delegated
     detail = f"XNNPACK took {taken} of {operators} operators"
+    if manifest.runtime.name == _NO_INT8_IN_XNNPACK and manifest.model.precision == "int8":
+        why = f"{_NO_INT8_IN_XNNPACK} has no XNNPACK kernels for INT8"
+        return _not_run("delegate", f"{detail}: {why}, its built-in kernels run the INT8 operators")
     if taken == 0 and not must:
         return _not_run("delegate", f"{detail}: {board.name} runs without it")
     return Check(
         name="delegate", status=_status(taken / operators, MIN_DELEGATED_RATIO), detail=detail
     )
+
+
+def _executorch_check(manifest: Manifest) -> Check:
+    """The conversion fixed what XNNPACK runs, so that its counts hold on every board; the runtime does not tell."""
+    counts = manifest.model.op_counts
+    if not counts.get("macs") or "macs:xnnpack" not in counts:
+        return _not_run("delegate", "the manifest does not count the multiply-accumulates")
+    share = counts["macs:xnnpack"] / counts["macs"]
+    detail = f"XNNPACK runs {share:.0%} of the multiply-accumulates, as the manifest counts them"
+    return Check(name="delegate", status=_status(share, MIN_DELEGATED_RATIO), detail=detail)
 
 
 def _onnxruntime_check(board: Board, manifest: Manifest) -> Check:

@@ -14,6 +14,10 @@ from edgeprune.formats._metadata import carrier
 from edgeprune.records import sha256_bytes
 
 MIN_EIGHT_BIT_OPS = 0.9
+_OWN_TEXTS = {
+    "coreml": "the package carries texts of its own (description, author, license, keys), which are not compared here",
+    "executorch": "a .pte carries no texts",
+}
 _KINDS = {".tflite": "tflite", ".onnx": "onnx"}
 
 
@@ -37,7 +41,8 @@ def metadata_check(manifest: Manifest, content: bytes) -> Check:
             raise IntegrityError(
                 "source_sha256 must be the model's own digest where it carries no texts"
             )
-        return Check(name="metadata", status="not-run", detail="the model file carries no texts")
+        detail = _OWN_TEXTS.get(manifest.model.format, "the model file carries no texts")
+        return Check(name="metadata", status="not-run", detail=detail)
     inside = found.read(content)
     if inside is None:
         raise IntegrityError(

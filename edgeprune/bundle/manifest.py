@@ -239,7 +239,8 @@ class Manifest(Facts):
     """``manifest.json``. ``files`` lists every file but the manifest itself, ``SHA256SUMS`` and ``manifest.sig``.
 
     ``source_sha256`` is the digest of the model file as it was measured. The file that ships is the same with texts at its end, whose keys
-    stand in ``embedded``; where that is empty the file carries none. ``manifest_id`` is :func:`identity` of the rest.
+    stand in ``embedded``; where that is empty none were added: a Core ML package has its own, a ``.pte`` none. ``manifest_id`` is
+    :func:`identity` of the rest.
     """
 
     schema_version: Literal[1] = 1

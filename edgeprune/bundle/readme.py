@@ -90,9 +90,16 @@ builds it again when JetPack changes. An engine fits one TensorRT and one GPU: s
 """
 
 
+_OWN_TEXTS = {
+    "coreml": "The package itself carries its description, labels, author, license and version as far as they were stated, and keys\n"
+    "that begin with `edgeprune.`; Xcode shows them.",
+    "executorch": "A `.pte` carries no texts: without this folder nothing tells what it is.",
+}
+
+
 def _embedded(manifest: Manifest) -> str:
     if not manifest.embedded:
-        return "The model file itself carries no texts."
+        return _OWN_TEXTS.get(manifest.model.format, "The model file itself carries no texts.")
     return "The model file itself carries its name, preprocessing and labels, so that it can be told apart without this folder."
 
 

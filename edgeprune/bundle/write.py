@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 PACKAGE_STEM = "Classifier"
 REPORT_HTML = "report/report.html"
 REPORT_JSON = "report/report.json"
-ALWAYS = ("python", "cpp")  # samples that every bundle has
+ALWAYS = ("python", "cpp")  # samples of every platform
+_CPP = "samples/cpp/"
 
 
 @dataclass(frozen=True)
@@ -239,10 +240,13 @@ def _manifest(
 
 
 def _samples(facts: Facts, model: Artifact) -> dict[str, bytes]:
-    """The sample programs that can run the model: on Apple devices those of the app alone."""
-    if model.format != "coreml":
-        return sample_files(facts.kind)
-    return {p: c for p, c in sample_files("ios").items() if p.startswith("samples/ios/")}
+    """The sample programs that can run the model: on Apple devices those of the app alone; the C++ one has no runtime for a ``.pte``."""
+    if model.format == "coreml":
+        return {p: c for p, c in sample_files("ios").items() if p.startswith("samples/ios/")}
+    found = sample_files(facts.kind)
+    if model.format == "executorch":
+        return {p: c for p, c in found.items() if not p.startswith(_CPP)}
+    return found
 
 
 def _model_bytes(payload: Payload) -> bytes:

@@ -6,6 +6,7 @@ A program cannot be cut to other widths; files of its twin, TFLite, are, which t
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -43,7 +44,10 @@ _WEIGHTED = ("aten.conv", "aten.linear", "aten.addmm", "aten.mm")
 
 @dataclass(frozen=True)
 class _Tools:
-    """What the toolchain offers; imported late, because it takes seconds and may be missing."""
+    """What the toolchain offers; imported late, because it takes seconds and may be missing.
+
+    ``operators`` are those that the runtime of this machine, ``version``, has registered.
+    """
 
     lower: Any
     config: Any
@@ -53,6 +57,7 @@ class _Tools:
     prepare: Any
     convert: Any
     operators: frozenset[str]
+    version: str
 
 
 def _tools() -> _Tools:
@@ -86,6 +91,7 @@ def _tools() -> _Tools:
         prepare_pt2e,
         convert_pt2e,
         operators,
+        importlib.metadata.version("executorch"),
     )
 
 
@@ -181,7 +187,7 @@ class ExecutorchFormat:
                 f" in float: {', '.join(named) or 'unknown layers'}"
             )
         records.write_bytes(path, content)
-        notes = _notes(program, outside, floats)
+        notes = _notes(program, outside, floats, tools.version)
         return self.describe(path).model_copy(update={"notes": notes})
 
     def describe(self, path: Path) -> Artifact:
@@ -395,17 +401,23 @@ def _float_layers(converted: Any) -> list[str]:
 
 
 def _notes(
-    program: Program, outside: Mapping[str, list[str]], floats: Collection[str] | None
+    program: Program, outside: Mapping[str, list[str]], floats: Collection[str] | None, version: str
 ) -> tuple[str, ...]:
-    """What the user of the file should know: which share XNNPACK runs, and what runs elsewhere."""
+    """What the user of the file should know: which share XNNPACK runs, and what runs elsewhere; ``version`` is this machine's."""
     nodes, calls = len(program.nodes), len(program.calls)
     macs = program.delegated_macs / max(1, program.macs)
     notes = [
         f"XNNPACK runs {nodes} of {nodes + calls} operations and {macs:.0%} of the multiply-accumulates"
+        " (counted; its share of the time needs ExecuTorch's profiler on the phone, and was not run)"
     ]
     if outside:
         left = "; ".join(f"{op} of {', '.join(layers)}" for op, layers in sorted(outside.items()))
         notes.append(f"outside of XNNPACK: {left}")
+    if program.operators:
+        notes.append(
+            f"operators outside of XNNPACK were checked against those of executorch {version} on this machine,"
+            " not against those of an app"
+        )
     if macs < FEW_DELEGATED:
         notes.append(f"warning: {1 - macs:.0%} of the multiply-accumulates run in slow operators")
     if floats is not None:
