@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 from blocks import RESULTS, Achieved, BudgetResults, BudgetRow, Check
+from commands import time_every_kernel
 
 import edgeprune
 from edgeprune import api, catalog, records
@@ -176,6 +177,7 @@ def main(
     max_hours: float,
 ) -> None:
     """Deploy the Fashion-MNIST example to several budgets and write what was asked, predicted and measured."""
+    time_every_kernel()
     try:
         results = run_all(
             asked(budgets),

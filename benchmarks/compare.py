@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import click
+from commands import time_every_kernel
 from compare_records import OURS, CompareResults
 from compare_runner import Runner, structures
 from methods.comparison import Comparison
@@ -141,6 +142,7 @@ def main(
     max_hours: float,
 ) -> None:
     """Compare pruners at equal measured latency."""
+    time_every_kernel()
     until = time.monotonic() + 3600 * max_hours
     recovery = records.read_yaml(Workload, catalog.example_dir(EXAMPLE) / "edgeprune.yaml").recovery
     recovery = recovery.model_copy(update={"epochs": epochs, "learning_rate": rate})

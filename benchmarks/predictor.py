@@ -23,6 +23,7 @@ import click
 import numpy as np
 import torch
 from blocks import RESULTS
+from commands import time_every_kernel
 from predictor_blocks import HeldOut, Predictor, PredictorResults
 
 import edgeprune
@@ -172,6 +173,7 @@ def main(
     out: Path,
 ) -> None:
     """Compare predicted with measured latency on structures that the model was not fitted on."""
+    time_every_kernel()
     command = shlex.join(["python", "benchmarks/predictor.py", *sys.argv[1:]])
     rows = list(records.read_json(PredictorResults, out).rows) if out.is_file() else []
     try:

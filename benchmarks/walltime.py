@@ -1,7 +1,8 @@
 """How long everything before the training takes: ``python benchmarks/walltime.py``.
 
 MobileNetV2 at 224 pixels with random weights, and noise as data: neither conversion, timing, scores nor the search takes longer or shorter
-for what the weights and images are. The stages are those of ``edgeprune search``, in a new run folder.
+for what the weights and images are. The stages are those of ``edgeprune search``, in a new run folder and without the kernel times of
+earlier searches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import click
 import numpy as np
 import torch
 from blocks import RESULTS
-from commands import public_command
+from commands import public_command, time_every_kernel
 from torch import nn
 from walltime_blocks import WallTime
 
@@ -96,6 +97,7 @@ def measure(options: Options, folder: Path) -> WallTime:
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "walltime.json")
 def main(target: str, device: str | None, latency: str, out: Path) -> None:
     """Time every stage of a search on MobileNetV2 at 224 pixels."""
+    time_every_kernel()
     command = shlex.join(["python", "benchmarks/walltime.py", *sys.argv[1:]])
     options = Options(target=target, device=device, latency=latency, command=command)
     try:

@@ -21,6 +21,7 @@ from edgeprune.feasibility import plan_stages
 from edgeprune.options import (
     Options,
     check_sparsity,
+    check_tables,
     chosen_device,
     chosen_formats,
     chosen_gates,
@@ -47,11 +48,13 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         SpecError: no target was named, a budget is malformed, or the target has no kernels for the sparsity.
         UnknownName: a target, profile, device or importance that does not exist, or a format that the target does not list.
         ModelError: sparsity is asked for, and no layer of the model can have it.
+        IntegrityError: the file of kernel times is damaged.
     """
     workload = loaded.workload
     target = chosen_target(options, workload)
     profile = catalog.profile(target.profile)
     check_sparsity(workload, target)
+    check_tables(options)
     if workload.recovery.sparsity != "none":
         sparsity.require_eligible(loaded.model)  # known now, where the search would take minutes
     device_name, device, notes = chosen_device(options, workload, target)
@@ -146,6 +149,8 @@ def deploy(
     run: Path | str | None = None,
     sustained: str | None = None,
     formats: str | None = None,
+    tables: Path | str | None = None,
+    plan: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """From a trained model to a verified bundle, to a measured latency budget.
@@ -166,6 +171,8 @@ def deploy(
         run: the run folder; ``runs/<target>-<digest>`` when not given. Finished stages in it are kept.
         sustained: ``10min``, ``90s`` or ``1h``: run the shipped file that long without a pause, and judge the latency at its end.
         formats: ``auto`` measures those that the target lists and ships the fastest that holds; a name ships that one.
+        tables: a file of kernel times of this board; what it holds is not timed again, what is timed is added.
+        plan: a ``plan.json`` of ``edgeprune search``, whose widths are taken instead of searching.
         progress: where to report; nowhere when not given.
 
     Returns:
@@ -184,19 +191,23 @@ def deploy(
         run=None if run is None else Path(run),
         sustained=sustained,
         formats=formats,
+        tables=None if tables is None else Path(tables),
+        plan=None if plan is None else Path(plan),
     )
     if isinstance(model, str):
         record = settings or Workload(model=model, data=str(data))
-        changes: dict[str, Any] = {"model": model, "weights": weights, "data": str(data)}
-        if preprocess is not None:
-            changes["preprocess"] = preprocess
-        if labels is not None:
-            changes["labels"] = tuple(labels)
-        record = record.model_copy(update=changes)
+        changes = {"model": model, "weights": weights, "data": str(data)}
+        record = record.model_copy(update={**changes, **_given(preprocess, labels)})
         loaded = load_workload(record, Path.cwd())
     else:
         loaded = from_objects(model, data, preprocess=preprocess, labels=labels, settings=settings)
     return deploy_loaded(loaded, options, progress or Silent()).report
+
+
+def _given(preprocess: Preprocess | None, labels: Sequence[str] | None) -> dict[str, Any]:
+    """The fields of a workload that were given, to be put over those of the settings."""
+    fields = {"preprocess": preprocess, "labels": None if labels is None else tuple(labels)}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 @contextlib.contextmanager

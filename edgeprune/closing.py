@@ -434,11 +434,7 @@ def chance_note(context: Context) -> str:
 
 def boards_note(table: MeasuredTable) -> tuple[str, ...]:
     """Lines about where kernel times come from, when not all were taken now, on one board."""
-    taken: tuple[str, ...] = ()
-    if table.kernels_taken:
-        taken = (
-            f"{table.kernels_taken} of {table.kernels_measured} kernel times are earlier ones of this board, from a file",
-        )
+    taken = (table.taken(),) if table.kernels_taken else ()
     if len(table.boards) < 2:
         return taken
     parts = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -15,13 +14,8 @@ from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
-from edgeprune.latency.kernel_times import (
-    KernelKey,
-    KernelTime,
-    KernelTimes,
-    read_times,
-    write_times,
-)
+from edgeprune.latency.kernel_times import KernelTimes, read_times, write_times
+from edgeprune.latency.times_cache import TimesCache, now_text, open_cache
 from edgeprune.planning import Stand
 from edgeprune.results import Fingerprint
 from edgeprune.runfolder import RunFolder, Stage
@@ -247,16 +241,11 @@ def _measured_table(
     prior: Mapping[str, int] | None,
 ) -> MeasuredTable:
     """The kernel table, timed by every board of the class that is free; they are held for this stage alone."""
-    job, runtime = context.job, stand.kernel_runtime or context.job.target.runtime
+    job, runtime = context.job, stand.kernel_runtime or stand.runtime
     form, precision = _table_format(context), stand.precision
-    earlier = None if job.tables is None else read_times(job.tables)
-    known: dict[KernelKey, float] = {}
-    if job.tables is not None and earlier is not None:
-        earlier.check(made_on, precision, form, job.tables)
-        known = earlier.known()
-        context.progress.say(
-            f"      {len(known)} kernel times of {earlier.created} are taken from {job.tables}"
-        )
+    cache = _times_cache(context, stand)
+    earlier = _earlier_times(context, made_on, precision, cache)
+    began, stored = now_text(), context.board.times_from_store
     with open_pool(
         context.board,
         job.companions,
@@ -272,12 +261,75 @@ def _measured_table(
             fingerprint_key=made_on.key(),
             format_name=form,
             progress=context.progress,
-            known=known,
+            known={} if earlier is None else earlier.known(),
             prior=prior,
         )
-    times = tuple(KernelTime(signature=s, widths=w, ns=ns) for (s, w), ns in sorted(known.items()))
-    return table.model_copy(
-        update={"boards": dict(pool.boards), "scales": dict(pool.scales), "times": times}
+    oldest = earlier.created if earlier is not None and table.kernels_taken else began
+    table = table.model_copy(
+        update={
+            "boards": dict(pool.boards),
+            "scales": dict(pool.scales),
+            "times_created": oldest,
+        }
+    )
+    if table.kernels_taken:
+        context.progress.say(f"      {table.taken()}")
+    # Never times of two boards, and none that a killed run left in its folder on a day that nobody knows.
+    if cache is not None and len(pool.boards) == 1 and context.board.times_from_store == stored:
+        cache.keep(table.times, oldest)
+    return table
+
+
+def _times_cache(context: Context, stand: Stand) -> TimesCache | None:
+    """What this computer knows of the timed board; ``None`` where times are recorded, replayed, or go into a file of the user.
+
+    A recording must hold all times, and those of a replay are of the day it was made. The fingerprint is that of now: the one in an older
+    run folder may be of another kernel or governor.
+    """
+    job = context.job
+    if (
+        job.tables is not None
+        or job.record is not None
+        or "replay" in (job.device.transport, context.board.device.transport)
+    ):
+        return None
+    runtime = stand.kernel_runtime or stand.runtime
+    return open_cache(
+        context.fingerprint(runtime),
+        stand.precision,
+        _table_format(context),
+        lambda text: context.progress.say(f"      {text}"),
+    )
+
+
+def _earlier_times(
+    context: Context, made_on: Fingerprint, precision: Precision, cache: TimesCache | None
+) -> KernelTimes | None:
+    """The times that need not be taken again: from the file that was named for them, or from the one of this computer.
+
+    Raises:
+        SpecError, IntegrityError: the named file is of another board or set-up, or damaged.
+    """
+    tables, say, form = context.job.tables, context.progress.say, _table_format(context)
+    if cache is not None:
+        return cache.read()
+    earlier = None if tables is None else read_times(tables)
+    if tables is not None and earlier is not None:
+        earlier.check(made_on, precision, form, tables)
+        say(f"      {len(earlier.times)} kernel times of {earlier.created} are taken from {tables}")
+    return earlier
+
+
+def _file_of(
+    context: Context, made_on: Fingerprint, precision: Precision, table: MeasuredTable
+) -> KernelTimes:
+    """The times behind a table, as they are kept for others. A table of an earlier version does not say when they were taken."""
+    return KernelTimes(
+        created=table.times_created or now_text(),
+        fingerprint=made_on,
+        precision=precision,
+        format=_table_format(context),
+        times=table.times,
     )
 
 
@@ -291,7 +343,7 @@ def _share_times(
     context: Context, made_on: Fingerprint, precision: Precision, table: MeasuredTable
 ) -> None:
     """Add the kernel times of a run to the file that was named for them, whether they were taken now or earlier."""
-    job, say, form = context.job, context.progress.say, _table_format(context)
+    job, say = context.job, context.progress.say
     if job.tables is None:
         return
     if len(table.boards) > 1:
@@ -299,16 +351,10 @@ def _share_times(
             f"      note: {job.tables} is left as it is: other boards timed kernels too, and times of two boards are never mixed"
         )
         return
-    new = KernelTimes(
-        created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        fingerprint=made_on,
-        precision=precision,
-        format=form,
-        times=table.times,
-    )
+    new = _file_of(context, made_on, precision, table)
     earlier = read_times(job.tables)
     if earlier is not None:
-        earlier.check(made_on, precision, form, job.tables)
+        earlier.check(made_on, precision, new.format, job.tables)
     write_times(job.tables, earlier, new)
 
 

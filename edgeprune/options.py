@@ -200,6 +200,20 @@ def given_widths(options: Options, target: str) -> dict[str, int] | None:
     return widths
 
 
+def check_tables(options: Options) -> None:
+    """Nothing, when the file of kernel times can be used, does not exist yet, or none was named.
+
+    Raises:
+        SpecError: a recording was asked for, too.
+        IntegrityError: the file holds something else.
+    """
+    if options.tables is None:
+        return
+    if options.record is not None:
+        raise SpecError("--tables and --record cannot be combined: a recording must hold all times")
+    read_times(options.tables)
+
+
 def check_names(options: Options, workload: Workload) -> None:
     """Fail on a wrong target, device, format or gate before any model or data is loaded.
 
@@ -207,7 +221,7 @@ def check_names(options: Options, workload: Workload) -> None:
         SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_formats`, :func:`check_sparsity`, :func:`chosen_gates` and
             :func:`chosen_sustained`; no device has the name.
         FormatError: as :func:`check_format`.
-        IntegrityError: the recording to replay, or to go on with, is damaged.
+        IntegrityError: the recording to replay, or to go on with, or the file of kernel times is damaged.
     """
     target = chosen_target(options, workload)
     _, device, _ = chosen_device(options, workload, target)
@@ -216,12 +230,7 @@ def check_names(options: Options, workload: Workload) -> None:
     chosen_gates(options, workload, target)
     chosen_sustained(options)
     given_widths(options, target.name)
-    if options.tables is not None:
-        if options.record is not None:
-            raise SpecError(
-                "--tables and --record cannot be combined: a recording must hold all times"
-            )
-        read_times(options.tables)
+    check_tables(options)
     origin_of(device)  # opens the recording of a replay device
     if options.record is not None:
         check_recordable(options.record)

@@ -22,7 +22,7 @@ from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
 from edgeprune.latency import sparse, traffic
 from edgeprune.latency.grid import admissible, thin
-from edgeprune.latency.kernel_times import KernelKey
+from edgeprune.latency.kernel_times import KernelKey, KernelTime
 from edgeprune.latency.predictor import Factor, LatencyModel, correct, evaluate, sample_nets
 from edgeprune.latency.probes import Point
 from edgeprune.latency.sparse import KernelClass
@@ -156,6 +156,7 @@ def measure_table(
         staircases=staircases,
         kernels_measured=len(probes.times),
         kernels_taken=probes.taken,
+        times=probes.ran(),
     )
 
 
@@ -247,6 +248,11 @@ class Probes:
         """Widths at which a class did not run alone."""
         signature = self._kernels[one.key].signature
         return {point for other, point in self._silent if other == signature}
+
+    def ran(self) -> tuple[KernelTime, ...]:
+        """The kernels that ran alone, timed now or known before, in order."""
+        rows = sorted((key, ns) for key, ns in self.times.items() if key not in self._silent)
+        return tuple(KernelTime(signature=s, widths=w, ns=ns) for (s, w), ns in rows)
 
     def take(self, wanted: Sequence[tuple[KernelClass, Point]], purpose: str) -> None:
         """Time these kernels at these widths, except what is known; the first ones where not all may be. Full widths always are."""
@@ -368,7 +374,7 @@ def measure_nets(
 
 
 def fit(
-    model: LatencyModel, nets: MeasuredNets, kernels_measured: int
+    model: LatencyModel, nets: MeasuredNets, kernels_measured: int, kernels_taken: int = 0
 ) -> tuple[LatencyModel, LatencyModelQuality]:
     """Correct the kernel model with whole nets; judge it on those that were held out, then use all."""
     samples = [(w, ms, 1.0) for w, ms in zip(nets.widths, nets.ms, strict=True)]
@@ -386,6 +392,7 @@ def fit(
         mean_error_ratio=mean,
         worst_error_ratio=worst,
         p95_error_ratio=nearest_rank(each, 0.95),
+        kernels_taken=kernels_taken,
     )
     return correct(model, samples), quality
 

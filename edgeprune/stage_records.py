@@ -150,9 +150,9 @@ class Staircase(Record):
 class MeasuredTable(Record):
     """The result of :func:`edgeprune.planning.measure_table`: kernel times, and the widths of each group that pay.
 
-    ``times`` are those of single kernels that ran. ``kernels_taken`` of ``kernels_measured`` were not timed now but taken from a file of
-    earlier times of the same board. ``boards`` counts
-    the kernels that each board has timed; ``scales`` is what the times of the boards besides the run's own were multiplied by.
+    ``times`` are those of single kernels that ran, the oldest taken at ``times_created`` (UTC; older stages lack it). ``kernels_taken`` of
+    ``kernels_measured`` were not timed now but by an earlier search on the same board. ``boards`` counts the kernels that each board has
+    timed; ``scales`` is what the times of the boards besides the run's own were multiplied by.
     """
 
     table: LatencyTable
@@ -163,6 +163,14 @@ class MeasuredTable(Record):
     scales: dict[str, float] = {}
     kernels_taken: int = 0
     times: tuple[KernelTime, ...] = ()
+    times_created: str = ""
+
+    def taken(self) -> str:
+        """How many times are earlier ones, in words; empty when all were taken now."""
+        if not self.kernels_taken:
+            return ""
+        day = f", {self.times_created[:10]}" if self.times_created else ""
+        return f"{self.kernels_taken} of {self.kernels_measured} kernel times from an earlier search on this board{day}"
 
 
 class MeasuredNets(Record):

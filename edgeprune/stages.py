@@ -116,7 +116,9 @@ def plan_basis(
     """What a plan of the dense model is made from."""
     groups, frozen = context.groups
     model = planning.kernel_model(file, measured, context.full)
-    model, fit_quality = planning.fit(model, nets, measured.kernels_measured)
+    model, fit_quality = planning.fit(
+        model, nets, measured.kernels_measured, measured.kernels_taken
+    )
     arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
     loss = structure_loss(context, context.model, groups)
     return guarantee.Basis(

@@ -43,6 +43,11 @@ def test_times_come_back_and_earlier_ones_stand(tmp_path: Path) -> None:
     assert second.known()["conv", (8, 16)] == 120.5
     assert second.known()["conv", (8, 8)] == 60.0
     assert second.created == "2026-11-24T10:00:00Z"
+    older = later.model_copy(update={"created": "2026-01-01T00:00:00Z"})
+    write_times(path, second, older)
+    third = read_times(path)
+    assert third is not None
+    assert third.created == "2026-01-01T00:00:00Z"
 
 
 @pytest.mark.parametrize(
@@ -71,10 +76,16 @@ def test_times_of_another_precision_or_format_are_refused() -> None:
         NEW.check(make_fingerprint(), "int8", "tflite", Path("times.json"))
 
 
-def test_what_is_no_file_of_times_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "times.json").write_text("{}")
+@pytest.mark.parametrize("ns", ["0.0", "-1.0", "NaN"])
+def test_what_is_no_file_of_times_is_refused(tmp_path: Path, ns: str) -> None:
+    path = tmp_path / "times.json"
+    path.write_text("{}")
     with pytest.raises(IntegrityError):
-        read_times(tmp_path / "times.json")
+        read_times(path)
+    write_times(path, None, with_times({("conv", (8,)): 987.5}))
+    path.write_text(path.read_text().replace("987.5", ns))
+    with pytest.raises(IntegrityError, match=r"times\.0\.ns|Invalid JSON"):
+        read_times(path)
 
 
 def test_times_that_other_boards_took_are_not_written(tmp_path: Path) -> None:
@@ -87,15 +98,17 @@ def test_times_that_other_boards_took_are_not_written(tmp_path: Path) -> None:
     )
     made_on = make_fingerprint()
     times = with_times({("conv", (8,)): 9.0}).times
-    shared = SimpleNamespace(boards={"one": 3, "two": 4}, times=times)
+    shared = SimpleNamespace(boards={"one": 3, "two": 4}, times=times, times_created="")
     feasibility._share_times(context, made_on, "int8", shared)  # type: ignore[arg-type]
     assert not path.exists()
     assert "times of two boards are never mixed" in said[0]
-    alone = SimpleNamespace(boards={"one": 7}, times=times)
+    when = "2026-11-01T00:00:00Z"  # the stage may be an old one of the run folder
+    alone = SimpleNamespace(boards={"one": 7}, times=times, times_created=when)
     feasibility._share_times(context, made_on, "int8", alone)  # type: ignore[arg-type]
     found = read_times(path)
     assert found is not None
     assert found.known() == {("conv", (8,)): 9.0}
+    assert found.created == when
 
 
 @pytest.mark.slow

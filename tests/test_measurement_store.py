@@ -70,11 +70,14 @@ def test_every_part_of_a_timing_is_in_its_key():
 def test_a_timing_with_a_purpose_is_made_once(store):
     with board_with(store) as board:
         first = board.time(["m"], PLAN, purpose="nets")
+        assert board.times_from_store == 0
     with board_with(store) as board:
         assert board.time(["m"], PLAN, purpose="nets") == first
+        assert board.times_from_store == 1
         assert board.time(["m"], PLAN, purpose="check-0") != first
         board.load("m", matmul_file(WEIGHT * 2), **ORT)
         assert board.time(["m"], PLAN, purpose="nets") != first
+        assert board.times_from_store == 1
 
 
 def test_a_timing_without_a_purpose_is_always_made_anew(store):

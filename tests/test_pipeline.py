@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -15,8 +16,10 @@ import pytest
 import tinynet
 
 import edgeprune
-from edgeprune import records
+from edgeprune import pipeline, records
 from edgeprune.bundle.manifest import Manifest
+from edgeprune.errors import IntegrityError, SpecError
+from edgeprune.latency.kernel_times import read_times
 from edgeprune.results import Report
 from edgeprune.search_results import PlanFile
 from edgeprune.specs import Augment, Preprocess, Recovery, Workload
@@ -310,6 +313,45 @@ def test_the_python_api_takes_a_factory_with_the_settings_of_a_project(
     )
     # The same request as on the command line, so that nothing is done again.
     assert [s.name for s in found.stages if s.cached] == list(tinynet.STAGES)
+
+
+def test_the_python_api_takes_kernel_times_and_a_plan(deployed, tmp_path, monkeypatch):
+    home = tinynet.project(tmp_path / "project")
+    monkeypatch.chdir(home)
+    tinynet.copied_run(deployed.folder, home / "run")
+    asked = functools.partial(
+        edgeprune.deploy,
+        "net.py:build",
+        "data.npz",
+        weights="weights.safetensors",
+        target="this-machine",
+        latency="80%",
+        settings=records.read_yaml(Workload, home / "edgeprune.yaml"),
+        run=home / "run",
+    )
+    found = asked(tables="times.json")
+    kept = read_times(home / "times.json")
+    assert kept is not None
+    assert 0 < len(kept.times) <= found.latency_model.kernels_measured
+    with pytest.raises(IntegrityError, match="not a valid KernelTimes"):
+        asked(tables=home / "edgeprune.yaml")
+    with pytest.raises(SpecError, match=r"there is no plan none\.json"):
+        asked(plan="none.json")
+    plan = PlanFile(
+        target="this-machine", budget="80%", precision="int8", dense_ms=1.0, predicted_ms=1.0,
+        measured_ms=1.0, widths=found.plan.widths(), admissible_widths={},
+    )  # fmt: skip
+    records.write_json(plan, home / "plan.json")
+    jobs = []
+
+    def stop(job, path, progress):
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "deploy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        asked(plan="plan.json")
+    assert jobs[0].widths == found.plan.widths()
 
 
 @pytest.mark.slow

@@ -311,6 +311,7 @@ def test_kernels_whose_times_are_known_are_not_timed_again():
     first = table_with(Clock(), known)
     assert len(known) == first.kernels_measured
     assert first.kernels_taken == 0
+    assert {(t.signature, t.widths): t.ns for t in first.times} == known
 
     class Deaf(Clock):
         """Cannot time any kernel."""
@@ -322,7 +323,7 @@ def test_kernels_whose_times_are_known_are_not_timed_again():
 
     again = table_with(Deaf(), known)
     assert again.kernels_taken == again.kernels_measured == first.kernels_measured
-    assert (again.table, again.grids) == (first.table, first.grids)
+    assert (again.table, again.grids, again.times) == (first.table, first.grids, first.times)
 
 
 def test_only_real_times_become_known():

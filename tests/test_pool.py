@@ -457,6 +457,10 @@ def test_the_report_says_which_boards_timed_the_kernels():
         table=table, grids={}, staircases={}, kernels_measured=30, boards={"main": 30}
     )
     assert boards_note(alone) == ()
+    taken = {"kernels_taken": 20, "times_created": "2026-11-24T10:00:00Z"}
+    assert boards_note(alone.model_copy(update=taken)) == (
+        "20 of 30 kernel times from an earlier search on this board, 2026-11-24",
+    )
     several = alone.model_copy(update={"boards": {"main": 20, "b": 10}, "scales": {"b": 0.98765}})
     assert boards_note(several) == (
         "kernels were timed on 2 boards: 20 on main, 10 on b (times 0.9877);"

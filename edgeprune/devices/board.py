@@ -65,6 +65,7 @@ class Board:
         self.device = device = as_recorded(device)
         self.origin = origin_of(device)
         self._store = store
+        self.times_from_store = 0  # timings that were not made now; the store does not say when
         self._recorder = None if record is None else Recorder(record, name, device)
         tap = self._recorder.tap if self._recorder is not None else (lambda pipe: pipe)
         self.session = Session(
@@ -346,6 +347,7 @@ class Board:
             key = store_key([self.fingerprint(*s).key() for s in stands], loads, asked)
         reply = self._store.get(key) if self._store is not None and key else None
         if reply is not None:
+            self.times_from_store += 1
             return self._checked(reply, keys, plan, math.inf)
         start = time.monotonic()
         reply, _ = self.session.request(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.records import Record, read_json, write_json
 from edgeprune.results import Fingerprint
@@ -18,7 +20,7 @@ class KernelTime(Record):
 
     signature: str
     widths: tuple[int, ...]
-    ns: float
+    ns: float = Field(gt=0)
 
 
 class KernelTimes(Record):
@@ -86,5 +88,5 @@ def write_times(path: Path, earlier: KernelTimes | None, new: KernelTimes) -> No
         KernelTime(signature=signature, widths=widths, ns=ns)
         for (signature, widths), ns in sorted(merged.items())
     )
-    created = earlier.created if earlier is not None else new.created
+    created = new.created if earlier is None else min(earlier.created, new.created)
     write_json(new.model_copy(update={"created": created, "times": rows}), path)

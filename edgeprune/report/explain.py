@@ -6,6 +6,7 @@ import math
 
 from edgeprune.plan_results import LatencyModelQuality
 from edgeprune.report import plan_sections
+from edgeprune.report.facts import earlier_kernels
 from edgeprune.report.figures import (
     in_unit,
     share_text,
@@ -80,9 +81,9 @@ def render_search(found: SearchResult, *, width: int | None = None) -> str:
         text.table(("budget", unit, "speed-up", "cost, nats", "channels left"), rows)
     quality = found.latency_model
     text.say(
-        f"Predictions come from {quality.kernels_measured} kernel timings and {quality.nets_fitted} whole nets; on"
-        f" {quality.nets_held_out} others they were {share_text(quality.mean_error_ratio)} off on average,"
-        f" {share_text(quality.worst_error_ratio)} at worst.{_left_out(quality)}"
+        f"Predictions come from {quality.kernels_measured} kernel timings{earlier_kernels(quality)} and"
+        f" {quality.nets_fitted} whole nets; on {quality.nets_held_out} others they were"
+        f" {share_text(quality.mean_error_ratio)} off on average, {share_text(quality.worst_error_ratio)} at worst.{_left_out(quality)}"
     )
     return text.text()
 

@@ -57,6 +57,11 @@ class Planned(Protocol):
         """What times are to be called."""
 
 
+def earlier_kernels(model: LatencyModelQuality) -> str:
+    """How many of the kernels were timed before this run, to be put behind their number; empty when none was."""
+    return f" ({model.kernels_taken} by an earlier search)" if model.kernels_taken else ""
+
+
 @dataclass(frozen=True)
 class LedgerStep:
     """A ledger line with the line it is judged against.

@@ -126,7 +126,7 @@ def predictions(report: facts.Planned) -> Markup:
     model = report.latency_model
     quality = pairs(
         [
-            ("kernels timed", str(model.kernels_measured)),
+            ("kernels timed", f"{model.kernels_measured}{facts.earlier_kernels(model)}"),
             ("whole nets fitted", str(model.nets_fitted)),
             ("whole nets held out", str(model.nets_held_out)),
             ("mean error, held out", _held_out(report, model.mean_error_ratio)),

@@ -295,7 +295,7 @@ def _predictions(page: Page, report: Report) -> None:
             f"{share_text(model.mean_error_ratio)} mean and {share_text(model.worst_error_ratio)} worst error on "
             f"{model.nets_held_out} held-out nets"
         )
-    fitted = f"{model.kernels_measured} kernels and {model.nets_fitted} nets fitted"
+    fitted = f"{model.kernels_measured} kernels{facts.earlier_kernels(model)} and {model.nets_fitted} nets fitted"
     page.say(f"latency model: {error}; {fitted}")
     if report.checks:
         rows = [
