@@ -54,7 +54,8 @@ def prepare(context: Context, run: RunFolder) -> Prepared:
     nets = run.stage(
         "nets",
         "measuring",
-        {"kernels": table.digest},
+        # A table that was measured again, of a damaged run, may have other grids.
+        {"kernels": table.digest, "grids": table.result.grids},
         MeasuredNets,
         lambda _: planning.measure_nets(stand, file, table.result.grids, seed=context.job.seed),
     )
@@ -370,7 +371,12 @@ def _scores(context: Context, run: RunFolder, table: Stage[MeasuredTable]) -> St
     return run.stage(
         "importance",
         "other",
-        {"kernels": table.digest, "importance": job.importance, "data": job.loaded.dataset.digest},
+        {
+            "kernels": table.digest,
+            "grids": table.result.grids,
+            "importance": job.importance,
+            "data": job.loaded.dataset.digest,
+        },
         ScoresResult,
         lambda _: _score(context, table.result),
     )

@@ -48,14 +48,9 @@ class PruningPlan(Record):
 class LatencyModelQuality(Record):
     """How well the latency model predicts whole nets that it was not fitted on.
 
-    <<<<<<< HEAD
-        ``p95_error_ratio`` is the 95th percentile (nearest rank) over the whole nets between the smallest and the dense, each predicted
-        from all others; with the 14 of a search that is the worst of them. Earlier reports lack it.
-    =======
-        ``p95_error_ratio`` is the 95th percentile (nearest rank) over all whole nets, each predicted from the others; with the 14 of a search
-        that is the worst of them. Earlier reports lack it. ``kernels_taken`` of ``kernels_measured`` were timed by an earlier search on the
-        same board.
-    >>>>>>> we
+    ``p95_error_ratio`` is the 95th percentile (nearest rank) over the whole nets between the smallest and the dense, each predicted
+    from all others; with the 14 of a search that is the worst of them. Earlier reports lack it. ``kernels_taken`` of
+    ``kernels_measured`` were timed by an earlier search on the same board.
     """
 
     kernels_measured: int

@@ -245,6 +245,7 @@ class _Step:
 
         inputs = {
             "kernels": self.planned.table.digest,
+            "grids": grids,
             "importance": job.importance,
             "data": job.loaded.dataset.digest,
             "weights": current.weights,

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinynet
 from sshd import wait_until_gone
 
-from edgeprune import records
+from edgeprune import planning, records
 from edgeprune.progress import Silent
 from edgeprune.results import Report
 from edgeprune.runfolder import RunFolder
@@ -119,6 +120,26 @@ def test_a_kill_in_any_stage_is_made_good_by_the_same_command(deployed, tmp_path
     check_finished(home, done)
     if "plan" in before(stage):  # the same structure, so the same file to the last bit
         assert export_digest(home) == export_digest(deployed.project)
+
+
+def test_kernel_times_that_are_taken_anew_take_the_nets_and_costs_of_their_own_widths(
+    deployed, tmp_path, monkeypatch
+):
+    kept = tuple(name for name in before("plan") if name != "kernels")
+    home = project_with(deployed, tmp_path / "again", kept)
+    measure = planning.measure_table
+
+    def with_fewer_widths(*args: Any, **named: Any) -> Any:
+        table = measure(*args, **named)
+        fewer = {g: w if len(w) < 3 else (*w[:-2], w[-1]) for g, w in table.grids.items()}
+        assert fewer != table.grids
+        return table.model_copy(update={"grids": fewer})
+
+    monkeypatch.setattr(planning, "measure_table", with_fewer_widths)
+    done = tinynet.edgeprune_here(home, *COMMAND, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for name in ("nets", "importance"):  # those of the earlier widths lie beside them
+        assert len(list(home.glob(f"run/stages/{name}-*/stage.json"))) == 2
 
 
 def test_a_finished_run_is_shown_again_without_any_work(deployed, tmp_path):
