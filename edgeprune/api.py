@@ -24,6 +24,7 @@ from edgeprune.options import (
     chosen_device,
     chosen_formats,
     chosen_gates,
+    chosen_scope,
     chosen_sustained,
     chosen_target,
     given_widths,
@@ -45,7 +46,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
 
     Raises:
         SpecError: no target was named, a budget is malformed, or the target has no kernels for the sparsity.
-        UnknownName: a target, profile, device or importance that does not exist, or a format that the target does not list.
+        UnknownName: a target, profile, device, importance or scope that does not exist, or a format that the target does not list.
         ModelError: sparsity is asked for, and no layer of the model can have it.
     """
     workload = loaded.workload
@@ -76,6 +77,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         budget=budget,
         max_drop=max_drop,
         importance=options.importance,
+        scope=chosen_scope(options),
         seed=workload.seed if options.seed is None else options.seed,
         command=options.command,
         notes=first.notes,
@@ -142,6 +144,7 @@ def deploy(
     labels: Sequence[str] | None = None,
     settings: Workload | None = None,
     importance: str = "fisher",
+    scope: str = "global",
     seed: int | None = None,
     run: Path | str | None = None,
     sustained: str | None = None,
@@ -162,6 +165,7 @@ def deploy(
         labels: class names.
         settings: recovery, augmentation and the rest of ``edgeprune.yaml``.
         importance: ``fisher``, ``taylor``, ``obs``, ``variance``, ``l2``, ``l1``, ``bn-scale``, ``fpgm`` or ``random``.
+        scope: ``global`` compares channels between groups; ``local`` only within each, and every group keeps the same share of its own.
         seed: of everything random.
         run: the run folder; ``runs/<target>-<digest>`` when not given. Finished stages in it are kept.
         sustained: ``10min``, ``90s`` or ``1h``: run the shipped file that long without a pause, and judge the latency at its end.
@@ -180,6 +184,7 @@ def deploy(
         max_drop=max_drop,
         device=device,
         importance=importance,
+        scope=scope,
         seed=seed,
         run=None if run is None else Path(run),
         sustained=sustained,
@@ -192,8 +197,7 @@ def deploy(
             changes["preprocess"] = preprocess
         if labels is not None:
             changes["labels"] = tuple(labels)
-        record = record.model_copy(update=changes)
-        loaded = load_workload(record, Path.cwd())
+        loaded = load_workload(record.model_copy(update=changes), Path.cwd())
     else:
         loaded = from_objects(model, data, preprocess=preprocess, labels=labels, settings=settings)
     return deploy_loaded(loaded, options, progress or Silent()).report

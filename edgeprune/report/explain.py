@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from edgeprune.report import plan_sections
+from edgeprune.report import facts, plan_sections
 from edgeprune.report.figures import (
     in_unit,
     share_text,
@@ -97,6 +97,8 @@ def render_plan(plan: PlanResult) -> str:
             f" {group.saved_ms_predicted * 1000:15.1f} us {group.cost_nats:12.2g}"
             + ("" if group.kept else "  block removed")
         )
+    if scope := facts.scope_note(plan.plan):
+        lines.append(scope)
     last = plan.chosen()
     lines.append(
         f"dense {plan.plan.dense_ms:.4g} ms, budget {plan.plan.limit_ms:.4g} ms,"
