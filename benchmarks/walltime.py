@@ -8,9 +8,11 @@ earlier searches.
 from __future__ import annotations
 
 import shlex
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,10 +22,11 @@ import torch
 from blocks import RESULTS
 from commands import public_command, time_every_kernel
 from torch import nn
-from walltime_blocks import WallTime
+from walltime_blocks import SolverTime, WallTime
 
-from edgeprune import api, pipeline, records
-from edgeprune.closing import versions
+from edgeprune import api, pipeline, records, search, stages
+from edgeprune.closing import Planned, versions
+from edgeprune.context import Context
 from edgeprune.errors import EdgepruneError
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import Options
@@ -34,6 +37,7 @@ from edgeprune.version import VERSION
 from edgeprune.workload import LoadedWorkload, from_objects
 
 NET = "MobileNetV2, 224x224"
+REPEATS = 5  # of the solver alone
 IMAGES = (
     256  # in each split: calibration, scores and the recipe for INT8 take no more than that many
 )
@@ -69,6 +73,7 @@ def measure(options: Options, folder: Path) -> WallTime:
     job = api.resolve(loaded, options)
     with RunFolder(folder, Terminal()) as run, pipeline.opened(job, Terminal(), run) as context:
         planned = plan_stages(context, run)
+        seconds = time.monotonic() - began
         plan = planned.plan.result
         runtime = context.runtime_on(context.board)
         return WallTime(
@@ -80,14 +85,46 @@ def measure(options: Options, folder: Path) -> WallTime:
             budget=job.budget.text,
             precision=plan.plan.precision,
             fingerprint=context.board.fingerprint(runtime.name, runtime.threads),
-            seconds=time.monotonic() - began,
+            seconds=seconds,
             stages=tuple(run.costs),
             groups=len(plan.plan.groups),
             kernels=plan.quality.kernels_measured,
             checked=len(plan.checks),
             ratio=plan.chosen().ratio_to_dense,
+            solver=solver_time(context, planned),
             versions=versions(),
         )
+
+
+def solver_time(context: Context, planned: Planned) -> SolverTime:
+    """The solver for the budget of a search that is done, and its front."""
+    problem = stages.plan_basis(
+        context,
+        planned.file,
+        planned.table.result,
+        planned.nets.result,
+        planned.scores.result,
+    ).problem()
+    open_groups = [grid for grid in problem.grids.values() if len(grid) > 1]
+    # What the model that this problem has says of the plan, so that there is a structure within it, whatever summing rounds to.
+    limit_ms = problem.model.predict(planned.plan.result.plan.widths()) * (1 + 1e-9)
+    return SolverTime(
+        groups=len(open_groups),
+        choices=sum(map(len, open_groups)),
+        solve_seconds=_median_seconds(lambda: search.solve(problem, limit_ms)),
+        pareto_seconds=_median_seconds(lambda: search.pareto(problem)),
+        points=len(search.pareto(problem)),
+        repeats=REPEATS,
+    )
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    found = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
 
 
 @click.command()

@@ -11,10 +11,26 @@ from edgeprune.results import Fingerprint, StageCost
 from edgeprune.specs import Precision
 
 
+class SolverTime(records.Record):
+    """The solver alone, on the costs and the corrected latency model of a search.
+
+    Seconds are by the wall clock, each the median of ``repeats``. ``solve_seconds`` is one structure for the budget, ``pareto_seconds`` the
+    whole front, of ``points`` structures; ``choices`` are the widths of all groups that have more than one, which are ``groups``.
+    """
+
+    groups: int
+    choices: int
+    solve_seconds: float
+    pareto_seconds: float
+    points: int
+    repeats: int
+
+
 class WallTime(records.Record):
     """``walltime.json``: one search from an empty run folder. ``seconds`` is all of it, by the wall clock; ``stages`` are its parts.
 
     ``checked`` counts the structures that were measured whole, ``ratio`` is the chosen one's measured share of the dense latency.
+    ``solver`` was timed afterwards and is no part of ``seconds``; earlier files lack it.
     """
 
     schema_version: Literal[1] = 1
@@ -32,6 +48,7 @@ class WallTime(records.Record):
     kernels: int
     checked: int
     ratio: float
+    solver: SolverTime | None = None
     versions: dict[str, str]
 
 
@@ -46,4 +63,15 @@ def walltime_block(
         f" ({share_text(found.ratio)} of dense), with {found.kernels} kernels timed and {found.checked} structures measured whole."
     )
     rows = [(s.name, s.kind, seconds_text(s.seconds)) for s in found.stages]
-    return f"{intro}\n\n{table(('stage', 'what it is', 'time'), rows, left=2)}"
+    stages = table(("stage", "what it is", "time"), rows, left=2)
+    return "\n\n".join((intro, stages, *_solver_text(found.solver)))
+
+
+def _solver_text(solver: SolverTime | None) -> tuple[str, ...]:
+    if solver is None:
+        return ()
+    return (
+        f"The solver alone, on the costs and the latency model of that search ({solver.groups} groups, {solver.choices} widths):"
+        f" **{seconds_text(solver.solve_seconds)}** for a budget, {seconds_text(solver.pareto_seconds)} for a front of"
+        f" {solver.points} structures (medians of {solver.repeats}).",
+    )

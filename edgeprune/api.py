@@ -25,6 +25,7 @@ from edgeprune.options import (
     chosen_device,
     chosen_formats,
     chosen_gates,
+    chosen_scope,
     chosen_sustained,
     chosen_target,
     given_widths,
@@ -46,7 +47,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
 
     Raises:
         SpecError: no target was named, a budget is malformed, or the target has no kernels for the sparsity.
-        UnknownName: a target, profile, device or importance that does not exist, or a format that the target does not list.
+        UnknownName: a target, profile, device, importance or scope that does not exist, or a format that the target does not list.
         ModelError: sparsity is asked for, and no layer of the model can have it.
         IntegrityError: the file of kernel times is damaged.
     """
@@ -79,6 +80,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         budget=budget,
         max_drop=max_drop,
         importance=options.importance,
+        scope=chosen_scope(options),
         seed=workload.seed if options.seed is None else options.seed,
         command=options.command,
         notes=first.notes,
@@ -145,6 +147,7 @@ def deploy(
     labels: Sequence[str] | None = None,
     settings: Workload | None = None,
     importance: str = "fisher",
+    scope: str = "global",
     seed: int | None = None,
     run: Path | str | None = None,
     sustained: str | None = None,
@@ -167,6 +170,7 @@ def deploy(
         labels: class names.
         settings: recovery, augmentation and the rest of ``edgeprune.yaml``.
         importance: ``fisher``, ``taylor``, ``obs``, ``variance``, ``l2``, ``l1``, ``bn-scale``, ``fpgm`` or ``random``.
+        scope: ``global`` compares channels between groups; ``local`` only within each, and every group keeps the same share of its own.
         seed: of everything random.
         run: the run folder; ``runs/<target>-<digest>`` when not given. Finished stages in it are kept.
         sustained: ``10min``, ``90s`` or ``1h``: run the shipped file that long without a pause, and judge the latency at its end.
@@ -187,6 +191,7 @@ def deploy(
         max_drop=max_drop,
         device=device,
         importance=importance,
+        scope=scope,
         seed=seed,
         run=None if run is None else Path(run),
         sustained=sustained,

@@ -15,6 +15,7 @@ from edgeprune.cli_bundle import bundle, verify
 from edgeprune.cli_devices import devices
 from edgeprune.cli_options import (
     formats_option,
+    importance_options,
     int8_options,
     int8_settings,
     schedule_options,
@@ -129,12 +130,6 @@ def _budget_options(command: Command) -> Command:
         click.option("--latency", "-l", help="15ms, 60% of dense, or 2.5x faster than dense."),
         click.option("--max-drop", help="Allowed accuracy drop in points, such as 1%."),
         click.option(
-            "--importance",
-            default="fisher",
-            show_default=True,
-            help="fisher, taylor, obs, variance, l2, l1, bn-scale, fpgm or random.",
-        ),
-        click.option(
             "--tables",
             type=click.Path(path_type=Path, dir_okay=False),
             help="Kernel times of this board, from earlier searches; read, and added to.",
@@ -158,6 +153,7 @@ def _budget_options(command: Command) -> Command:
 @cli.command()
 @_model_options
 @_budget_options
+@importance_options
 @formats_option
 @schedule_options
 @int8_options
@@ -242,6 +238,7 @@ def _missed(report: Any) -> BudgetError:
 @cli.command()
 @_model_options
 @_budget_options
+@importance_options
 @formats_option
 def search(as_json: bool, quiet: bool, **flags: Any) -> None:
     """What a budget would cost, and what others would: everything before training, explained.
@@ -439,6 +436,7 @@ def _options(flags: dict[str, Any]) -> Options:
         max_drop=flags.get("max_drop"),
         device=flags.get("device"),
         importance=flags.get("importance") or "fisher",
+        scope=flags.get("scope") or "global",
         seed=flags.get("seed"),
         run=flags.get("run"),
         resume=flags.get("resume"),

@@ -11,6 +11,28 @@ import click
 Command = Callable[..., Any]
 
 
+def importance_options(command: Command) -> Command:
+    """Add the flags that say which channels go."""
+    options = [
+        click.option(
+            "--importance",
+            default="fisher",
+            show_default=True,
+            help="fisher, taylor, obs, variance, l2, l1, bn-scale, fpgm or random.",
+        ),
+        click.option(
+            "--scope",
+            type=click.Choice(["global", "local"]),
+            default="global",
+            show_default=True,
+            help="Compare channels between groups, or cut each group to the same share.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def schedule_options(command: Command) -> Command:
     """Add the flags of the keys under ``recovery`` that say how long is trained, and how channels and weights go."""
     options = [

@@ -464,6 +464,7 @@ def _settings(
     return {
         "seed": job.seed,
         "importance": job.importance,
+        "importance scope": job.scope,
         "max_drop": job.max_drop,
         "threads on the device": job.target.runtime.threads,
         "calibration samples": job.target.quantization.calibration_samples,

@@ -21,7 +21,7 @@ from edgeprune.devices.measure import ModelFile
 from edgeprune.devices.recording import recording_path
 from edgeprune.folders import model_bytes
 from edgeprune.formats import Format
-from edgeprune.plan_results import FrozenGroup
+from edgeprune.plan_results import FrozenGroup, Scope
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_file
 from edgeprune.results import Artifact, Fingerprint, FormatChoice, LedgerEntry, Measurement
@@ -63,6 +63,7 @@ class Job:
     importance: str
     seed: int
     command: str
+    scope: Scope = "global"
     notes: tuple[str, ...] = ()
     sustained: float | None = None  # seconds
     record: Path | None = None

@@ -387,6 +387,8 @@ def _plan(
 ) -> Stage[PlanResult]:
     job, say = context.job, context.progress.say
     how = "search" if job.widths is None else "the given plan"
+    if job.scope == "local":
+        how = "search, the same share of every group"
     say(f"[5/8] {how}: {job.budget.text}, checked on the device")
     plan = run.stage(
         "plan",
@@ -396,6 +398,7 @@ def _plan(
             "importance": scores.digest,
             "budget": job.budget,
             **({} if job.widths is None else {"widths": dict(job.widths)}),
+            **({} if job.scope == "global" else {"scope": job.scope}),
         },
         PlanResult,
         lambda _: stages.plan_structure(

@@ -23,6 +23,7 @@ from edgeprune.plan_results import (
     LatencyModelQuality,
     PlanCheck,
     PruningPlan,
+    Scope,
 )
 from edgeprune.planning import Stand
 from edgeprune.progress import Progress
@@ -57,7 +58,8 @@ class Basis:
 
     ``model`` predicts ms and is ``quality`` good; ``nets`` are the whole nets that it was fitted on. ``curves[group][i]`` is the cost in
     nats of keeping ``model.grids[group][i]`` channels; ``orders[group]`` has the least important channel first. ``at_least`` and
-    ``at_most`` bound the widths of the groups that they name: what is gone does not come back. ``loss`` says what a structure, given as the
+    ``at_most`` bound the widths of the groups that they name: what is gone does not come back. With the ``scope`` local all groups keep the
+    same share of their channels. ``loss`` says what a structure, given as the
     channels that stay of each group, really loses after its repair, which the sum of its groups' costs only estimates; ``trial`` what it
     still loses after a short healing.
     """
@@ -70,6 +72,7 @@ class Basis:
     curves: Mapping[str, np.ndarray]
     orders: Mapping[str, np.ndarray]
     importance: str
+    scope: Scope = "global"
     at_least: Mapping[str, int] = field(default_factory=dict)
     at_most: Mapping[str, int] = field(default_factory=dict)
     loss: Callable[[Kept], float] | None = None
@@ -90,7 +93,8 @@ class Basis:
             )
             for name, grid in model.grids.items()
         }
-        return Problem(grids=model.grids, cost_nats=curves, model=model)
+        even = {g.name: g.channels for g in self.groups} if self.scope == "local" else None
+        return Problem(grids=model.grids, cost_nats=curves, model=model, even=even)
 
     def kept(self, widths: Mapping[str, int]) -> Kept:
         """The channels of a structure."""
@@ -252,6 +256,8 @@ def _options(basis: Basis, limit_ms: float) -> tuple[Solution, ...]:
         found = search.alternatives(basis.problem(), limit_ms, count=3, min_changes=3)
     except BudgetError:
         return (search.fastest(basis.problem()),)
+    if basis.scope == "local":
+        return found
     problems: list[Problem] = []
     if not all(all(s.widths.values()) for s in found):
         problems += [basis.problem(removal_charge=charge) for charge in REMOVAL_CHARGES]
@@ -427,7 +433,8 @@ def _smallest_if_it_fits(
         raise BudgetError(
             f"no structure was measured within {budget.text} ({limit_ms:.4g} ms);"
             f" the fastest took {fastest:.4g} ms ({fastest / dense_ms:.1%} of dense)",
-            hint=f"ask for at least {math.ceil(fastest / dense_ms * 100) + 1}%",
+            hint=f"ask for at least {math.ceil(fastest / dense_ms * 100) + 1}%"
+            + (", or take --scope global" if basis.scope == "local" else ""),
         )
     return found[0]
 
@@ -456,6 +463,7 @@ def _plan(chosen: PlanCheck, basis: Basis, stand: Stand, limit_ms: float) -> Pru
         frozen=tuple(basis.frozen),
         precision=stand.precision,
         importance=basis.importance,
+        scope=basis.scope,
         limit_ms=limit_ms,
         dense_ms=basis.nets.dense_ms,
         predicted_ms=predicted,

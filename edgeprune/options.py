@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from edgeprune import catalog, formats
 from edgeprune.devices import quarantine
 from edgeprune.devices.recording import check_recordable, origin_of
 from edgeprune.errors import FormatError, SpecError, UnknownName
 from edgeprune.latency.kernel_times import read_times
+from edgeprune.plan_results import Scope
 from edgeprune.records import read_yaml
 from edgeprune.search_results import PlanFile
 from edgeprune.specs import (
@@ -34,6 +36,7 @@ class Options:
     max_drop: str | None = None
     device: str | None = None
     importance: str = "fisher"
+    scope: str = "global"
     seed: int | None = None
     run: Path | None = None
     resume: Path | None = None
@@ -174,6 +177,24 @@ def check_format(target: Target) -> None:
         )
 
 
+def chosen_scope(options: Options) -> Scope:
+    """Whether channels are compared between groups, or only within each.
+
+    Raises:
+        UnknownName: there is no such scope.
+        SpecError: a plan is given, whose widths are no longer to be chosen.
+    """
+    if options.scope not in get_args(Scope):
+        raise UnknownName("scope", options.scope, get_args(Scope))
+    scope: Scope = "local" if options.scope == "local" else "global"
+    if scope == "local" and options.plan is not None:
+        raise SpecError(
+            "--scope local and --plan cannot be combined: the plan says what each group keeps",
+            hint="leave one of them out",
+        )
+    return scope
+
+
 def given_widths(options: Options, target: str) -> dict[str, int] | None:
     """The widths of the plan that was given instead of a search, if one was.
 
@@ -218,8 +239,8 @@ def check_names(options: Options, workload: Workload) -> None:
     """Fail on a wrong target, device, format or gate before any model or data is loaded.
 
     Raises:
-        SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_formats`, :func:`check_sparsity`, :func:`chosen_gates` and
-            :func:`chosen_sustained`; no device has the name.
+        SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_formats`, :func:`check_sparsity`, :func:`chosen_gates`,
+            :func:`chosen_sustained` and :func:`chosen_scope`; no device has the name.
         FormatError: as :func:`check_format`.
         IntegrityError: the recording to replay, or to go on with, or the file of kernel times is damaged.
     """
@@ -229,6 +250,7 @@ def check_names(options: Options, workload: Workload) -> None:
     check_sparsity(workload, target)
     chosen_gates(options, workload, target)
     chosen_sustained(options)
+    chosen_scope(options)
     given_widths(options, target.name)
     check_tables(options)
     origin_of(device)  # opens the recording of a replay device

@@ -60,6 +60,7 @@ def run_digest(job: Job) -> str:
             "sustained": job.sustained,
             # Only where it is given, so that runs without one keep their folder.
             **({} if job.int8 == Int8() else {"int8": job.int8}),
+            **({} if job.scope == "global" else {"scope": job.scope}),
             **({} if job.widths is None else {"widths": dict(sorted(job.widths.items()))}),
             **({"formats": [c.target for c in job.candidates]} if job.candidates else {}),
             **({"earlier": job.loaded.earlier_digest} if job.loaded.earlier_digest else {}),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from edgeprune.records import Record
 from edgeprune.specs import Precision
+
+Scope: TypeAlias = Literal["global", "local"]  # of importance: compared between groups, or not
 
 
 class GroupPlan(Record):
@@ -28,13 +30,17 @@ class FrozenGroup(Record):
 
 
 class PruningPlan(Record):
-    """Which channels of every group stay, and what that is predicted to cost and to bring."""
+    """Which channels of every group stay, and what that is predicted to cost and to bring.
+
+    With the ``scope`` local all groups keep the same share of their channels, as near as their widths come to it.
+    """
 
     schema_version: Literal[1] = 1
     groups: tuple[GroupPlan, ...]
     frozen: tuple[FrozenGroup, ...]
     precision: Precision
     importance: str
+    scope: Scope = "global"
     limit_ms: float
     dense_ms: float
     predicted_ms: float

@@ -8,6 +8,7 @@ trade-off, which also yields a lower bound; local search then closes the gap tha
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -28,12 +29,14 @@ class Problem:
     """What is to be decided.
 
     ``grids`` are the widths of every group, ascending, the full one last; they are the model's. ``cost_nats[group][i]`` is the cost of
-    keeping ``grids[group][i]`` channels: never rising with width, and 0 at the full width.
+    keeping ``grids[group][i]`` channels: never rising with width, and 0 at the full width. Where ``even`` is given, it says how many
+    channels each group has when nothing is cut, and only :func:`even_structures` are looked at.
     """
 
     grids: Mapping[str, tuple[int, ...]]
     cost_nats: Mapping[str, np.ndarray]
     model: LatencyModel
+    even: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if set(self.grids) != set(self.cost_nats) or dict(self.grids) != dict(self.model.grids):
@@ -68,6 +71,8 @@ def solve(problem: Problem, limit_ms: float) -> Solution:
     Raises:
         BudgetError: even the fastest structure is over the limit; names its latency.
     """
+    if problem.even is not None:
+        return _widest(even_structures(problem), limit_ms)
     search = _Search.of(problem)
     state, bound = search.solve(limit_ms)
     return replace(search.solution(state), bound_nats=bound)
@@ -75,6 +80,8 @@ def solve(problem: Problem, limit_ms: float) -> Solution:
 
 def fastest(problem: Problem) -> Solution:
     """The structure with the lowest predicted latency; among equals the cheapest."""
+    if problem.even is not None:
+        return min(even_structures(problem), key=lambda s: (s.predicted_ms, s.cost_nats))
     search = _Search.of(problem)
     return search.solution(search.fastest())
 
@@ -85,7 +92,11 @@ def pareto(problem: Problem, *, points: int = 64) -> tuple[Solution, ...]:
     Args:
         problem: what is to be decided.
         points: at most this many; the widest gaps are filled first.
+
+    Of a problem that is ``even`` they need not lie on the hull, and are at even distances in what there is.
     """
+    if problem.even is not None:
+        return _even_front(even_structures(problem), points)
     search = _Search.of(problem)
     ends = [search.fastest(), search.cheapest()]
     front = sorted({search.point(state): state for state in ends}.items(), key=lambda e: e[0])
@@ -106,6 +117,53 @@ def pareto(problem: Problem, *, points: int = 64) -> tuple[Solution, ...]:
         else:
             front.insert(i + 1, (search.point(state), state))
     return tuple(search.solution(state) for _, state in front)
+
+
+def even_structures(problem: Problem) -> list[Solution]:
+    """The structures in which every group keeps the same share of its channels, from the narrowest to the widest.
+
+    A group takes the width nearest to its share, the wider of two at the same distance. No block is removed for it, so width 0 is only
+    that of a group which has no other.
+    """
+    full = problem.even or {name: grid[-1] for name, grid in problem.grids.items()}
+    grids = {name: [w for w in grid if w] or [0] for name, grid in problem.grids.items()}
+    turns = {
+        name: [(a + b) / 2 / full[name] for a, b in itertools.pairwise(grid)]
+        for name, grid in grids.items()
+    }
+    found = []
+    for share in sorted({0.0}.union(*turns.values())):
+        widths = {n: grid[bisect.bisect_right(turns[n], share)] for n, grid in grids.items()}
+        cost = sum(
+            float(problem.cost_nats[n][problem.grids[n].index(w)]) for n, w in widths.items()
+        )
+        found.append(Solution(widths, problem.model.predict(widths), cost))
+    return found
+
+
+def _widest(structures: Sequence[Solution], limit_ms: float) -> Solution:
+    """The last structure within the limit; BudgetError if none is."""
+    fitting = [s for s in structures if s.predicted_ms <= limit_ms]
+    if not fitting:
+        raise _out_of_reach(limit_ms, min(s.predicted_ms for s in structures))
+    return fitting[-1]
+
+
+def _even_front(structures: Sequence[Solution], points: int) -> tuple[Solution, ...]:
+    """The structures that are faster than all wider ones, fastest first; as many of them."""
+    front: list[Solution] = []
+    for structure in reversed(structures):
+        if not front or structure.predicted_ms < front[-1].predicted_ms:
+            front.append(structure)
+    chosen = np.unique(np.linspace(0, len(front) - 1, min(points, len(front))).round().astype(int))
+    return tuple(front[i] for i in reversed(chosen))
+
+
+def _out_of_reach(limit_ms: float, reach_ms: float) -> BudgetError:
+    return BudgetError(
+        f"the limit is {limit_ms:.4g} ms, but the fastest structure is predicted at {reach_ms:.4g} ms",
+        hint=f"allow at least {math.ceil(1000 * reach_ms) / 1000:.3f} ms, or let more layers be pruned",
+    )
 
 
 def evened(problem: Problem, weights: Sequence[float], limit_ms: float) -> list[Problem]:
@@ -165,11 +223,13 @@ def alternatives(
         min_changes: every two differ in at least this many groups (in all of them, where there are fewer).
 
     Returns:
-        Up to ``count`` solutions, the cheapest first; fewer where the limit leaves no room for more.
+        Up to ``count`` solutions, the cheapest first; fewer where the limit leaves no room for more, one where the problem is ``even``.
 
     Raises:
         BudgetError: as :func:`solve`.
     """
+    if problem.even is not None:  # there is but one ratio
+        return (solve(problem, limit_ms),)
     search = _Search.of(problem)
     state, _ = search.solve(limit_ms)
     found = [state]
@@ -281,11 +341,7 @@ class _Search:
             found = Neighbourhood(self.graph, self.costs, limit_ms).improve(fast)
             if found is not None:
                 return found
-        reach = self.graph.value(fast)
-        raise BudgetError(
-            f"the limit is {limit_ms:.4g} ms, but the fastest structure is predicted at {reach:.4g} ms",
-            hint=f"allow at least {math.ceil(1000 * reach) / 1000:.3f} ms, or let more layers be pruned",
-        )
+        raise _out_of_reach(limit_ms, self.graph.value(fast))
 
     def _repair(self, limit_ms: float, starts: list[np.ndarray], *, kicks: bool) -> np.ndarray:
         """The cheapest state that local search reaches from the points nearest to the limit, on both sides of it."""

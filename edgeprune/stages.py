@@ -130,6 +130,7 @@ def plan_basis(
         curves={g: np.asarray(c) for g, c in scores.curves.items()},
         orders=importances.removal_order(arrays),
         importance=context.job.importance,
+        scope=context.job.scope,
         loss=loss,
         trial=structure_trial(context, loss),
     )

@@ -154,7 +154,14 @@ def test_a_finished_run_is_shown_again_without_any_work(deployed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [("--seed", "7"), ("--latency", "79%"), ("--max-drop", "3%"), ("--importance", "l2")]
+    "change",
+    [
+        ("--seed", "7"),
+        ("--latency", "79%"),
+        ("--max-drop", "3%"),
+        ("--importance", "l2"),
+        ("--scope", "local"),
+    ],
 )
 def test_resuming_with_other_settings_is_refused(deployed, tmp_path, change):
     home = tinynet.project(tmp_path / "project")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.errors import BudgetError
+from edgeprune.latency.grid import thin
 from edgeprune.latency.predictor import Factor, LatencyModel
-from edgeprune.search import Problem, alternatives, fastest, pareto, solve
+from edgeprune.search import Problem, Solution, alternatives, fastest, pareto, solve
 
 
 def random_problem(draw: np.random.Generator, groups: int, widths: int) -> Problem:
@@ -263,6 +265,114 @@ def test_a_mobile_net_is_solved_in_about_a_second_and_close_to_its_bound() -> No
     assert found.cost_nats <= 1.02 * found.bound_nats
     assert cpu_seconds(lambda: solve(problem, limit_ms)) < 3
     assert cpu_seconds(lambda: pareto(problem)) < 3
+
+
+class Shape:
+    """A net as the search sees it: grids as the dominance filter leaves them, and for each kernel the time of every pair of widths."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.draw = step, np.random.default_rng(9)
+        self.grids: dict[str, tuple[int, ...]] = {}
+        self.factors: list[Factor] = []
+
+    def group(self, name: str, channels: int, *, removable: bool = False) -> str:
+        step = self.step if channels > self.step else self.step // 2
+        widths = thin(tuple(range(step, channels + 1, step)))
+        self.grids[name] = (0, *widths) if removable else widths
+        return name
+
+    def kernel(self, *groups: str, macs: int, gone: str = "") -> None:
+        """One whose time is whole tiles of each side, with some noise; nothing where the block of ``gone`` is."""
+        tiles = [np.ceil(np.array(self.grids[g]) / self.step) * self.step for g in groups]
+        work = functools.reduce(np.multiply.outer, tiles) * float(macs)
+        cost = (2e-3 + 1e-8 * work) * self.draw.normal(1, 0.01, work.shape)
+        if gone in groups and self.grids[gone][0] == 0:
+            cost[tuple(0 if g == gone else slice(None) for g in groups)] = 0.0
+        elif gone and self.grids[gone][0] == 0:
+            groups, cost = (gone, *groups), np.multiply.outer(np.array(self.grids[gone]) > 0, cost)
+        self.factors.append(Factor(groups, cost))
+
+    def problem(self) -> Problem:
+        costs = {}
+        for name, grid in self.grids.items():
+            curve = np.sort(self.draw.exponential(size=len(grid))).cumsum()[::-1]
+            costs[name] = (curve - curve[-1]) * self.draw.lognormal()
+        return Problem(self.grids, costs, LatencyModel(self.grids, tuple(self.factors), 0.05))
+
+
+def resnet56(widening: int, step: int) -> Problem:
+    """Three stages of nine blocks at 32 pixels: a spine a stage, an inner group a block; all blocks but two can go."""
+    net = Shape(step)
+    spine = net.group("s0", 16 * widening)
+    net.kernel(spine, macs=27 * 32 * 32)
+    for stage, side in enumerate((32, 16, 8)):
+        for block in range(9):
+            is_first = stage > 0 and block == 0
+            inner = net.group(f"b{stage}.{block}", 16 * widening << stage, removable=not is_first)
+            out = net.group(f"s{stage}", 16 * widening << stage) if is_first else spine
+            net.kernel(spine, inner, macs=9 * side * side, gone=inner)
+            net.kernel(inner, out, macs=9 * side * side, gone=inner)
+            net.kernel(out, macs=side * side, gone=inner)  # the addition
+            if is_first:
+                net.kernel(spine, out, macs=side * side)
+            spine = out
+    net.kernel(spine, macs=10)
+    return net.problem()
+
+
+def mobilenet_v2(step: int) -> Problem:
+    """17 inverted bottlenecks at 224 pixels: an expanded group a block, a spine for every run of blocks that are added up."""
+    net = Shape(step)
+    first = net.group("stem", 32)
+    net.kernel(first, macs=27 * 112 * 112)
+    spine, side = net.group("s0", 16), 112
+    net.kernel(first, macs=9 * side * side)
+    net.kernel(first, spine, macs=side * side)
+    channels, number = 16, 0
+    for run, (out_channels, blocks, stride) in enumerate(
+        ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1)), start=1
+    ):
+        for block in range(blocks):
+            number += 1
+            inner = net.group(f"b{number}", 6 * channels, removable=block > 0)
+            out = net.group(f"s{run}", out_channels) if block == 0 else spine
+            net.kernel(spine, inner, macs=side * side, gone=inner)
+            side //= stride if block == 0 else 1
+            net.kernel(inner, macs=9 * side * side, gone=inner)
+            net.kernel(inner, out, macs=side * side, gone=inner)
+            if block > 0:
+                net.kernel(out, macs=side * side, gone=inner)
+            spine, channels = out, out_channels
+    last = net.group("last", 1280)
+    net.kernel(spine, last, macs=side * side)
+    net.kernel(last, macs=1000)
+    return net.problem()
+
+
+@pytest.mark.parametrize(
+    ("problem", "groups"),
+    [
+        pytest.param(resnet56(1, 8), 30, id="ResNet-56"),
+        pytest.param(resnet56(4, 8), 30, id="ResNet-56, four times as wide"),
+        pytest.param(mobilenet_v2(8), 25, id="MobileNetV2"),
+        pytest.param(mobilenet_v2(16), 25, id="MobileNetV2, wide tiles"),
+    ],
+)
+def test_nets_of_the_usual_shapes_are_solved_in_under_a_second(
+    problem: Problem, groups: int
+) -> None:
+    assert len(problem.grids) == groups
+    low, high = fastest(problem).predicted_ms, problem.model.predict({})
+    for share in (0.7, 0.5, 0.3):
+        limit_ms = low + share * (high - low)
+        found: list[Solution] = []
+        seconds = cpu_seconds(lambda limit=limit_ms, to=found: to.append(solve(problem, limit)))  # type: ignore[misc]
+        assert seconds < 1
+        (solution,) = found
+        assert solution.predicted_ms <= limit_ms
+        assert solution.bound_nats is not None
+        assert solution.cost_nats <= 1.05 * solution.bound_nats
+    assert cpu_seconds(lambda: pareto(problem)) < 2
 
 
 @pytest.mark.parametrize(

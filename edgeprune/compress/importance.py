@@ -1,7 +1,8 @@
 """How much each channel matters: plain functions from a model and data to one score per channel of every group.
 
-An importance is any callable with the signature of :data:`Importance`; pass your own. Here are those that need gradients; those that need
-the weights alone are in :mod:`~edgeprune.compress.criteria`, those that need activations in :mod:`~edgeprune.compress.reconstruct`.
+An importance is a plain function with the signature of :data:`Importance`, selected by its name in :data:`BY_NAME`: another one is one
+function and one line there. Here are those that need gradients; those that need the weights alone are in
+:mod:`~edgeprune.compress.criteria`, those that need activations in :mod:`~edgeprune.compress.reconstruct`.
 Whatever the scores, :func:`cost_curves` turns them into the cost in nats of keeping each width, calibrated against real evaluations.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from edgeprune.plan_results import LatencyModelQuality
-from edgeprune.report import plan_sections
+from edgeprune.report import facts, plan_sections
 from edgeprune.report.facts import earlier_kernels
 from edgeprune.report.figures import (
     in_unit,
@@ -105,6 +105,8 @@ def render_plan(plan: PlanResult) -> str:
             f" {group.saved_ms_predicted * 1000:15.1f} us {group.cost_nats:12.2g}"
             + ("" if group.kept else "  block removed")
         )
+    if scope := facts.scope_note(plan.plan):
+        lines.append(scope)
     last = plan.chosen()
     lines.append(
         f"dense {plan.plan.dense_ms:.4g} ms, budget {plan.plan.limit_ms:.4g} ms,"

@@ -215,6 +215,13 @@ def wilson(value: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def scope_note(plan: PruningPlan) -> str:
+    """What the scope local says about a plan, as one sentence; empty for a global one."""
+    if plan.scope == "global":
+        return ""
+    return "Every group keeps the same share of its channels, as near as its widths come to it (scope local)."
+
+
 def check_error(predicted_ms: float, measured_ms: float) -> float:
     """How far a prediction was off, as a share of the measured time (positive: predicted too slow)."""
     return predicted_ms / measured_ms - 1 if measured_ms > 0 else 0.0

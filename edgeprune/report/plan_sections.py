@@ -117,8 +117,8 @@ def _plan_sentence(report: facts.Planned) -> str:
     return (
         f"Chosen for {plan.precision.upper()} by {plan.importance}: dense {time_text(plan.dense_ms)}, predicted "
         f"{time_text(plan.predicted_ms)} within {time_text(plan.limit_ms)}, at a predicted cost of "
-        f"{significant(plan.predicted_cost_nats)} nats before healing."
-    )
+        f"{significant(plan.predicted_cost_nats)} nats before healing. {facts.scope_note(plan)}"
+    ).rstrip()
 
 
 def predictions(report: facts.Planned) -> Markup:

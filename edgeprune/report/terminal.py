@@ -329,6 +329,8 @@ def say_cuts(page: Page, plan: PruningPlan) -> None:
         page.table(("group", "channels", f"saved, {unit}", "cost, nats"), rows)
         if len(groups) > MOST_GROUPS:
             page.say(f"and {len(groups) - MOST_GROUPS} more in the page", "dim")
+    if scope := facts.scope_note(plan):
+        page.say(scope, "dim")
     for frozen in plan.frozen:
         page.say(f"frozen: {', '.join(frozen.layers)}: {frozen.reason}", "dim")
 
