@@ -199,14 +199,21 @@ def deploy(
         tables=None if tables is None else Path(tables),
         plan=None if plan is None else Path(plan),
     )
+    given = _given(preprocess, labels)
     if isinstance(model, str):
-        record = settings or Workload(model=model, data=str(data))
-        changes = {"model": model, "weights": weights, "data": str(data)}
-        record = record.model_copy(update={**changes, **_given(preprocess, labels)})
-        loaded = load_workload(record, Path.cwd())
+        loaded = _named(model, data, settings, {"weights": weights, **given})
     else:
-        loaded = from_objects(model, data, preprocess=preprocess, labels=labels, settings=settings)
+        loaded = from_objects(model, data, settings=settings, **given)
     return deploy_loaded(loaded, options, progress or Silent()).report
+
+
+def _named(
+    model: str, data: Any, settings: Workload | None, changes: dict[str, Any]
+) -> LoadedWorkload:
+    """The workload of a factory that is named, with the settings where nothing else was said."""
+    record = settings or Workload(model=model, data=str(data))
+    changes = {"model": model, "data": str(data), **changes}
+    return load_workload(record.model_copy(update=changes), Path.cwd())
 
 
 def _given(preprocess: Preprocess | None, labels: Sequence[str] | None) -> dict[str, Any]:
