@@ -19,7 +19,7 @@ import torch
 from commands import public_command
 from compare import load_net
 from targets_blocks import LEDGER_FROM, TargetResults, TargetRow, merged
-from targets_board import Int8File, error_steps, rows_on_the_board
+from targets_board import Int8File, by_its_kernels, error_steps, rows_on_the_board
 
 from edgeprune import api, pipeline, records
 from edgeprune.closing import versions
@@ -62,8 +62,10 @@ def layer_costs(context: Context, fp32: Path, exact: torch.Tensor) -> tuple[Laye
     )
 
 
-def rows_of(context: Context, net: str, folder: Path, for_board: list[Int8File]) -> list[TargetRow]:
-    """Both precisions of one target; the INT8 file with its answers here is added to those for the board."""
+def rows_of(
+    context: Context, net: str, folder: Path, for_board: list[Int8File] | None
+) -> list[TargetRow]:
+    """Both precisions of one target; the INT8 file with its answers here is added to those for the board, where there is one."""
     job, form = context.job, context.ship
     development = job.loaded.dataset.development.head(IMAGES)
     x, y = context.development[:IMAGES].numpy(), development.y
@@ -112,13 +114,13 @@ def rows_of(context: Context, net: str, folder: Path, for_board: list[Int8File])
                 if lost > LEDGER_FROM:
                     changes["costs"] = layer_costs(context, float_path, exact)
                 changes["error_steps"] = error_steps(answers, exact)
-                for_board.append(
-                    Int8File(
+                if for_board is not None:
+                    file = Int8File(
                         net,
                         job.target.name,
                         form.info.name,
                         form.info.layout,
-                        job.target.runtime.name,
+                        job.shipped_runtime,
                         path,
                         x,
                         y,
@@ -126,7 +128,7 @@ def rows_of(context: Context, net: str, folder: Path, for_board: list[Int8File])
                         exact,
                         answers,
                     )
-                )
+                    for_board.append(by_its_kernels(context, file))
         counts = artifact.op_counts
         found.append(
             TargetRow.model_validate(
@@ -170,7 +172,7 @@ def main(
 ) -> None:
     """Convert, run, compare."""
     progress = Terminal()
-    for_board: list[Int8File] = []
+    for_board: list[Int8File] | None = [] if emulated_board else None
     rows: tuple[TargetRow, ...] = ()
     accuracy: dict[str, float] = {}
     if out.is_file():
@@ -200,7 +202,7 @@ def main(
                     f"  {row.agreement}  {row.seconds:.1f} s"
                 )
             write(out, rows, accuracy)
-    if emulated_board:
+    if for_board is not None:
         for row in rows_on_the_board(for_board, progress, now()):
             rows = merged(rows, (row,))
             write(out, rows, accuracy)

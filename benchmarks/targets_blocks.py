@@ -19,7 +19,8 @@ class TargetRow(records.Record):
     ``agreement`` is with torch, on ``n`` images; ``error_steps`` the largest difference of an INT8 file's answers from those of the FP32
     file of its format, in steps of 1/255 of their range. Both are ``None`` where nothing here runs the file. ``created`` is empty where it
     is that of the whole file. ``from_host_steps`` of a row of the emulated board is the largest difference from this machine's answers of
-    the same file. ``costs`` says, where INT8 lost more than :data:`LEDGER_FROM`, what each layer alone in float brings back.
+    the same file; ``host_kernels`` computed those where the board's runtime has others than XNNPACK for INT8. ``costs`` says, where INT8
+    lost more than :data:`LEDGER_FROM`, what each layer alone in float brings back.
     """
 
     net: str
@@ -36,6 +37,7 @@ class TargetRow(records.Record):
     message: str = ""
     created: str = ""
     from_host_steps: float | None = None
+    host_kernels: str = ""
     costs: tuple[LayerFallback, ...] = ()
 
 
@@ -125,9 +127,12 @@ def _ledger(row: TargetRow) -> str:
 def _where(row: TargetRow) -> str:
     """Who ran the file: this machine stands in for every board and phone."""
     if row.from_host_steps is not None:
-        return f"{row.where}; {row.from_host_steps:.1f} steps from this machine's answers"
+        by = f" by its {row.host_kernels} kernels" if row.host_kernels else ""
+        return f"{row.where}; {row.from_host_steps:.1f} steps from this machine's answers{by}"
     is_stand_in = row.agreement is not None and row.target != "this-machine"
-    return f"{row.where} (stand-in)" if is_stand_in else row.where or row.message
+    if is_stand_in:
+        return f"{row.where} (stand-in)"
+    return ": ".join(part for part in (row.where, row.message) if part)
 
 
 def _percent(share: float | None) -> str:

@@ -1,20 +1,33 @@
-"""Rows of the table of targets: which are replaced, what they say, and which arguments a results file keeps."""
+"""Rows of the table of targets: who answers, which are replaced, and what they say."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent / "board"))
 
 import blocks
+import emulated_board
+import targets_board
 from targets_blocks import EMULATED, TargetResults, TargetRow, merged, targets_block
-from targets_board import error_steps
+from targets_board import BUILT_IN, Int8File, error_steps, rows_on_the_board
 
+from edgeprune.datasets import Split
+from edgeprune.devices.frames import Refusal
 from edgeprune.int8_results import LayerFallback
+from edgeprune.progress import Silent
+from edgeprune.specs import Device
+from targets import rows_of
 
 
 def row(net: str = "example", target: str = "rpi4", **changes: object) -> TargetRow:
@@ -68,3 +81,129 @@ def test_layers_that_cost_int8_are_named_worst_first():
 def test_an_error_is_told_in_steps_of_the_exact_range():
     exact = torch.tensor([[0.0, 255.0]])
     assert error_steps(exact + torch.tensor([[0.0, -3.0]]), exact) == pytest.approx(3.0)
+
+
+class Answers(nn.Module):
+    """Two logits of one pixel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, -x], 1)
+
+
+class FakeFormat:
+    """Writes a few bytes."""
+
+    def __init__(self, name: str) -> None:
+        self.info = SimpleNamespace(name=name, suffix=f".{name}", layout="NCHW")
+
+    def export(self, model: nn.Module, example: Any, path: Path) -> SimpleNamespace:
+        path.write_bytes(b"float")
+        return SimpleNamespace(precision="fp32", op_counts={})
+
+    def quantize(self, fp32: Path, calibration: Any, path: Path, *, model: nn.Module) -> Any:
+        path.write_bytes(b"steps")
+        return SimpleNamespace(precision="int8", op_counts={"int8:CONV_2D": 2})
+
+
+class FakeContext:
+    """A target whose files are tried on four images of one pixel; ``delegates`` lists the kernels that were asked for on this machine.
+
+    The built-in kernels answer 2/255 of the range off.
+    """
+
+    def __init__(self, shipped: str, form: Any, *, runs: bool = True) -> None:
+        pixels = np.array([[1.0], [-1.0], [2.0], [-2.0]], np.float32)
+        y = np.array([0, 1, 0, 0])
+        development = Split(pixels, y)
+        self.job = SimpleNamespace(
+            target=SimpleNamespace(name="rpi3-32bit", runtime=SimpleNamespace(name="litert")),
+            shipped_runtime=shipped,
+            loaded=SimpleNamespace(dataset=SimpleNamespace(development=development)),
+        )
+        self.ship, self.runs_ship, self.host = form, runs, "host"
+        self.development = torch.from_numpy(pixels)
+        self.model, self.example, self.calibration = Answers().eval(), pixels[:1], pixels
+        self.delegates: list[bool] = []
+
+    def runtime_on(self, board: Any) -> SimpleNamespace:
+        return SimpleNamespace(name="litert")
+
+    def run_file(
+        self, board: Any, path: Path, x: np.ndarray, *, delegate: bool = True
+    ) -> torch.Tensor:
+        self.delegates.append(delegate)
+        return self.model(torch.from_numpy(x)) + (0 if delegate else 2 * 4 / 255)
+
+
+@pytest.mark.parametrize(
+    ("shipped", "asked", "kernels", "off"),
+    [("tflite-runtime", [True, True, False], BUILT_IN, 2.0), ("litert", [True, True], "", 0.0)],
+)
+def test_the_board_gets_the_runtime_that_ships_and_its_kernels_for_reference(
+    tmp_path, shipped, asked, kernels, off
+):
+    context: Any = FakeContext(shipped, FakeFormat("tflite"))
+    for_board: list[Int8File] = []
+    rows = rows_of(context, "example", tmp_path, for_board)
+    (file,) = for_board
+    assert (file.runtime, file.kernels, context.delegates) == (shipped, kernels, asked)
+    assert error_steps(file.answers, file.exact) == pytest.approx(off, abs=1e-4)
+    assert rows[1].where == "litert, host"  # where the answers of that row are from
+    assert (rows[1].agreement, rows[1].accuracy) == (1.0, 0.75)
+
+
+def test_without_a_board_nothing_is_run_for_it(tmp_path):
+    context: Any = FakeContext("tflite-runtime", FakeFormat("tflite"))
+    rows_of(context, "example", tmp_path, None)
+    assert context.delegates == [True, True]
+
+
+class FakeBoard:
+    """Answers as the net does, or refuses a file; ``asked`` lists the Pythons and runtimes."""
+
+    def __init__(self, python: str, asked: list[tuple[str, str]], refuses: bool) -> None:
+        self._python, self._asked, self._refuses = python, asked, refuses
+
+    def load(self, key: str, content: bytes, *, runtime: str, threads: int) -> None:
+        self._asked.append((self._python, runtime))
+        if self._refuses:
+            raise Refusal("load", "the scale is too small")
+
+    def infer(self, key: str, x: np.ndarray) -> np.ndarray:
+        return Answers()(torch.from_numpy(x)).numpy()
+
+    def unload(self, keys: list[str]) -> None:
+        pass
+
+
+def board_rows(tmp_path: Path, monkeypatch: Any, *, refuses: bool) -> tuple[TargetRow, list[Any]]:
+    asked: list[Any] = []
+    device = Device(transport="local", targets=())
+
+    @contextlib.contextmanager
+    def opened(name: str, there: Device, exclusive: bool) -> Any:
+        yield FakeBoard(there.python, asked, refuses)
+
+    monkeypatch.setattr(emulated_board, "emulated_board", lambda: contextlib.nullcontext(device))
+    monkeypatch.setattr(targets_board, "open_board", opened)
+    context: Any = FakeContext("tflite-runtime", FakeFormat("tflite"))
+    for_board: list[Int8File] = []
+    rows_of(context, "example", tmp_path, for_board)
+    (found,) = rows_on_the_board(for_board, Silent(), "2026-01-01T00:00:00Z")
+    return found, asked
+
+
+def test_a_file_for_tflite_runtime_is_run_by_it_on_the_board(tmp_path, monkeypatch):
+    found, asked = board_rows(tmp_path, monkeypatch, refuses=False)
+    assert asked == [("/opt/tflite/bin/python", "tflite-runtime")]
+    assert found.where == f"tflite-runtime, {EMULATED}"
+    assert found.from_host_steps == pytest.approx(2.0, abs=1e-4)
+    shown = targets_block(results(found), blocks.table)
+    assert f"{EMULATED}; 2.0 steps from this machine's answers by its built-in kernels" in shown
+
+
+def test_a_file_that_the_board_refuses_is_a_row_that_says_so(tmp_path, monkeypatch):
+    found, _ = board_rows(tmp_path, monkeypatch, refuses=True)
+    assert found.agreement is None
+    shown = targets_block(results(found), blocks.table)
+    assert f"tflite-runtime, {EMULATED}: the scale is too small" in shown
