@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from commands import public_command
 from compare import load_net
-from targets_blocks import LEDGER_FROM, TargetResults, TargetRow, merged
+from targets_blocks import LEDGER_FROM, WORKED_OUT, TargetResults, TargetRow, merged
 from targets_board import Int8File, by_its_kernels, error_steps, rows_on_the_board
 
 from edgeprune import api, pipeline, records
 from edgeprune.closing import versions
 from edgeprune.compress.evaluate import logits
 from edgeprune.context import NOT_RUN, Context
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, FormatError
 from edgeprune.folders import model_bytes
-from edgeprune.formats import QuantizeOptions
+from edgeprune.formats import Evaluated, QuantizeOptions
 from edgeprune.int8 import Search, layer_gains
 from edgeprune.int8_results import LayerFallback
 from edgeprune.options import Options
@@ -38,6 +38,7 @@ from edgeprune.specs import Recovery
 OUT = Path(__file__).parent / "results" / "targets.json"
 TARGETS = ("rpi4", "rpi3-32bit", "this-machine", "jetson-orin-nano", "android-arm64", "iphone")
 IMAGES = 1000
+CHUNK = 50  # images that are worked out at once: every value in between is kept
 NETS = ("example", *sorted(p.stem for p in (Path(__file__).parent / "nets").glob("*.safetensors")))
 
 
@@ -62,87 +63,84 @@ def layer_costs(context: Context, fp32: Path, exact: torch.Tensor) -> tuple[Laye
     )
 
 
+def answers_of(context: Context, path: Path, x: np.ndarray) -> tuple[str, torch.Tensor | None]:
+    """Who answers a file here, and what: its runtime, or torch by the operations in the file where the format can be worked out."""
+    if context.runs_ship:
+        where = f"{context.runtime_on(context.host).name}, host"
+        return where, context.run_file(context.host, path, x)
+    form = context.ship
+    if not isinstance(form, Evaluated):
+        return NOT_RUN, None
+    try:
+        parts = [form.evaluate(path, x[i : i + CHUNK]) for i in range(0, len(x), CHUNK)]
+    except FormatError as error:
+        context.progress.say(f"{path.name}: {error.message}")
+        return NOT_RUN, None
+    return WORKED_OUT, torch.from_numpy(np.concatenate(parts))
+
+
+def converted(context: Context, net: str, folder: Path) -> tuple[list[TargetRow], list[Path]]:
+    """Both files of one target with a row for each; without the FP32 file there is none in INT8, and a row says why."""
+    form = context.ship
+    base = {"net": net, "target": context.job.target.name, "format": form.info.name}
+    paths = [folder / f"{net}.{precision}{form.info.suffix}" for precision in ("fp32", "int8")]
+    rows: list[TargetRow] = []
+    for precision, path in zip(("fp32", "int8"), paths, strict=True):
+        started = time.monotonic()
+        changes: dict[str, object] = {"seconds": 0.0, "size_bytes": 0, "where": ""}
+        try:
+            if precision == "fp32":
+                artifact = form.export(context.model, context.example, path)
+            else:
+                artifact = form.quantize(paths[0], context.calibration, path, model=context.model)
+            changes |= {
+                "precision": artifact.precision,
+                "seconds": time.monotonic() - started,
+                "size_bytes": len(model_bytes(path)),
+                "int8_ops": sum(
+                    n for op, n in artifact.op_counts.items() if op.startswith("int8:")
+                ),
+            }
+        except EdgepruneError as error:
+            changes |= {"precision": precision, "message": error.message}
+        rows.append(TargetRow.model_validate({**base, "created": now(), **changes}))
+        if rows[-1].message:
+            break
+    return rows, [path for path, row in zip(paths, rows, strict=False) if not row.message]
+
+
 def rows_of(
     context: Context, net: str, folder: Path, for_board: list[Int8File] | None
 ) -> list[TargetRow]:
     """Both precisions of one target; the INT8 file with its answers here is added to those for the board, where there is one."""
     job, form = context.job, context.ship
-    development = job.loaded.dataset.development.head(IMAGES)
-    x, y = context.development[:IMAGES].numpy(), development.y
+    x = context.development[:IMAGES].numpy()
+    y = job.loaded.dataset.development.head(IMAGES).y
     expected = logits(context.model, torch.from_numpy(x)).argmax(1)
-    created = now()
-    base = {"net": net, "target": job.target.name, "format": form.info.name, "created": created}
-    float_path = folder / f"{net}.fp32{form.info.suffix}"
-    int8_path = folder / f"{net}.int8{form.info.suffix}"
-    found: list[TargetRow] = []
+    rows, paths = converted(context, net, folder)
     exact: torch.Tensor | None = None
     accuracy: list[float] = []  # of the FP32 file, then of the INT8 file
-    for precision, path in (("fp32", float_path), ("int8", int8_path)):
-        started = time.monotonic()
-        try:
-            if precision == "fp32":
-                artifact = form.export(context.model, context.example, path)
-            else:
-                artifact = form.quantize(float_path, context.calibration, path, model=context.model)
-        except EdgepruneError as error:
-            row = TargetRow(
-                **base,
-                precision=precision,
-                where="",
-                seconds=0.0,
-                size_bytes=0,
-                message=error.message,
-            )
-            found.append(row)
-            break  # without the FP32 file there is none in INT8
-        seconds = time.monotonic() - started
-        changes: dict[str, object] = {"where": NOT_RUN}
-        if context.runs_ship:
-            answers = context.run_file(context.host, path, x)
-            changes = {
-                "where": f"{context.runtime_on(context.host).name}, host",
-                "agreement": float((answers.argmax(1) == expected).double().mean()),
-            }
+    for i, path in enumerate(paths):
+        where, answers = answers_of(context, path, x)
+        changes: dict[str, object] = {"where": where}
+        if answers is not None:
+            classes = answers.argmax(1)
+            changes["agreement"] = float((classes == expected).double().mean())
             if y is not None:
-                hits = answers.argmax(1).numpy() == np.asarray(y)
-                accuracy.append(float(hits.mean()))
+                accuracy.append(float((classes.numpy() == np.asarray(y)).mean()))
                 changes["accuracy"] = accuracy[-1]
-            if exact is None:
-                exact = answers
-            else:
-                lost = accuracy[-2] - accuracy[-1] if y is not None else 0.0
-                if lost > LEDGER_FROM:
-                    changes["costs"] = layer_costs(context, float_path, exact)
-                changes["error_steps"] = error_steps(answers, exact)
-                if for_board is not None:
-                    file = Int8File(
-                        net,
-                        job.target.name,
-                        form.info.name,
-                        form.info.layout,
-                        job.shipped_runtime,
-                        path,
-                        x,
-                        y,
-                        expected,
-                        exact,
-                        answers,
-                    )
-                    for_board.append(by_its_kernels(context, file))
-        counts = artifact.op_counts
-        found.append(
-            TargetRow.model_validate(
-                {
-                    **base,
-                    "precision": artifact.precision,
-                    "seconds": seconds,
-                    "size_bytes": len(model_bytes(path)),
-                    "int8_ops": sum(n for op, n in counts.items() if op.startswith("int8:")),
-                    **changes,
-                }
-            )
-        )
-    return found
+        if answers is not None and exact is not None:
+            lost = accuracy[-2] - accuracy[-1] if y is not None else 0.0
+            if lost > LEDGER_FROM:
+                changes["costs"] = layer_costs(context, paths[0], exact)
+            changes["error_steps"] = error_steps(answers, exact)
+            if for_board is not None:
+                names = (net, job.target.name, form.info.name, form.info.layout)
+                file = Int8File(*names, job.shipped_runtime, path, x, y, expected, exact, answers)
+                for_board.append(by_its_kernels(context, file))
+        exact = answers if exact is None else exact
+        rows[i] = rows[i].model_copy(update=changes)
+    return rows
 
 
 def write(out: Path, rows: tuple[TargetRow, ...], accuracy: dict[str, float]) -> None:

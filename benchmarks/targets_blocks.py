@@ -11,16 +11,18 @@ from edgeprune.int8_results import LayerFallback
 LEDGER_FROM = 0.005  # accuracy that INT8 loses against FP32 before its layers are looked at
 SHOWN_LAYERS = 5
 EMULATED = "emulated arm64 board"
+WORKED_OUT = "worked out on this machine, not run"
 
 
 class TargetRow(records.Record):
     """One net as one file of one target's format.
 
     ``agreement`` is with torch, on ``n`` images; ``error_steps`` the largest difference of an INT8 file's answers from those of the FP32
-    file of its format, in steps of 1/255 of their range. Both are ``None`` where nothing here runs the file. ``created`` is empty where it
-    is that of the whole file. ``from_host_steps`` of a row of the emulated board is the largest difference from this machine's answers of
-    the same file; ``host_kernels`` computed those where the board's runtime has others than XNNPACK for INT8. ``costs`` says, where INT8
-    lost more than :data:`LEDGER_FROM`, what each layer alone in float brings back.
+    file of its format, in steps of 1/255 of their range. Both are ``None`` where nothing here runs the file, unless ``where`` is
+    :data:`WORKED_OUT`: torch computed the operations of the file then. ``created`` is empty where it is that of the whole file.
+    ``from_host_steps`` of a row of the emulated board is the largest difference from this machine's answers of the same file;
+    ``host_kernels`` computed those where the board's runtime has others than XNNPACK for INT8. ``costs`` says, where INT8 lost more than
+    :data:`LEDGER_FROM`, what each layer alone in float brings back.
     """
 
     net: str
@@ -89,6 +91,8 @@ def targets_block(
         f"Dense nets, {results.n} images of the {results.split} split; nothing is pruned or trained here. torch itself: {known}."
         " Times of conversion are of a shared machine. A file that nothing here runs says `not run`."
     )
+    if any(row.where == WORKED_OUT for row in results.rows):
+        note += f" `{WORKED_OUT}`: torch computed the operations in the file, one by one, which is no run of its runtime."
     parts = [table(columns, lines), note]
     costly = [row for row in results.rows if row.costs]
     if costly:
@@ -129,7 +133,8 @@ def _where(row: TargetRow) -> str:
     if row.from_host_steps is not None:
         by = f" by its {row.host_kernels} kernels" if row.host_kernels else ""
         return f"{row.where}; {row.from_host_steps:.1f} steps from this machine's answers{by}"
-    is_stand_in = row.agreement is not None and row.target != "this-machine"
+    is_run = row.agreement is not None and row.where != WORKED_OUT
+    is_stand_in = is_run and row.target != "this-machine"
     if is_stand_in:
         return f"{row.where} (stand-in)"
     return ": ".join(part for part in (row.where, row.message) if part)

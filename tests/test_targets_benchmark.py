@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent / "board"))
 import blocks
 import emulated_board
 import targets_board
-from targets_blocks import EMULATED, TargetResults, TargetRow, merged, targets_block
+from targets_blocks import EMULATED, WORKED_OUT, TargetResults, TargetRow, merged, targets_block
 from targets_board import BUILT_IN, Int8File, error_steps, rows_on_the_board
 
 from edgeprune.datasets import Split
 from edgeprune.devices.frames import Refusal
+from edgeprune.errors import FormatError
 from edgeprune.int8_results import LayerFallback
 from edgeprune.progress import Silent
 from edgeprune.specs import Device
@@ -105,6 +106,18 @@ class FakeFormat:
         return SimpleNamespace(precision="int8", op_counts={"int8:CONV_2D": 2})
 
 
+class WorkedOutFormat(FakeFormat):
+    """Its files can be worked out: the INT8 file is 2/255 of the range off. ``unknown`` says that an operation is not known."""
+
+    unknown = False
+
+    def evaluate(self, path: Path, x: np.ndarray) -> np.ndarray:
+        if self.unknown:
+            raise FormatError("the operation einsum is not worked out here")
+        off = 2 * 4 / 255 if path.read_bytes() == b"steps" else 0
+        return Answers()(torch.from_numpy(x)).numpy() + np.float32(off)
+
+
 class FakeContext:
     """A target whose files are tried on four images of one pixel; ``delegates`` lists the kernels that were asked for on this machine.
 
@@ -123,6 +136,7 @@ class FakeContext:
         self.ship, self.runs_ship, self.host = form, runs, "host"
         self.development = torch.from_numpy(pixels)
         self.model, self.example, self.calibration = Answers().eval(), pixels[:1], pixels
+        self.progress = Silent()
         self.delegates: list[bool] = []
 
     def runtime_on(self, board: Any) -> SimpleNamespace:
@@ -207,3 +221,39 @@ def test_a_file_that_the_board_refuses_is_a_row_that_says_so(tmp_path, monkeypat
     assert found.agreement is None
     shown = targets_block(results(found), blocks.table)
     assert f"tflite-runtime, {EMULATED}: the scale is too small" in shown
+
+
+def test_a_file_that_nothing_here_runs_is_worked_out_and_says_so(tmp_path):
+    context: Any = FakeContext("coreml", WorkedOutFormat("coreml"), runs=False)
+    for_board: list[Int8File] = []
+    fp16, int8 = rows_of(context, "example", tmp_path, for_board)
+    assert context.delegates == []
+    assert fp16.where == int8.where == WORKED_OUT
+    assert (fp16.agreement, fp16.accuracy, fp16.error_steps) == (1.0, 0.75, None)
+    assert (int8.agreement, int8.accuracy) == (1.0, 0.75)
+    assert int8.error_steps == pytest.approx(2.0, abs=1e-4)
+    shown = targets_block(results(int8), blocks.table)
+    assert f"| {WORKED_OUT} | 100.00% | 2.0 | 75.00% |" in shown
+    assert "stand-in" not in shown
+    assert "torch computed the operations in the file" in shown
+
+
+def test_a_file_that_cannot_be_worked_out_stays_not_run(tmp_path):
+    form = WorkedOutFormat("coreml")
+    form.unknown = True
+    for unknown in (form, FakeFormat("other")):
+        context: Any = FakeContext("coreml", unknown, runs=False)
+        rows = rows_of(context, "example", tmp_path, [])
+        assert [(row.where, row.agreement) for row in rows] == [("not run", None)] * 2
+        assert rows[1].int8_ops == 2
+
+
+def test_a_net_that_is_not_converted_has_one_row_that_says_why(tmp_path, monkeypatch):
+    def refused(*_: Any) -> Any:
+        raise FormatError("the operator foo cannot be converted")
+
+    context: Any = FakeContext("litert", FakeFormat("tflite"))
+    monkeypatch.setattr(context.ship, "export", refused)
+    (found,) = rows_of(context, "example", tmp_path, [])
+    assert (found.precision, found.message) == ("fp32", "the operator foo cannot be converted")
+    assert found.where == ""
