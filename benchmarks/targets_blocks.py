@@ -17,9 +17,10 @@ WORKED_OUT = "worked out on this machine, not run"
 class TargetRow(records.Record):
     """One net as one file of one target's format.
 
-    ``agreement`` is with torch, on ``n`` images; ``error_steps`` the largest difference of an INT8 file's answers from those of the FP32
-    file of its format, in steps of 1/255 of their range. Both are ``None`` where nothing here runs the file, unless ``where`` is
-    :data:`WORKED_OUT`: torch computed the operations of the file then. ``created`` is empty where it is that of the whole file.
+    ``agreement`` is with torch, on ``n`` images, those of the whole table where it is ``None``; ``error_steps`` the largest difference of
+    an INT8 file's answers from those of the FP32 file of its format, in steps of 1/255 of their range. Both are ``None`` where nothing here
+    runs the file, unless ``where`` is :data:`WORKED_OUT`: torch computed the operations of the file then. ``created`` is empty where it is
+    that of the whole file.
     ``from_host_steps`` of a row of the emulated board is the largest difference from this machine's answers of the same file;
     ``host_kernels`` computed those where the board's runtime has others than XNNPACK for INT8. ``costs`` says, where INT8 lost more than
     :data:`LEDGER_FROM`, what each layer alone in float brings back.
@@ -40,6 +41,7 @@ class TargetRow(records.Record):
     created: str = ""
     from_host_steps: float | None = None
     host_kernels: str = ""
+    n: int | None = None
     costs: tuple[LayerFallback, ...] = ()
 
 
@@ -137,7 +139,8 @@ def _where(row: TargetRow) -> str:
     is_stand_in = is_run and row.target != "this-machine"
     if is_stand_in:
         return f"{row.where} (stand-in)"
-    return ": ".join(part for part in (row.where, row.message) if part)
+    where = row.where if row.n is None else f"{row.where}; n = {row.n}"
+    return ": ".join(part for part in (where, row.message) if part)
 
 
 def _percent(share: float | None) -> str:

@@ -166,8 +166,7 @@ def deploy(
         max_drop: allowed drop against the dense model, such as ``1%``.
         device: name in ``devices.yaml``; without one, the first that can time the target, else this machine as a stand-in.
         weights: safetensors or a plain state dict, for a factory.
-        preprocess: how raw samples become the model's input.
-        labels: class names.
+        preprocess, labels: how raw samples become the model's input, and the names of the classes.
         settings: recovery, augmentation and the rest of ``edgeprune.yaml``.
         importance: ``fisher``, ``taylor``, ``obs``, ``variance``, ``l2``, ``l1``, ``bn-scale``, ``fpgm`` or ``random``.
         scope: ``global`` compares channels between groups; ``local`` only within each, and every group keeps the same share of its own.
@@ -177,7 +176,7 @@ def deploy(
         formats: ``auto`` measures those that the target lists and ships the fastest that holds; a name ships that one.
         tables: a file of kernel times of this board; what it holds is not timed again, what is timed is added.
         plan: a ``plan.json`` of ``edgeprune search``, whose widths are taken instead of searching.
-        progress: where to report; nowhere when not given.
+        progress: where to report.
 
     Returns:
         The report; ``report.passed`` says whether every gate was judged and met. The bundle lies in the run folder.
@@ -201,15 +200,13 @@ def deploy(
     )
     given = _given(preprocess, labels)
     if isinstance(model, str):
-        loaded = _named(model, data, settings, {"weights": weights, **given})
+        loaded = _named(model, data, settings, weights=weights, **given)
     else:
         loaded = from_objects(model, data, settings=settings, **given)
     return deploy_loaded(loaded, options, progress or Silent()).report
 
 
-def _named(
-    model: str, data: Any, settings: Workload | None, changes: dict[str, Any]
-) -> LoadedWorkload:
+def _named(model: str, data: Any, settings: Workload | None, **changes: Any) -> LoadedWorkload:
     """The workload of a factory that is named, with the settings where nothing else was said."""
     record = settings or Workload(model=model, data=str(data))
     changes = {"model": model, "data": str(data), **changes}

@@ -323,6 +323,7 @@ class Closing:
                 report_json=records.to_json(shown),
                 repro=_repro(job, found),
                 golden_model=golden,
+                compute_units=job.target.compute_units or "ALL",
             ),
         )
 

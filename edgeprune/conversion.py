@@ -76,7 +76,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         chosen = int8_types.choose(context, fp32_path, int8_path)
         files["int8"], notes = chosen.artifact, (*notes, chosen.note())
     shown = files.get("cuttable", files)["fp32"].path
-    doubts = int8_warnings(context.form, folder / shown, context.calibration)
+    doubts = int8_warnings(context.form, folder / shown, context.calibration, program)
     for line in doubts:
         context.progress.say(f"      warning: {line}")
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from torch.export import ExportedProgram
 
 from edgeprune.formats import Format, Inspectable, QuantizeOptions
 from edgeprune.formats._ranges import Spread, ends, saturation, spreads
 from edgeprune.int8_results import CalibrationReport
+from edgeprune.operator_checks import THE_MODEL, place_of
+from edgeprune.operators import word_of
 
 SAMPLES = 32
 HELD_OUT = 64
@@ -21,44 +24,46 @@ HEAVY_TAIL = (
     4.0  # the full range against the one that holds all but 0.1 % at each end: two bits are lost
 )
 UNEVEN_CHANNELS = 64.0  # the widest against the median channel of a depthwise layer
+# By their words in the traced net: a converter may write a gate as several plain operators.
 GATES = {
-    "HARD_SWISH": "hard-swish",
-    "HardSwish": "hard-swish",
-    "LOGISTIC": "sigmoid",
-    "Sigmoid": "sigmoid",
-    "HardSigmoid": "hard-sigmoid",
+    "hard_swish": "hard-swish",
+    "hard_sigmoid": "hard-sigmoid",
+    "sigmoid": "sigmoid",
+    "silu": "sigmoid",
 }
 CONCATENATIONS = ("CONCATENATION", "Concat")
 DEPTHWISE = ("DEPTHWISE_CONV_2D",)
 ACTION = "edgeprune measures what it costs and, above 0.3 points, tries other ranges, float layers and quantisation-aware training"
 
 
-def warnings(form: Format, fp32: Path, x: np.ndarray) -> tuple[str, ...]:
+def warnings(form: Format, fp32: Path, x: np.ndarray, program: ExportedProgram) -> tuple[str, ...]:
     """One line for each thing in a float file that often costs accuracy in INT8; the worst of each kind first.
 
     Args:
         form: of the file; one that cannot show what happens inside gives no warnings.
         fp32: the float file.
         x: real inputs as the torch model sees them; a few are looked at.
+        program: the trace of the model that the file was made from.
     """
     if not isinstance(form, Inspectable):
         return ()
     few = x[:SAMPLES]
     seen, made = spreads(lambda: form.activations(fp32, few)), form.readers(fp32)
     return (
-        *_gates(made),
+        *_gates(program),
         *_concatenations(made, seen),
         *_tails(made, seen),
         *_depthwise(form, fp32, few, made),
     )
 
 
-def _gates(made: dict[str, tuple[str, str, tuple[str, ...]]]) -> Iterator[str]:
+def _gates(program: ExportedProgram) -> Iterator[str]:
     found: dict[str, list[str]] = {}
-    for tensor, (op, layer, inputs) in made.items():
-        if op in GATES:
-            before = made[inputs[0]][1] if inputs and inputs[0] in made else ""
-            found.setdefault(GATES[op], []).append(layer or before or tensor)
+    for node in program.graph.nodes:
+        word = word_of(str(node.target)) if node.op == "call_function" else None
+        if word in GATES:
+            where = place_of(node) or place_of(node.args[0]) or THE_MODEL
+            found.setdefault(GATES[word], []).append(where)
     for kind, places in sorted(found.items()):
         yield f"INT8 often loses at {kind}: {len(places)} of them, the first at {places[0]}; {ACTION}"
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from edgeprune.errors import ModelError
 from edgeprune.operators import word_of
 from edgeprune.specs import FormatName, Profile
 
 MOST_PLACES = 3
+THE_MODEL = "the model itself"
 
 
 def places(program: ExportedProgram) -> dict[str, tuple[str, ...]]:
@@ -20,10 +22,14 @@ def places(program: ExportedProgram) -> dict[str, tuple[str, ...]]:
     for node in program.graph.nodes:
         word = word_of(str(node.target)) if node.op == "call_function" else None
         if word is not None:
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            path = stack[-1][0] if stack else ""
-            found.setdefault(word, {})[path or "the model itself"] = None
+            found.setdefault(word, {})[place_of(node) or THE_MODEL] = None
     return {word: tuple(where) for word, where in found.items()}
+
+
+def place_of(node: Node) -> str:
+    """The module that a node of a traced program was called in; ``""`` for the model's own ``forward``, and for its inputs."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
 
 
 def check(program: ExportedProgram, profile: Profile, form: FormatName) -> tuple[str, ...]:

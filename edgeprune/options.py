@@ -71,8 +71,12 @@ def chosen_formats(options: Options, workload: Workload, target: Target) -> tupl
     own = target.model_copy(update={"formats": ()})
     known = {target.format: own} | {
         other.format: own.model_copy(
-            # The operators are those of the runner of the target's own format.
-            update={"format": other.format, "runtime": other.runtime, "operators": None}
+            update={
+                "format": other.format,
+                "runtime": other.runtime,
+                "operators": None,  # those are of the runner of the target's own format
+                "compute_units": target.compute_units if other.format == "coreml" else None,
+            }
         )
         for other in target.formats
     }

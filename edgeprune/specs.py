@@ -9,6 +9,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
@@ -31,6 +32,8 @@ FilePrecision = Literal["fp32", "fp16", "int8"]
 Line = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Stamp = Literal["measured", "stand-in", "emulated"]
 BundleKind = Literal["python", "android", "ios"]
+# The processors that Core ML may use, as coremltools names them.
+ComputeUnits = Literal["ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY"]
 
 
 class Fact(Record):
@@ -160,10 +163,25 @@ class Quantization(Record):
         return plain
 
 
+def _budget_text(text: str) -> str:
+    parse_budget(text)
+    return text
+
+
+def _drop_text(text: str) -> str:
+    parse_drop(text)
+    return text
+
+
+BudgetText = Annotated[str, AfterValidator(_budget_text)]
+DropText = Annotated[str, AfterValidator(_drop_text)]
+
+
 class Target(Record):
     """What we ship: one profile, a runtime, a format, precisions, and defaults for the gates.
 
     ``formats`` are alternatives to ``format``, each with its runtime; ``--formats auto`` measures all and ships the fastest that holds.
+    ``compute_units`` are what an app should ask Core ML for, ``ALL`` where it is ``None``.
     """
 
     schema_version: Literal[1] = 1
@@ -175,15 +193,18 @@ class Target(Record):
     runtime: Runtime
     formats: tuple[Alternative, ...] = ()
     quantization: Quantization = Quantization()
-    latency: str = "60%"
-    max_drop: str = "1%"
+    latency: BudgetText = "60%"
+    max_drop: DropText = "1%"
     bundle: BundleKind = "python"
     # What the runner of the app registers, where that is less than the runtime on this machine has; for formats with delegates.
     operators: tuple[str, ...] | None = None
+    compute_units: ComputeUnits | None = None
 
     @model_validator(mode="after")
     def _check_formats(self) -> Target:
         names = [self.format, *(other.format for other in self.formats)]
+        if self.compute_units is not None and "coreml" not in names:
+            raise ValueError(f"compute_units is for coreml files, not for {' or '.join(names)}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
@@ -193,23 +214,12 @@ class Target(Record):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data; ``formats`` only where there are some, so that digests of targets without them stay."""
+        """Plain data; ``formats`` and ``compute_units`` only where they are set, so that digests of targets without them stay."""
         plain: dict[str, Any] = handler(self)
-        if not plain.get("formats", True):
-            del plain["formats"]
+        for key in ("formats", "compute_units"):
+            if not plain.get(key, True):
+                del plain[key]
         return plain
-
-    @field_validator("latency")
-    @classmethod
-    def _check_latency(cls, text: str) -> str:
-        parse_budget(text)
-        return text
-
-    @field_validator("max_drop")
-    @classmethod
-    def _check_max_drop(cls, text: str) -> str:
-        parse_drop(text)
-        return text
 
 
 class HostKey(Record):
@@ -417,28 +427,14 @@ class Workload(Record):
     author: Line | None = None
     target: str | None = None
     formats: str | None = None
-    latency: str | None = None
-    max_drop: str | None = None
+    latency: BudgetText | None = None
+    max_drop: DropText | None = None
     device: str | None = None
     recovery: Recovery = Recovery()
     int8: Int8 = Int8()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     license: Annotated[str, Field(pattern=SPDX)] | None = None
     version: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+-]{0,39}$")] | None = None
-
-    @field_validator("latency")
-    @classmethod
-    def _check_latency(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_budget(text)
-        return text
-
-    @field_validator("max_drop")
-    @classmethod
-    def _check_max_drop(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_drop(text)
-        return text
 
 
 class Budget(Record):

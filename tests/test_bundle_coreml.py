@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, get_args
 
 import bundle_fixture
 import coreml_fixture
@@ -25,6 +26,7 @@ from edgeprune.errors import IntegrityError
 from edgeprune.folders import model_bytes, packed
 from edgeprune.records import sha256_bytes
 from edgeprune.results import Artifact, TensorSpec
+from edgeprune.specs import ComputeUnits
 
 MODEL = "models/Classifier.mlpackage"
 WEIGHTS = f"{MODEL}/Data/com.apple.CoreML/weights/weight.bin"
@@ -52,7 +54,7 @@ def golden(images: np.ndarray) -> np.ndarray:
         return coreml_fixture.build()(torch.from_numpy(coreml_fixture.seen(images))).numpy()
 
 
-def make(folder: Path, precision: str = "int8") -> Path:
+def make(folder: Path, precision: str = "int8", **changes: Any) -> Path:
     images = coreml_fixture.raw(8)
     facts = bundle_fixture.facts(
         runtime="coreml",
@@ -64,7 +66,7 @@ def make(folder: Path, precision: str = "int8") -> Path:
         golden_source="worked-out",
     )
     payload = Payload(
-        artifact(precision), coreml_fixture.package(precision), images, golden(images)
+        artifact(precision), coreml_fixture.package(precision), images, golden(images), **changes
     )
     return write_bundle(folder, facts, payload)
 
@@ -236,6 +238,27 @@ def test_the_swift_sample_is_short_and_says_whether_it_was_compiled() -> None:
         assert needed in text
     assert text.count("{") == text.count("}")
     assert text.count("(") == text.count(")")
+
+
+@pytest.mark.parametrize(
+    ("units", "swift"),
+    [
+        ("ALL", ".all"),
+        ("CPU_AND_NE", ".cpuAndNeuralEngine"),
+        ("CPU_AND_GPU", ".cpuAndGPU"),
+        ("CPU_ONLY", ".cpuOnly"),
+    ],
+)
+def test_the_swift_sample_asks_for_the_units_of_the_target(tmp_path, units, swift) -> None:
+    bundle = make(tmp_path / "net", compute_units=units)
+    text = (bundle / "samples/ios/GoldenCheck.swift").read_text()
+    assert f"units: MLComputeUnits = {swift}) throws" in text
+    check_hashes(bundle, check_structure(bundle))
+    assert "`edgeprune.compute_units`" in (bundle / "README.md").read_text()
+
+
+def test_a_mac_is_asked_for_every_choice_that_a_target_may_name() -> None:
+    assert set(get_args(ComputeUnits)) == set(UNITS.values())
 
 
 def test_a_runtime_name_reaches_the_board() -> None:

@@ -66,6 +66,7 @@ CASES = {
     "mean": (("reduce_mean", {"axes": [-2, -1], "keep_dims": True}), lambda: T.mean((2, 3), keepdim=True)),
     "maximum over axes": (("reduce_max", {"axes": [2, 3]}), lambda: T.amax((2, 3))),
     "hard sigmoid": (("sigmoid_hard", {"alpha": 1 / 6, "beta": 0.5}), lambda: functional.hardsigmoid(T)),
+    "relu from a threshold on": (("thresholded_relu", {"alpha": 0.5}), lambda: T * (T >= 0.5)),
     "clip": (("clip", {"alpha": 0.0, "beta": 0.5}), lambda: T.clamp(0, 0.5)),
     "gelu": (("gelu", {"mode": "EXACT"}), lambda: functional.gelu(T)),
     "softmax": (("softmax", {"axis": 1}), lambda: torch.softmax(T, 1)),

@@ -99,7 +99,7 @@ def test_a_board_that_is_named_for_an_iphone_and_is_no_mac_is_an_error(tmp_path:
 # What an app is told
 
 
-def job(**changes: object) -> SimpleNamespace:
+def job(*, units: str | None = None, **changes: object) -> SimpleNamespace:
     workload = SimpleNamespace(model="net.py:build", author=None, license=None, version=None)
     loaded = {
         "workload": workload,
@@ -110,7 +110,7 @@ def job(**changes: object) -> SimpleNamespace:
     }
     return SimpleNamespace(
         loaded=SimpleNamespace(**{**loaded, **changes}),
-        target=SimpleNamespace(name="iphone"),
+        target=SimpleNamespace(name="iphone", compute_units=units),
         profile=SimpleNamespace(name="apple", int8_schemes=("weight-only-int8-per-channel", "x")),
     )
 
@@ -122,6 +122,11 @@ def test_labels_are_one_line_each_and_numbered_where_none_were_given() -> None:
 
 def test_the_scheme_that_the_profile_names_first_is_the_one_that_ships() -> None:
     assert apps.app_facts(job()).int8_scheme == "weight-only-int8-per-channel"
+
+
+def test_an_app_is_told_the_compute_units_of_the_target() -> None:
+    assert apps.app_facts(job()).compute_units == "ALL"
+    assert apps.app_facts(job(units="CPU_AND_NE")).compute_units == "CPU_AND_NE"
 
 
 def test_formats_without_a_place_for_facts_stay_as_they_are() -> None:

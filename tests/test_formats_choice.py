@@ -33,10 +33,22 @@ WORKLOAD = Workload(model="net.py:build", data="data.npz")
 
 def test_a_target_without_alternatives_is_written_as_before():
     plain = parse(Target, TARGET, where="here")
-    assert "formats" not in plain.model_dump(mode="json")
+    assert not {"formats", "compute_units"} & set(plain.model_dump(mode="json"))
     listed = parse(Target, TARGET | {"formats": [ONNX]}, where="here")
     assert parse(Target, listed.model_dump(mode="json"), where="here") == listed
     assert records.digest_of(plain) != records.digest_of(listed)
+
+
+def test_compute_units_are_for_core_ml_and_tell_one_run_from_another():
+    apple = TARGET | {"format": "coreml", "runtime": {"name": "coreml"}, "formats": [ONNX]}
+    plain = parse(Target, apple, where="here")
+    chosen = parse(Target, apple | {"compute_units": "CPU_AND_NE"}, where="here")
+    assert parse(Target, chosen.model_dump(mode="json"), where="here") == chosen
+    assert records.digest_of(plain) != records.digest_of(chosen)
+    found = chosen_formats(Options(formats="auto"), WORKLOAD, chosen)
+    assert [t.compute_units for t in found] == ["CPU_AND_NE", None]
+    with pytest.raises(SpecError, match="compute_units is for coreml files, not for tflite"):
+        parse(Target, TARGET | {"compute_units": "CPU_AND_NE"}, where="here")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 
 from edgeprune import formats
 from edgeprune.compress.fakequant import FakeQuantised, fake_quantised, folded, plain
+from edgeprune.conversion import traced
 from edgeprune.int8_checks import calibration_report, warnings
 from edgeprune.int8_results import CalibrationReport, Int8Report, Int8Try, LayerFallback
 
@@ -71,19 +72,55 @@ def risky(tmp_path_factory):
 
 def test_gates_and_mixed_ranges_are_warned_of_in_one_line_each(risky):
     form, path, _ = risky
-    found = warnings(form, path, images(8))
+    found = warnings(form, path, images(8), traced(Risky().eval(), images(1)))
     assert all("\n" not in line for line in found)
     assert any("hard-swish: 1 of them, the first at gate" in line for line in found)
     mixed = [line for line in found if "joins tensors whose ranges differ" in line]
     assert len(mixed) == 1
 
 
-def test_a_plain_net_is_not_warned_of(tmp_path):
+class Excited(nn.Module):
+    """A block whose channels are scaled by a gate from their means."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.squeeze, self.excite, self.gate = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))
+        return x * self.gate(self.excite(y))
+
+
+@pytest.mark.parametrize("name", ["tflite", "onnx"])
+@pytest.mark.parametrize(
+    ("gate", "kind"),
+    [
+        (nn.Hardswish(), "hard-swish"),
+        (nn.Hardsigmoid(), "hard-sigmoid"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.SiLU(), "sigmoid"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_every_gate_is_warned_of_in_every_format(tmp_path, name, gate, kind):
     torch.manual_seed(0)
-    form, path = formats.load("onnx"), tmp_path / "x.onnx"
+    form = formats.load(name)
+    path = tmp_path / f"fp32{form.info.suffix}"
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Excited(gate), nn.Flatten(), nn.Linear(512, 4)).eval()
+    form.export(model, images(1), path)
+    found = [w for w in warnings(form, path, images(8), traced(model, images(1))) if "often" in w]
+    (line,) = found
+    assert line.startswith(f"INT8 often loses at {kind}: 1 of them, the first at 1.gate; edgeprune")
+
+
+@pytest.mark.parametrize("name", ["tflite", "onnx"])
+def test_a_plain_net_is_not_warned_of(tmp_path, name):
+    torch.manual_seed(0)
+    form = formats.load(name)
+    path = tmp_path / f"x{form.info.suffix}"
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)).eval()
     form.export(model, images(1), path)
-    assert warnings(form, path, images(8)) == ()
+    assert warnings(form, path, images(8), traced(model, images(1))) == ()
 
 
 def test_saturation_is_counted_on_held_out_samples_and_missing_classes_are_named(risky):

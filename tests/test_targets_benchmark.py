@@ -22,6 +22,7 @@ import targets_board
 from targets_blocks import EMULATED, WORKED_OUT, TargetResults, TargetRow, merged, targets_block
 from targets_board import BUILT_IN, Int8File, error_steps, rows_on_the_board
 
+import targets
 from edgeprune.datasets import Split
 from edgeprune.devices.frames import Refusal
 from edgeprune.errors import FormatError
@@ -236,6 +237,14 @@ def test_a_file_that_nothing_here_runs_is_worked_out_and_says_so(tmp_path):
     assert f"| {WORKED_OUT} | 100.00% | 2.0 | 75.00% |" in shown
     assert "stand-in" not in shown
     assert "torch computed the operations in the file" in shown
+
+
+def test_few_images_are_worked_out_and_the_row_says_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "WORKED_OUT_IMAGES", 3)
+    context: Any = FakeContext("coreml", WorkedOutFormat("coreml"), runs=False)
+    _, int8 = rows_of(context, "example", tmp_path, None)
+    assert (int8.n, int8.agreement, int8.accuracy) == (3, 1.0, 1.0)  # the fourth is wrong
+    assert f"| {WORKED_OUT}; n = 3 | 100.00% |" in targets_block(results(int8), blocks.table)
 
 
 def test_a_file_that_cannot_be_worked_out_stays_not_run(tmp_path):

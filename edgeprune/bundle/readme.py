@@ -15,7 +15,8 @@ _IOS_TEXT = """1. Drag `{model}` into your Xcode project, and tick your target. 
    metadata, compiles it, and makes the Swift class `Classifier`. iOS 17 or newer.
 2. Add `samples/ios/GoldenCheck.swift`, `labels.txt`, `preprocess.json` and the files in `golden/` to the app (a debug target
    is enough), and call `try GoldenCheck(bundle: .main).run()` once on the device: it says whether Core ML there gives the golden answers.
-3. Choose the processors by `{units}`; `.all` is the default.
+3. Choose the processors by `{units}`. The note `edgeprune.compute_units` of the model says which the target asks for;
+   `GoldenCheck` takes those unless it is told others.
 """
 
 

@@ -49,6 +49,7 @@ from edgeprune.folders import model_bytes, unpacked
 from edgeprune.formats._metadata import PREFIX, carrier
 from edgeprune.records import is_full, sha256_bytes, to_json
 from edgeprune.results import Artifact
+from edgeprune.specs import ComputeUnits
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -74,6 +75,7 @@ class Payload:
         report_json: the report's record, if there is one.
         repro: files of ``repro/`` by path; see :func:`~edgeprune.bundle.repro.repro_files`.
         golden_model: a model file with the golden samples inside, and its suffix, if the format has such files.
+        compute_units: what the sample of a Core ML bundle asks for by default.
     """
 
     model: Artifact
@@ -85,6 +87,7 @@ class Payload:
     report_json: bytes | None = None
     repro: Mapping[str, bytes] = field(default_factory=dict)
     golden_model: tuple[str, bytes] | None = None
+    compute_units: ComputeUnits = "ALL"
 
 
 def write_bundle(folder: Path, facts: Facts, payload: Payload) -> Path:
@@ -134,7 +137,7 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
         LABELS: ("labels", labels_text(facts.labels)),
         GOLDEN_INPUTS: ("golden", npy_bytes(payload.golden_inputs)),
         GOLDEN_OUTPUTS: ("golden", npy_bytes(payload.golden_outputs)),
-        **{path: ("sample", content) for path, content in _samples(facts, model).items()},
+        **{path: ("sample", content) for path, content in _samples(facts, payload, model).items()},
         **{path: ("repro", content) for path, content in payload.repro.items()},
     }
     if model.format == "tensorrt":
@@ -156,6 +159,13 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
     return manifest, {**contents, MANIFEST: to_json(manifest)}
 
 
+# A member of MLComputeUnits for each name of coremltools.
+_SWIFT_UNITS: Mapping[ComputeUnits, str] = {
+    "ALL": "all",
+    "CPU_AND_NE": "cpuAndNeuralEngine",
+    "CPU_AND_GPU": "cpuAndGPU",
+    "CPU_ONLY": "cpuOnly",
+}
 _DERIVED: dict[str, tuple[Role, Callable[[Manifest], bytes]]] = {
     RECIPE: ("recipe", lambda manifest: to_json(manifest.recipe())),
     TOLERANCE: ("golden", lambda manifest: to_json(manifest.golden_file())),
@@ -239,10 +249,15 @@ def _manifest(
         raise SpecError(f"{place} of the bundle: {message}") from error
 
 
-def _samples(facts: Facts, model: Artifact) -> dict[str, bytes]:
+def _samples(facts: Facts, payload: Payload, model: Artifact) -> dict[str, bytes]:
     """The sample programs that can run the model: on Apple devices those of the app alone; the C++ one has no runtime for a ``.pte``."""
     if model.format == "coreml":
-        return {p: c for p, c in sample_files("ios").items() if p.startswith("samples/ios/")}
+        chosen = f"MLComputeUnits = .{_SWIFT_UNITS[payload.compute_units]}".encode()
+        return {
+            path: content.replace(b"MLComputeUnits = .all", chosen)
+            for path, content in sample_files("ios").items()
+            if path.startswith("samples/ios/")
+        }
     found = sample_files(facts.kind)
     if model.format == "executorch":
         return {p: c for p, c in found.items() if not p.startswith(_CPP)}

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeprune.errors import FormatError, UnknownName
 from edgeprune.results import Artifact
-from edgeprune.specs import Preprocess
+from edgeprune.specs import ComputeUnits, Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,7 @@ class AppFacts:
     license: str = ""
     version: str = ""
     int8_scheme: str = ""
-    compute_units: str = "ALL"
+    compute_units: ComputeUnits = "ALL"
     notes: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -376,6 +376,7 @@ _OPERATIONS: Mapping[str, Callable[[_Call], Any]] = {
     "sigmoid_hard": lambda c: torch.clamp(
         c.number("alpha", 0.2) * c["x"] + c.number("beta", 0.5), 0, 1
     ),
+    "thresholded_relu": lambda c: torch.where(c["x"] >= c.number("alpha", 1.0), c["x"], 0.0),
     "softmax": lambda c: torch.softmax(c["x"], int(c.number("axis", -1))),
     "add": _two(lambda x, y: x + y),
     "sub": _two(lambda x, y: x - y),
