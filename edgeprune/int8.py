@@ -6,7 +6,6 @@ millisecond; training with rounding. Every choice is made on the selection split
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -162,7 +161,9 @@ def best_int8(
         fp32=exact,
         tries=tuple(c.tried for c in search.found),
         chosen=best.tried.name,
-        layers=layers if "float layers" in best.tried.name or not layers else _none_kept(layers),
+        layers=tuple(
+            x.model_copy(update={"in_float": x.layer in best.options.float_layers}) for x in layers
+        ),
         calibration=calibration_report(
             context.whole,
             best.fp32,
@@ -174,10 +175,6 @@ def best_int8(
         ),
     )
     return Quantised(artifact, report)
-
-
-def _none_kept(layers: Iterable[LayerFallback]) -> tuple[LayerFallback, ...]:
-    return tuple(layer.model_copy(update={"in_float": False}) for layer in layers)
 
 
 def _calibration_labels(context: Context) -> np.ndarray | None:
@@ -253,10 +250,8 @@ def _try_float_layers(search: Search, limit_ms: float) -> tuple[LayerFallback, .
         count = f"{len(chosen)} float layers"
         name = count if start.tried.name == "own ranges" else f"{start.tried.name}, {count}"
         search.add(name, start.fp32, start.model, options)
-    kept = set(search.best.options.float_layers)
     found_all = [
-        LayerFallback(layer=n, gain_nats=g, extra_ms=extra.get(n), in_float=n in kept)
-        for n, g in gains.items()
+        LayerFallback(layer=n, gain_nats=g, extra_ms=extra.get(n)) for n, g in gains.items()
     ]
     return tuple(sorted(found_all, key=lambda item: -item.gain_nats))
 
