@@ -146,13 +146,23 @@ def _check_operators(context: Context, artifact: Artifact) -> None:
 
 
 def _both(
-    context: Context, form: Format, model: nn.Module, folder: Path, name: str
+    context: Context,
+    form: Format,
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    quantised: nn.Module | None = None,
 ) -> dict[str, Artifact]:
+    """A net in one format and both precisions; the INT8 file is of the module ``quantised`` where that is another."""
     suffix = form.info.suffix
     fp32_path, int8_path = folder / f"{name}.fp32{suffix}", folder / f"{name}.int8{suffix}"
     fp32 = form.export(model, context.example, fp32_path)
+    source, weights = fp32_path, model
+    if quantised is not None and quantised is not model:
+        source, weights = folder / f"{name}.int8-source{suffix}", quantised
+        form.export(weights, context.example, source)
     io = QuantizeOptions(io=context.job.int8.io)
-    int8 = form.quantize(fp32_path, context.calibration, int8_path, model=model, options=io)
+    int8 = form.quantize(source, context.calibration, int8_path, model=weights, options=io)
     if form is context.whole:
         for path in (fp32_path, int8_path):
             check_runtime(form, path, context.job.shipped_runtime)
@@ -231,7 +241,8 @@ def pruned_files(
     quantised = best_int8(context, audible, fp32_path, int8_path, limit_ms=limit_ms)
     files["int8"] = quantised.artifact
     if context.ship is not context.whole:
-        files["shipping"] = _both(context, context.ship, audible, folder, "pruned")
+        # What was judged is the twin's file of that module, so no other weights may ship.
+        files["shipping"] = _both(context, context.ship, audible, folder, "pruned", quantised.model)
     files["notes"] = _shipped_notes(context, files, "pruned")
     told = [
         line

@@ -45,9 +45,10 @@ LEAST_ERROR = QuantizeOptions(ranges="mse")
 
 @dataclass(frozen=True)
 class Quantised:
-    """The INT8 file that was chosen, and how it came about."""
+    """The INT8 file that was chosen, the torch module whose weights it has, and how it came about."""
 
     artifact: Artifact
+    model: nn.Module
     report: Int8Report
 
 
@@ -126,7 +127,7 @@ def best_int8(
     """Write the INT8 file of a model that keeps most of its quality.
 
     Args:
-        context: data, boards, format.
+        context: data, boards, format. Where another format ships, only what its INT8 files can have too is tried.
         model: what ``fp32`` was exported from; not changed.
         fp32: its float file.
         path: where the INT8 file goes; what is tried lies in a folder beside it.
@@ -174,7 +175,7 @@ def best_int8(
             labels=_calibration_labels(context),
         ),
     )
-    return Quantised(artifact, report)
+    return Quantised(artifact, best.model, report)
 
 
 def _calibration_labels(context: Context) -> np.ndarray | None:
@@ -191,6 +192,7 @@ def _try_all(
 ) -> tuple[LayerFallback, ...]:
     """Everything in order of cost, until INT8 costs next to nothing; all of it where the effort is thorough."""
     is_thorough = search.context.job.int8.effort == "thorough"
+    has_options = search.context.ship.info.int8_options
     layers: tuple[LayerFallback, ...] = ()
 
     def wanted() -> bool:
@@ -198,10 +200,11 @@ def _try_all(
 
     own = search.best.options
     for name, change in (("percentile ranges", CLIPPING), ("least-error ranges", LEAST_ERROR)):
-        search.add(name, fp32, model, replace(change, io=own.io))
+        if has_options:
+            search.add(name, fp32, model, replace(change, io=own.io))
     if wanted():
         _try_weights(search, model)
-    if wanted():
+    if has_options and wanted():
         layers = _try_float_layers(search, limit_ms)
     if wanted():
         _try_training(search, model)
