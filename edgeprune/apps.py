@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,14 @@ def app_facts(job: Job) -> AppFacts:
             "data": job.loaded.dataset.digest,
         },
     )
+
+
+def bundle_name(job: Job) -> str:
+    """The bundle's name: the model's file stem and the target, as plain lower-case ASCII."""
+    stem = Path(job.loaded.workload.model.split(":")[0]).stem
+    ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
+    plain = re.sub(r"[^a-z0-9]+", "-", ascii_stem).strip("-") or "model"
+    return f"{plain[:30].rstrip('-')}-{job.target.name}"[:63]
 
 
 def for_app(form: Format, job: Job) -> Format:

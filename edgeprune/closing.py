@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import re
 import resource
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import records, report, stages, verdict
-from edgeprune.apps import WorkedOut, labels_of, worked_out
+from edgeprune import conversion, records, report, stages, verdict
+from edgeprune.apps import WorkedOut, bundle_name, labels_of, worked_out
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed, created_text
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.write import Payload, write_bundle
@@ -127,6 +125,7 @@ class Closing:
             artifacts={name: artifact for name, (_, artifact) in self.four.items()},
         )
         choice = self._choice(measured)
+        self._require_int8(choice.precision)
         shipped = f"pruned-{choice.precision}"
         measured = replace(measured, sustained=self._sustained(shipped))
         test = self.run.stage(
@@ -172,6 +171,15 @@ class Closing:
                 reason = f"{runtime} on this machine stands in for the target, so its times do not rank the precisions"
                 return verdict.Choice(only, reason)
         return verdict.choose(measured, job.budget, job.max_drop, job.target.precisions)
+
+    def _require_int8(self, precision: Precision) -> None:
+        """Nothing, unless a file would ship as INT8 that a reader of the bundle would refuse."""
+        if precision == "int8":
+            artifact, floats = (
+                self.files.result.shipped("int8"),
+                self.files.result.float_layers("int8"),
+            )
+            conversion.require_int8(artifact, self.files.path(artifact.path), floats)
 
     def _write_source(self) -> None:
         """The pruned net as plain PyTorch, where its forward pass can be traced."""
@@ -343,6 +351,7 @@ class Closing:
             kind=job.target.bundle,
             license=job.loaded.workload.license,
             sparsity=found.sparsity,
+            float_layers=self.files.result.float_layers(found.shipped),
             failed_gates=tuple(g.name for g in found.gates if g.missed),
             not_run=tuple(g.name for g in found.gates if g.not_run),
             golden_source=source,
@@ -448,14 +457,6 @@ def boards_note(table: MeasuredTable) -> tuple[str, ...]:
         f"kernels were timed on {len(parts)} boards: {', '.join(parts)};"
         " everything else was measured on the first alone",
     )
-
-
-def bundle_name(job: Job) -> str:
-    """The bundle's name: the model's file stem and the target, as plain lower-case ASCII."""
-    stem = Path(job.loaded.workload.model.split(":")[0]).stem
-    ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
-    plain = re.sub(r"[^a-z0-9]+", "-", ascii_stem).strip("-") or "model"
-    return f"{plain[:30].rstrip('-')}-{job.target.name}"[:63]
 
 
 def _settings(

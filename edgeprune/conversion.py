@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from edgeprune import int8_types, operator_checks
+from edgeprune.bundle.eight_bits import require_eight_bits
 from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups import remove_channels
 from edgeprune.compress.silent import rescue_silent
 from edgeprune.compress.sparsity import has_pattern, weighted
 from edgeprune.context import Context
 from edgeprune.converted import Converted
-from edgeprune.errors import FormatError, ModelError
+from edgeprune.errors import FormatError, IntegrityError, ModelError
+from edgeprune.folders import model_bytes
 from edgeprune.formats import Format, QuantizeOptions, Resizable, ShowsSparsity, check_runtime
 from edgeprune.formats._resize import distinct_widths
 from edgeprune.int8 import best_int8
@@ -76,7 +78,10 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         chosen = int8_types.choose(context, fp32_path, int8_path)
         files["int8"], notes = chosen.artifact, (*notes, chosen.note())
     shown = files.get("cuttable", files)["fp32"].path
-    doubts = int8_warnings(context.form, folder / shown, context.calibration, program)
+    doubts = (
+        *int8_warnings(context.form, folder / shown, context.calibration, program),
+        *_not_int8(context, files.get("shipping", files)["int8"], folder),
+    )
     for line in doubts:
         context.progress.say(f"      warning: {line}")
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
@@ -141,13 +146,23 @@ def _check_operators(context: Context, artifact: Artifact) -> None:
 
 
 def _both(
-    context: Context, form: Format, model: nn.Module, folder: Path, name: str
+    context: Context,
+    form: Format,
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    quantised: nn.Module | None = None,
 ) -> dict[str, Artifact]:
+    """A net in one format and both precisions; the INT8 file is of the module ``quantised`` where that is another."""
     suffix = form.info.suffix
     fp32_path, int8_path = folder / f"{name}.fp32{suffix}", folder / f"{name}.int8{suffix}"
     fp32 = form.export(model, context.example, fp32_path)
+    source, weights = fp32_path, model
+    if quantised is not None and quantised is not model:
+        source, weights = folder / f"{name}.int8-source{suffix}", quantised
+        form.export(weights, context.example, source)
     io = QuantizeOptions(io=context.job.int8.io)
-    int8 = form.quantize(fp32_path, context.calibration, int8_path, model=model, options=io)
+    int8 = form.quantize(source, context.calibration, int8_path, model=weights, options=io)
     if form is context.whole:
         for path in (fp32_path, int8_path):
             check_runtime(form, path, context.job.shipped_runtime)
@@ -226,7 +241,8 @@ def pruned_files(
     quantised = best_int8(context, audible, fp32_path, int8_path, limit_ms=limit_ms)
     files["int8"] = quantised.artifact
     if context.ship is not context.whole:
-        files["shipping"] = _both(context, context.ship, audible, folder, "pruned")
+        # What was judged is the twin's file of that module, so no other weights may ship.
+        files["shipping"] = _both(context, context.ship, audible, folder, "pruned", quantised.model)
     files["notes"] = _shipped_notes(context, files, "pruned")
     told = [
         line
@@ -245,6 +261,44 @@ def pruned_files(
             if (counts := _sparse(context, model, folder / a.path))
         },
     )
+
+
+def require_int8(artifact: Artifact, file: Path, float_layers: tuple[str, ...] = ()) -> None:
+    """Nothing, when a file that ships as INT8 passes what a reader of its bundle asks of one.
+
+    Args:
+        artifact: its record.
+        file: where it lies.
+        float_layers: names of the layers that were left in float on purpose.
+
+    Raises:
+        FormatError: too much of it is in float, or a layer that should be is not.
+    """
+    try:
+        require_eight_bits(artifact, model_bytes(file), float_layers)
+    except IntegrityError as error:
+        raise FormatError(
+            f"{file.name} cannot ship as INT8: {error.message}",
+            hint="set precisions: [fp32] in the target, which ships the FP32 file",
+        ) from error
+
+
+def _not_int8(context: Context, artifact: Artifact, folder: Path) -> tuple[str, ...]:
+    """Why the dense net cannot ship as INT8, known now, where the search would take hours.
+
+    Raises:
+        FormatError: it cannot, and the target allows nothing else.
+    """
+    allowed = context.job.target.precisions
+    if "int8" not in allowed:
+        return ()
+    try:
+        require_int8(artifact, folder / artifact.path)
+    except FormatError as error:
+        if "fp32" not in allowed:
+            raise
+        return (error.message,)
+    return ()
 
 
 def _sparse(context: Context, model: nn.Module, file: Path) -> tuple[int, int] | None:

@@ -6,7 +6,6 @@ millisecond; training with rounding. Every choice is made on the selection split
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,9 +45,10 @@ LEAST_ERROR = QuantizeOptions(ranges="mse")
 
 @dataclass(frozen=True)
 class Quantised:
-    """The INT8 file that was chosen, and how it came about."""
+    """The INT8 file that was chosen, the torch module whose weights it has, and how it came about."""
 
     artifact: Artifact
+    model: nn.Module
     report: Int8Report
 
 
@@ -127,7 +127,7 @@ def best_int8(
     """Write the INT8 file of a model that keeps most of its quality.
 
     Args:
-        context: data, boards, format.
+        context: data, boards, format. Where another format ships, only what its INT8 files can have too is tried.
         model: what ``fp32`` was exported from; not changed.
         fp32: its float file.
         path: where the INT8 file goes; what is tried lies in a folder beside it.
@@ -162,7 +162,9 @@ def best_int8(
         fp32=exact,
         tries=tuple(c.tried for c in search.found),
         chosen=best.tried.name,
-        layers=layers if "float layers" in best.tried.name or not layers else _none_kept(layers),
+        layers=tuple(
+            x.model_copy(update={"in_float": x.layer in best.options.float_layers}) for x in layers
+        ),
         calibration=calibration_report(
             context.whole,
             best.fp32,
@@ -173,11 +175,7 @@ def best_int8(
             labels=_calibration_labels(context),
         ),
     )
-    return Quantised(artifact, report)
-
-
-def _none_kept(layers: Iterable[LayerFallback]) -> tuple[LayerFallback, ...]:
-    return tuple(layer.model_copy(update={"in_float": False}) for layer in layers)
+    return Quantised(artifact, best.model, report)
 
 
 def _calibration_labels(context: Context) -> np.ndarray | None:
@@ -194,6 +192,7 @@ def _try_all(
 ) -> tuple[LayerFallback, ...]:
     """Everything in order of cost, until INT8 costs next to nothing; all of it where the effort is thorough."""
     is_thorough = search.context.job.int8.effort == "thorough"
+    has_options = search.context.ship.info.int8_options
     layers: tuple[LayerFallback, ...] = ()
 
     def wanted() -> bool:
@@ -201,10 +200,11 @@ def _try_all(
 
     own = search.best.options
     for name, change in (("percentile ranges", CLIPPING), ("least-error ranges", LEAST_ERROR)):
-        search.add(name, fp32, model, replace(change, io=own.io))
+        if has_options:
+            search.add(name, fp32, model, replace(change, io=own.io))
     if wanted():
         _try_weights(search, model)
-    if wanted():
+    if has_options and wanted():
         layers = _try_float_layers(search, limit_ms)
     if wanted():
         _try_training(search, model)
@@ -253,10 +253,8 @@ def _try_float_layers(search: Search, limit_ms: float) -> tuple[LayerFallback, .
         count = f"{len(chosen)} float layers"
         name = count if start.tried.name == "own ranges" else f"{start.tried.name}, {count}"
         search.add(name, start.fp32, start.model, options)
-    kept = set(search.best.options.float_layers)
     found_all = [
-        LayerFallback(layer=n, gain_nats=g, extra_ms=extra.get(n), in_float=n in kept)
-        for n, g in gains.items()
+        LayerFallback(layer=n, gain_nats=g, extra_ms=extra.get(n)) for n, g in gains.items()
     ]
     return tuple(sorted(found_all, key=lambda item: -item.gain_nats))
 

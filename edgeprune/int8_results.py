@@ -52,6 +52,11 @@ class Int8Report(Record):
     layers: tuple[LayerFallback, ...] = ()
     calibration: CalibrationReport | None = None
 
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Layers of the chosen file that were left in float on purpose."""
+        return tuple(sorted(layer.layer for layer in self.layers if layer.in_float))
+
     def drop(self, name: str = "") -> float:
         """Quality lost against the FP32 file by a try, by default the chosen one."""
         return self.fp32 - next(t.quality for t in self.tries if t.name == (name or self.chosen))

@@ -116,6 +116,12 @@ class PrunedFiles(_NetFiles):
     quantised: Int8Report | None = None
     sparse: dict[Precision, tuple[int, int]] = {}
 
+    def float_layers(self, precision: Precision) -> tuple[str, ...]:
+        """Layers of the file that ships that were left in float on purpose; files that are not searched but converted have none."""
+        if precision != "int8" or self.shipping or self.quantised is None:
+            return ()
+        return self.quantised.float_layers
+
 
 class FinalLatency(Record):
     """The four files measured in the same rounds."""

@@ -116,13 +116,18 @@ def _broken(folder, **changes: object) -> dict[str, object]:
     return {**value, **changes}
 
 
-def test_a_bundle_without_sparse_weights_has_the_identity_that_it_always_had() -> None:
+def test_a_bundle_without_sparse_weights_and_float_layers_has_the_identity_that_it_always_had() -> (
+    None
+):
     stated = facts().model_dump(mode="json")
     assert stated.pop("sparsity") is None
+    assert stated.pop("float_layers") == []
     assert identity(facts(), "0" * 64) == sha256_bytes(to_json_text([stated, "0" * 64]))
     sparse = SparseWeights(pattern="2:4", layers=2, of_layers=3, speed="not run")
     other = facts().model_copy(update={"sparsity": sparse})
-    assert identity(other, "0" * 64) != identity(facts(), "0" * 64)
+    mixed = facts(float_layers=("stem",))
+    for changed in (other, mixed):
+        assert identity(changed, "0" * 64) != identity(facts(), "0" * 64)
 
 
 def test_a_manifest_that_contradicts_itself_is_refused(tmp_path) -> None:

@@ -57,7 +57,7 @@ def _refused(monkeypatch: pytest.MonkeyPatch, path: Path, key: Path, level: int 
     def parsed(*arguments: object) -> None:
         raise AssertionError("a parser ran")
 
-    for name in ("weight_elements", "open_board", "read_golden"):
+    for name in ("weights_line", "open_board", "read_golden"):
         monkeypatch.setattr(verify, name, parsed)
     report = verify.verify(path, key=key)
     assert not report.ok

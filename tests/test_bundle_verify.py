@@ -115,7 +115,7 @@ def test_no_model_is_parsed_when_a_digest_is_wrong(
     def parsed(*arguments: object) -> None:
         raise AssertionError("a parser ran before the digests were checked")
 
-    monkeypatch.setattr(verify, "weight_elements", parsed)
+    monkeypatch.setattr(verify, "weights_line", parsed)
     monkeypatch.setattr(verify, "open_board", parsed)
     with (folder / "models/model.fp32.onnx").open("ab") as stream:
         stream.write(b"\0")

@@ -5,6 +5,7 @@ Source: field numbers of ``schema.fbs`` (Model, SubGraph, Operator, OperatorCode
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -20,17 +21,38 @@ _MAX_OPS, _MAX_INPUTS = 100_000, 10_000
 
 
 @dataclass(frozen=True)
+class Layer:
+    """An operator with weights: its torch layer (``""`` where the file does not say), and whether it reads 8-bit values only.
+
+    ``weights`` are what tells a constant from others, its storage type and its number of elements.
+    """
+
+    name: str
+    eight_bit: bool
+    weights: tuple[tuple[str, str, int], ...]
+
+
+@dataclass(frozen=True)
 class Anatomy:
-    """Operators by name, tensors by storage type, and how many operators with weights there are and read 8-bit values only.
+    """Operators by name, tensors by storage type, and the operators with weights.
 
     ``names`` is false where operators are known by number alone.
     """
 
     operators: Counter[str]
     tensors: Counter[str]
-    weighted: int
-    eight_bit: int
+    layers: tuple[Layer, ...]
     names: bool = True
+
+    @property
+    def weighted(self) -> int:
+        """How many operators have weights."""
+        return len(self.layers)
+
+    @property
+    def eight_bit(self) -> int:
+        """How many of those compute on 8-bit weights and activations."""
+        return sum(layer.eight_bit for layer in self.layers)
 
     @property
     def eight_bit_ratio(self) -> float:
@@ -60,14 +82,18 @@ def _tflite(content: bytes) -> Anatomy:
     kinds: list[str] = []
     is_constant: list[bool] = []
     has_weights: list[bool] = []
+    texts: list[str] = []
+    sizes: list[int] = []
     for tensor in graph.tables(0):
         kind, buffer = tflite_kind(tensor), tensor.scalar(2, "<I")
         kinds.append(kind)
         is_constant.append(buffer < len(filled) and filled[buffer])
-        is_weight = kind != "other" and is_constant[-1] and len(tensor.integers(0)) >= 2
-        has_weights.append(is_weight)
+        shape = tensor.integers(0)
+        has_weights.append(kind != "other" and is_constant[-1] and len(shape) >= 2)
+        texts.append(tensor.text(3))
+        sizes.append(_elements(shape))
     operators: Counter[str] = Counter()
-    weighted = eight_bit = 0
+    layers: list[Layer] = []
     for number, op in enumerate(graph.tables(3)):
         if number >= _MAX_OPS:
             raise ValueError(f"it has more than {_MAX_OPS} operators")
@@ -75,11 +101,27 @@ def _tflite(content: bytes) -> Anatomy:
         operators[known.get(code, f"OP_{code}")] += 1
         read = [index for index in op.integers(1, most=_MAX_INPUTS) if index >= 0]
         made = [index for index in op.integers(2, most=_MAX_INPUTS) if index >= 0]
-        if any(has_weights[index] for index in read):
-            weighted += 1
+        weights = [index for index in read if has_weights[index]]
+        if weights:
             touched = [i for i in [*read, *made] if has_weights[i] or not is_constant[i]]
-            eight_bit += {kinds[index] for index in touched} <= _EIGHT_BIT
-    return Anatomy(operators, Counter(kinds), weighted, eight_bit, bool(known))
+            is_eight_bit = {kinds[index] for index in touched} <= _EIGHT_BIT
+            name = _tflite_layer([texts[i] for i in weights], [texts[i] for i in made])
+            stored = tuple((str(i), kinds[i], sizes[i]) for i in weights)
+            layers.append(Layer(name, is_eight_bit, stored))
+    return Anatomy(operators, Counter(kinds), tuple(layers), bool(known))
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    """As many as :func:`~edgeprune.bundle.weights.weight_elements` counts."""
+    return math.prod(shape) if min(shape, default=1) > 0 else 0
+
+
+def _tflite_layer(weights: list[str], outputs: list[str]) -> str:
+    """The torch layer of an operator, by the names that the exporter gives: ``layer/weight``, else ``layer/operator``."""
+    for name in weights:
+        if name.endswith("/weight"):
+            return name.removesuffix("/weight")
+    return outputs[0].rpartition("/")[0] if outputs else ""
 
 
 def _tflite_names() -> dict[int, str]:
@@ -94,9 +136,9 @@ def _tflite_names() -> dict[int, str]:
 
 
 def _onnx(content: bytes) -> Anatomy:
-    weights: dict[str, str] = {}
+    weights: dict[str, tuple[str, int]] = {}
     tensors: Counter[str] = Counter()
-    nodes: list[tuple[str, list[str], list[str]]] = []
+    nodes: list[_Node] = []
     for number, value, _ in fields(onnx_graph(content)):
         if isinstance(value, int):
             continue
@@ -104,34 +146,43 @@ def _onnx(content: bytes) -> Anatomy:
             kind, shape, name = onnx_tensor(value)
             tensors[kind or "other"] += 1
             if kind is not None and len(shape) >= 2:
-                weights[name] = kind
+                weights[name] = kind, _elements(shape)
         elif number == 1:
             nodes.append(_onnx_node(value))
     if len(nodes) > _MAX_OPS:
         raise ValueError(f"it has more than {_MAX_OPS} operators")
-    maker = {name: node for node in nodes for name in node[2]}
-    weighted = eight_bit = 0
-    for op, read, _ in nodes:
-        if op in (_QUANTIZE, _DEQUANTIZE):
+    maker = {name: node for node in nodes for name in node.made}
+    layers: list[Layer] = []
+    for node in nodes:
+        if node.op in (_QUANTIZE, _DEQUANTIZE):
             continue
-        origins = [_origin(name, maker) for name in read if name]
-        if any(name in weights for name, _ in origins):
-            weighted += 1
+        origins = [_origin(name, maker) for name in node.read if name]
+        stored = tuple((name, *weights[name]) for name, _ in origins if name in weights)
+        if stored:
             # Values and weights come out of a DequantizeLinear; the third input, a bias, may be float: TensorRT wants it so.
-            eight_bit += all(quantised for _, quantised in origins[:2])
-    return Anatomy(Counter(op for op, _, _ in nodes), tensors, weighted, eight_bit)
+            is_eight_bit = all(quantised for _, quantised in origins[:2])
+            layers.append(Layer(node.name.rpartition("/")[0], is_eight_bit, stored))
+    return Anatomy(Counter(node.op for node in nodes), tensors, tuple(layers))
 
 
-def _origin(name: str, maker: dict[str, tuple[str, list[str], list[str]]]) -> tuple[str, bool]:
+@dataclass(frozen=True)
+class _Node:
+    op: str
+    name: str  # ``layer/operation``, as the exporter gives it
+    read: list[str]
+    made: list[str]
+
+
+def _origin(name: str, maker: dict[str, _Node]) -> tuple[str, bool]:
     """The tensor behind a DequantizeLinear, and whether there is one."""
     node = maker.get(name)
-    if node is None or node[0] != _DEQUANTIZE or not node[1]:
+    if node is None or node.op != _DEQUANTIZE or not node.read:
         return name, False
-    return node[1][0], True
+    return node.read[0], True
 
 
-def _onnx_node(message: memoryview) -> tuple[str, list[str], list[str]]:
-    op, read, made = "", [], []
+def _onnx_node(message: memoryview) -> _Node:
+    op, title, read, made = "", "", [], []
     for number, value, _ in fields(message):
         if isinstance(value, int):
             continue
@@ -139,9 +190,11 @@ def _onnx_node(message: memoryview) -> tuple[str, list[str], list[str]]:
             read.append(bytes(value).decode())
         elif number == 2:
             made.append(bytes(value).decode())
+        elif number == 3:
+            title = bytes(value).decode()
         elif number == 4:
             op = bytes(value).decode()
-    return op, read, made
+    return _Node(op, title, read, made)
 
 
 _READERS: dict[str, Callable[[bytes], Anatomy]] = {"tflite": _tflite, "onnx": _onnx}

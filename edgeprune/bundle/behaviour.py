@@ -101,7 +101,9 @@ def _onnxruntime_check(board: Board, manifest: Manifest) -> Check:
         node.op.startswith("QLinear") or node.op in ("QGemm", "MatMulInteger", "ConvInteger")
         for node in nodes
     )
-    heavy = sum(node.op in _FLOAT_COMPUTE for node in nodes)
+    # Layers that were left in float on purpose could not, by the maker's own choice.
+    heavy = sum(node.op in _FLOAT_COMPUTE for node in nodes) - len(manifest.float_layers)
+    heavy = max(0, heavy)
     share = eight_bit / (eight_bit + heavy) if eight_bit + heavy else 0.0
     detail += f"; {eight_bit} compute in 8 bits, {heavy} that could do not"
     return Check(name="delegate", status=_status(share, MIN_DELEGATED_RATIO), detail=detail)

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from edgeprune.bundle.anatomy import anatomy
 from edgeprune.bundle.behaviour import Check
+from edgeprune.bundle.eight_bits import file_kind, layers_line
 from edgeprune.bundle.integrity import labels_text
 from edgeprune.bundle.manifest import Manifest, identity
 from edgeprune.bundle.write import model_texts
@@ -13,17 +14,10 @@ from edgeprune.errors import IntegrityError
 from edgeprune.formats._metadata import carrier
 from edgeprune.records import sha256_bytes
 
-MIN_EIGHT_BIT_OPS = 0.9
 _OWN_TEXTS = {
     "coreml": "the package carries texts of its own (description, author, license, keys), which are not compared here",
     "executorch": "a .pte carries no texts",
 }
-_KINDS = {".tflite": "tflite", ".onnx": "onnx"}
-
-
-def file_kind(manifest: Manifest) -> str:
-    """How the model file is read: by its suffix, so that an ONNX file for TensorRT is read as ONNX."""
-    return _KINDS.get(PurePosixPath(manifest.model.path).suffix, manifest.model.format)
 
 
 def metadata_check(manifest: Manifest, content: bytes) -> Check:
@@ -64,12 +58,12 @@ def metadata_check(manifest: Manifest, content: bytes) -> Check:
 
 
 def operators_check(manifest: Manifest, content: bytes) -> Check:
-    """Whether the operators are those of the manifest, and those of an INT8 file compute in 8 bits.
+    """Whether the operators are those of the manifest, and those of an INT8 file compute in 8 bits, but for its ``float_layers``.
 
     Raises:
         IntegrityError: they are not.
     """
-    found = anatomy(file_kind(manifest), content)
+    found = anatomy(file_kind(manifest.model), content)
     if found is None:
         return Check(
             name="operators",
@@ -86,11 +80,5 @@ def operators_check(manifest: Manifest, content: bytes) -> Check:
         raise IntegrityError(
             f"the model must have {wanted.get(differ[0], 0)} {differ[0]}, but has {found.operators.get(differ[0], 0)}"
         )
-    detail = f"{found.operators.total()} operators, {found.eight_bit} of {found.weighted} with weights compute in 8 bits"
-    if manifest.model.precision == "int8" and found.eight_bit_ratio < MIN_EIGHT_BIT_OPS:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(found.tensors.items()))
-        raise IntegrityError(
-            f"an int8 model must compute at least {MIN_EIGHT_BIT_OPS:.0%} of its layers in 8 bits, "
-            f"but {found.eight_bit} of {found.weighted} do (tensors: {kinds})"
-        )
+    detail = layers_line(manifest.model, found, manifest.float_layers)
     return Check(name="operators", status="passed", detail=detail)

@@ -189,7 +189,8 @@ class Facts(Record):
     the one that was read once, where there was one.
     ``failed_gates`` were judged and missed. ``not_run`` could not be judged, because nothing that the maker had runs the file.
     The golden answers are then ``worked-out`` from the operations in the file, or those of a ``twin`` of another format.
-    ``sparsity`` says which pattern of zeros its weights have, where they have one.
+    ``sparsity`` says which pattern of zeros its weights have, where they have one. ``float_layers`` names the layers of an INT8 file that
+    were left in float on purpose.
     """
 
     name: Name
@@ -211,6 +212,7 @@ class Facts(Record):
     latency: Latency
     provenance: Provenance
     sparsity: SparseWeights | None = None
+    float_layers: tuple[Line, ...] = ()
 
 
 class Recipe(Record):
@@ -320,6 +322,8 @@ def identity(facts: Facts, source_sha256: str) -> str:
     stated = facts.model_dump(mode="json", include=set(Facts.model_fields))
     if stated["sparsity"] is None:
         del stated["sparsity"]  # so that bundles from before it was stated keep their identity
+    if not stated["float_layers"]:
+        del stated["float_layers"]  # and here
     return sha256_bytes(to_json_text([stated, source_sha256]))
 
 

@@ -40,6 +40,7 @@ def readme_text(manifest: Manifest) -> bytes:
             f"limit {latency.limit_ms:.3g} ms (budget {latency.budget})",
         ),
         *([("sparsity", manifest.sparsity.line())] if manifest.sparsity else []),
+        *([("left in float", ", ".join(manifest.float_layers))] if manifest.float_layers else []),
         *_not_run(manifest),
         ("latency stamp", f"{STAMPS[latency.stamp]} ({latency.device})"),
         ("made by", f"edgeprune {manifest.edgeprune_version}, {manifest.created}"),

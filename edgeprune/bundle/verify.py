@@ -23,8 +23,9 @@ from edgeprune.bundle.behaviour import (
     golden_check,
     latency_check,
 )
+from edgeprune.bundle.eight_bits import weights_line
 from edgeprune.bundle.golden import judge, read_golden
-from edgeprune.bundle.inside import file_kind, metadata_check, operators_check
+from edgeprune.bundle.inside import metadata_check, operators_check
 from edgeprune.bundle.integrity import (
     check_hashes,
     check_small_files,
@@ -41,7 +42,6 @@ from edgeprune.bundle.running import (
     run_model,
 )
 from edgeprune.bundle.sign import check_signature, read_public_key
-from edgeprune.bundle.weights import eight_bit_ratio, weight_elements
 from edgeprune.devices.agent.coreml import UNITS
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import ModelFile, measure
@@ -62,7 +62,6 @@ from edgeprune.specs import Device
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-MIN_EIGHT_BIT_RATIO = 0.9
 _BLOCKING = (0, 1, 2, 3)
 
 
@@ -247,7 +246,7 @@ class _Subject:
         check_small_files(self._folder, manifest)
         read_golden(self._folder, manifest)
         content = read_model(self._folder, manifest)
-        stored = _check_weights(manifest, content)
+        stored = weights_line(manifest.model, content, manifest.float_layers)
         checks = [operators_check(manifest, content), metadata_check(manifest, content)]
         board = self._stack.enter_context(_open(LOCAL_NAME, LOCAL))
         try:
@@ -327,17 +326,3 @@ def _open(name: str, device: Device) -> Board:
         if not device.stand_in:
             raise
         return open_board(name, device, exclusive=False)
-
-
-def _check_weights(manifest: Manifest, content: bytes) -> str:
-    counts = weight_elements(file_kind(manifest), content)
-    if counts is None:
-        return f"weights of {manifest.model.format} files are not read here"
-    ratio = eight_bit_ratio(counts)
-    shown = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
-    if manifest.model.precision == "int8" and ratio < MIN_EIGHT_BIT_RATIO:
-        raise IntegrityError(
-            f"an int8 model must store at least {MIN_EIGHT_BIT_RATIO:.0%} of its weights in 8 bits, "
-            f"but {manifest.model.path} stores {ratio:.0%} ({shown})"
-        )
-    return f"weights: {shown}"

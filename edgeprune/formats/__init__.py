@@ -27,6 +27,7 @@ class FormatInfo:
     timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.converted.Converted`). Without a twin it
     is ``""``. ``system`` is the only kind of computer that runs its
     files, in words (``Mac``). ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
+    ``int8_options`` says whether INT8 files can have other ranges than the format's own, and layers in float.
     """
 
     name: str
@@ -37,6 +38,7 @@ class FormatInfo:
     twin: str = ""
     system: str = ""
     built_in_kernels: bool = True
+    int8_options: bool = True
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ INFO = FormatInfo(
     twin="onnx",
     system="Mac",
     built_in_kernels=False,
+    int8_options=False,
 )
 
 

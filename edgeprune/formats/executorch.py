@@ -106,6 +106,7 @@ class ExecutorchFormat:
         layout="NCHW",
         twin="tflite",
         built_in_kernels=False,
+        int8_options=False,
     )
 
     def export(self, model: nn.Module, example: np.ndarray, path: Path) -> Artifact:
