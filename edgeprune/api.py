@@ -166,7 +166,8 @@ def deploy(
         max_drop: allowed drop against the dense model, such as ``1%``.
         device: name in ``devices.yaml``; without one, the first that can time the target, else this machine as a stand-in.
         weights: safetensors or a plain state dict, for a factory.
-        preprocess, labels: how raw samples become the model's input, and the names of the classes.
+        preprocess: how raw samples become the model's input.
+        labels: class names.
         settings: recovery, augmentation and the rest of ``edgeprune.yaml``.
         importance: ``fisher``, ``taylor``, ``obs``, ``variance``, ``l2``, ``l1``, ``bn-scale``, ``fpgm`` or ``random``.
         scope: ``global`` compares channels between groups; ``local`` only within each, and every group keeps the same share of its own.
@@ -198,18 +199,22 @@ def deploy(
         tables=None if tables is None else Path(tables),
         plan=None if plan is None else Path(plan),
     )
-    given = _given(preprocess, labels)
-    if isinstance(model, str):
-        loaded = _named(model, data, settings, weights=weights, **given)
-    else:
-        loaded = from_objects(model, data, settings=settings, **given)
+    loaded = _loaded(model, data, settings, weights, _given(preprocess, labels))
     return deploy_loaded(loaded, options, progress or Silent()).report
 
 
-def _named(model: str, data: Any, settings: Workload | None, **changes: Any) -> LoadedWorkload:
-    """The workload of a factory that is named, with the settings where nothing else was said."""
+def _loaded(
+    model: nn.Module | str,
+    data: Any,
+    settings: Workload | None,
+    weights: str | None,
+    given: dict[str, Any],
+) -> LoadedWorkload:
+    """The workload of a module or of a factory that is named; what was given goes before the settings."""
+    if not isinstance(model, str):
+        return from_objects(model, data, settings=settings, **given)
     record = settings or Workload(model=model, data=str(data))
-    changes = {"model": model, "data": str(data), **changes}
+    changes = {"model": model, "weights": weights, "data": str(data), **given}
     return load_workload(record.model_copy(update=changes), Path.cwd())
 
 
