@@ -45,7 +45,7 @@ class Achieved(records.Record):
 
     ``predicted_ms`` was predicted before the chosen structure was measured; ``plan_ratio`` is that measurement, before training.
     ``ratio``, ``low`` and ``high`` are of the shipped file against dense in the same precision, with ``confidence`` over ``rounds``.
-    ``quality`` is on the development split, by stage; ``stage_seconds`` leaves out what was kept from an earlier budget.
+    ``quality`` is on the development split, by stage; ``stage_seconds`` leaves out what all budgets share, but for the first.
     """
 
     searched: Precision

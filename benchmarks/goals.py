@@ -25,7 +25,8 @@ REASONS = {
     " them apart. The example does.",
     "predictor": "A kernel timed alone may find its weights in the cache where a whole net does not: the correction has one term for that,"
     " and the middle of the range stays off. The search measures what it proposes, so an error costs a trial, not the budget.",
-    "slack": "Admissible widths are steps of 8 and more: close to a budget there is not always a structure.",
+    "slack": "Admissible widths are steps of 8 and more, and of the structures within a budget the one that really loses least"
+    " ships, even where another uses more of it.",
     "fp32": "Depthwise layers gain less from INT8 on this processor than dense ones, so less than 4x is left to a net of them at 2x.",
 }
 
@@ -50,9 +51,8 @@ class Goal:
         sign = -1 if self.is_most else 1
         if sign * self.found >= sign * self.aim - 1e-9:
             return "aim"
-        if self.must is not None and sign * self.found < sign * self.must - 1e-9:
-            return "missed"
-        return "asked"
+        is_asked = self.must is not None and sign * self.found >= sign * self.must - 1e-9
+        return "asked" if is_asked else "missed"
 
 
 def points(value: float) -> str:

@@ -27,7 +27,7 @@ def goal(found: float | None, **changes: object) -> Goal:
         (-0.0049, {}, "asked"),
         (-0.0051, {}, "missed"),
         (None, {}, "not run"),
-        (-0.02, {"must": None}, "asked"),
+        (-0.02, {"must": None}, "missed"),
         (0.03, {"must": 0.03, "aim": 0.015, "is_most": True}, "asked"),
         (0.031, {"must": 0.03, "aim": 0.015, "is_most": True}, "missed"),
         (0.014, {"must": 0.03, "aim": 0.015, "is_most": True}, "aim"),
