@@ -20,6 +20,7 @@ from bundle_fixture import (
 )
 
 from edgeprune.bundle import write
+from edgeprune.bundle.golden import BUILTIN_STEPS, INT8_STEPS
 from edgeprune.bundle.integrity import check_hashes, check_small_files, check_structure
 from edgeprune.bundle.write import Payload, write_bundle, zip_path
 from edgeprune.errors import IntegrityError, ModelError, NoSpace, SpecError
@@ -201,6 +202,20 @@ def test_the_sample_program_runs_an_int8_tflite_file(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "bundle", facts("litert"), payload)
     done = _predict(folder, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("runtime", "steps"), [("litert", INT8_STEPS), ("tflite-runtime", BUILTIN_STEPS)]
+)
+def test_kernels_that_round_twice_may_be_further_off(
+    tmp_path: Path, runtime: str, steps: int
+) -> None:
+    artifact = tflite_file(tmp_path / "m.tflite")
+    payload = _payload(tmp_path, model=artifact, model_file=tmp_path / "m.tflite")
+    folder = write_bundle(tmp_path / "bundle", facts(runtime), payload)
+    rules = json.loads((folder / "golden" / "tolerance.json").read_text())
+    assert rules["tolerance"]["max_abs_error_steps"] == steps
+    assert rules["max_abs_error"] == pytest.approx(steps * 0.25)
 
 
 @pytest.mark.parametrize(

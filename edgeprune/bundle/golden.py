@@ -19,6 +19,8 @@ _ROUNDING = (
     1.001  # float32 differences of exact quantisation steps may exceed n steps by a rounding error
 )
 INT8_STEPS = 3
+# The kernels inside tflite-runtime 2.14 round sums twice and those of XNNPACK once, which adds up over layers; XNNPACK has no INT8 there.
+BUILTIN_STEPS = 8
 FP32_ATOL_RATIO = 1e-4
 # TensorRT runs float files in FP16, and what stands between the INT8 kernels of a net too. Our own bounds; no Jetson was measured.
 FP16_ATOL_RATIO, FP16_STEPS = 1e-2, 8
@@ -57,7 +59,7 @@ class GoldenResult:
         )
 
 
-def default_tolerance(model: Artifact, outputs: np.ndarray) -> Tolerance:
+def default_tolerance(model: Artifact, outputs: np.ndarray, runtime: str = "") -> Tolerance:
     """What two correct runtimes may differ by on this file.
 
     INT8 kernels round differently between processors: three steps of the output, taken as 1/255 of the golden range when the file's
@@ -65,11 +67,14 @@ def default_tolerance(model: Artifact, outputs: np.ndarray) -> Tolerance:
     precision gets 5 % of the largest output, which nothing measured here stands behind.
 
     Source: measured by this project on the example network (22 weight layers, 300 images, x86-64): XNNPACK and the built-in INT8
-    kernels of LiteRT 2.3.0 differed by at most 2 steps and chose the same class; FP32 runtimes differed from torch by 3e-6.
+    kernels of LiteRT 2.3.0 differed by at most 2 steps and chose the same class; FP32 runtimes differed from torch by 3e-6. Over 1,000
+    images the built-in kernels of tflite-runtime 2.14 on an emulated arm64 board were up to 5 steps from those of LiteRT on x86-64
+    (MobileNetV2 of half width, 53 weight layers; ``benchmarks/results/targets.json``), so that runtime gets 8.
 
     Args:
         model: the shipped file.
         outputs: golden outputs, ``float32 [n, K]``.
+        runtime: what runs the file on the board.
     """
     is_half = model.format == "tensorrt"
     if model.precision == "fp32":
@@ -79,11 +84,11 @@ def default_tolerance(model: Artifact, outputs: np.ndarray) -> Tolerance:
     if model.precision == "fp16":
         atol = HALF_ATOL_RATIO * max(1.0, float(np.abs(outputs).max()))
         return Tolerance(atol=atol, min_argmax_agreement=0.85)
+    steps = BUILTIN_STEPS if runtime == "tflite-runtime" else FP16_STEPS if is_half else INT8_STEPS
     if model.outputs[0].scale is not None:
-        return Tolerance(max_abs_error_steps=INT8_STEPS, min_argmax_agreement=0.85)
+        return Tolerance(max_abs_error_steps=steps, min_argmax_agreement=0.85)
     step = output_step(model, outputs)
     assert step is not None
-    steps = FP16_STEPS if is_half else INT8_STEPS
     return Tolerance(atol=steps * step, min_argmax_agreement=0.85)
 
 

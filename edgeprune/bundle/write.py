@@ -225,7 +225,9 @@ def _manifest(
     *,
     created: str | None = None,
 ) -> Manifest:
-    tolerance = payload.tolerance or default_tolerance(model, payload.golden_outputs)
+    tolerance = payload.tolerance or default_tolerance(
+        model, payload.golden_outputs, facts.runtime.name
+    )
     listed = tuple(
         BundleFile(path=path, size_bytes=len(content), sha256=sha256_bytes(content), role=role)
         for path, (role, content) in sorted(files.items())
