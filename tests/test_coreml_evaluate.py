@@ -71,6 +71,10 @@ CASES = {
     "gelu": (("gelu", {"mode": "EXACT"}), lambda: functional.gelu(T)),
     "softmax": (("softmax", {"axis": 1}), lambda: torch.softmax(T, 1)),
     "transpose": (("transpose", {"perm": [0, 2, 3, 1]}), lambda: T.permute(0, 2, 3, 1)),
+    "nearest upsampling": (
+        ("upsample_nearest_neighbor", {"scale_factor_height": 2.0, "scale_factor_width": 3.0}),
+        lambda: functional.interpolate(T, scale_factor=(2.0, 3.0), mode="nearest"),
+    ),
     "reshape": (("reshape", {"shape": [1, -1]}), lambda: T.reshape(1, -1)),
     "pad": (("pad", {"pad": [0, 0, 0, 0, 1, 2, 3, 4], "mode": "constant"}), lambda: functional.pad(T, (3, 4, 1, 2))),
     "slice": (

@@ -201,6 +201,15 @@ def _pool(call: _Call, kind: str) -> torch.Tensor:
     return total / functional.avg_pool2d(functional.pad(torch.ones_like(x), pad), sizes, strides)
 
 
+def _repeat(call: _Call) -> Any:
+    """Every pixel so many times, along height and width, which are the last two axes."""
+    scales = [call.number(f"scale_factor_{side}", 1.0) for side in ("height", "width")]
+    if any(scale != int(scale) or scale < 1 for scale in scales):
+        raise Unknown(f"upsampling by {scales} is not worked out here")
+    high = call["x"].repeat_interleave(int(scales[0]), dim=-2)
+    return high.repeat_interleave(int(scales[1]), dim=-1)
+
+
 def _reduce(call: _Call, function: Callable[..., Any]) -> Any:
     x = call["x"]
     axes = call.numbers("axes", range(x.ndim))
@@ -389,6 +398,7 @@ _OPERATIONS: Mapping[str, Callable[[_Call], Any]] = {
     "reduce_max": lambda c: _reduce(c, torch.amax),
     "avg_pool": lambda c: _pool(c, "average"),
     "max_pool": lambda c: _pool(c, "max"),
+    "upsample_nearest_neighbor": _repeat,
     "reshape": _reshape,
     "squeeze": _squeeze,
     "expand_dims": _expand,
