@@ -339,6 +339,7 @@ def _check(
                 ratio_high=comparison.high,
                 within_budget=comparison.high * dense_ms <= PLAN_SHARE * limit_ms,
                 cost_nats=solution.cost_nats,
+                unreliable=found[str(i)].unreliable or found["dense"].unreliable,
             )
         )
     return checks

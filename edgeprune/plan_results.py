@@ -73,7 +73,8 @@ class PlanCheck(Record):
 
     ``cost_nats`` adds up what its groups cost one by one; ``loss_nats`` is what the whole structure loses once it is repaired (KL from the
     dense model on held-out samples), unknown for a plan that was given; ``trial_nats`` what it still loses after a short healing, known
-    where structures with and without removed blocks were to be chosen between.
+    where structures with and without removed blocks were to be chosen between. ``unreliable`` says why its time, or that of the dense net
+    beside it, should not be trusted.
     """
 
     widths: dict[str, int]
@@ -85,3 +86,4 @@ class PlanCheck(Record):
     cost_nats: float
     loss_nats: float | None = None
     trial_nats: float | None = None
+    unreliable: str | None = None

@@ -84,6 +84,20 @@ def test_the_page_and_the_text_say_the_same_and_escape_names():
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_disturbed_times_are_called_so_before_anything_is_read():
+    result = found()
+    for shown in (render_search(result), render_search_html(result).decode()):
+        assert "unreliable times" not in shown.lower()
+    checks = [
+        c.model_copy(update={"unreliable": "9 of 24 blocks were disturbed"}) for c in result.checks
+    ]
+    doubtful = found(checks=tuple(checks))
+    text = render_search(doubtful, width=110)
+    assert text.index("UNRELIABLE TIMES: 9 of 24 blocks") < text.index("What each cut saved")
+    page = render_search_html(doubtful).decode()
+    assert page.index("Unreliable times.") < page.index("What another budget")
+
+
 def test_a_removed_block_is_called_one_in_text_page_and_dry_run():
     plan = found().plan
     first, *others = plan.groups

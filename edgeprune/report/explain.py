@@ -73,6 +73,8 @@ def render_search(found: SearchResult, *, width: int | None = None) -> str:
     """
     text = Page(width, False)
     text.say(_headline(found), "bold")
+    if (doubt := found.chosen().unreliable) is not None:
+        text.say(f"UNRELIABLE TIMES: {doubt}", "bold red")
     say_cuts(text, found.plan)
     rows = _budget_rows(found)
     if rows:
@@ -86,6 +88,16 @@ def render_search(found: SearchResult, *, width: int | None = None) -> str:
         f" {share_text(quality.mean_error_ratio)} off on average, {share_text(quality.worst_error_ratio)} at worst.{_left_out(quality)}"
     )
     return text.text()
+
+
+def _doubt(found: SearchResult) -> list[Markup]:
+    """A warning where the structure that counts was timed among disturbances."""
+    why = found.chosen().unreliable
+    if why is None:
+        return []
+    text = f"{why}. Measure again before you rely on any time on this page."
+    strong = tag("strong", "Unreliable times. ")
+    return [tag("aside", strong, text, class_="banner unreliable", role="note")]
 
 
 def _left_out(quality: LatencyModelQuality) -> str:
@@ -140,6 +152,7 @@ def render_search_html(found: SearchResult) -> bytes:
     rows = _budget_rows(found)
     body = [
         tag("section", tag("h1", _headline(found)), class_="hero", aria_label="Result"),
+        *_doubt(found),
         plan_sections.cuts(found),
         section(
             "budgets",
