@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 from zoo import ZOO, conv_bn, head, make
 
+from edgeprune.compress import coupling
 from edgeprune.compress.groups import (
     ChannelGroup,
     find_groups,
@@ -260,6 +262,13 @@ def _from_library(name: str) -> nn.Module:
     }
     config = getattr(transformers, f"{name}Config")(**settings[name])
     return LogitsOf(getattr(transformers, f"{name}ForImageClassification")(config)).eval()
+
+
+def test_heads_that_the_library_has_read_off_wrongly_cannot_be_followed() -> None:
+    # What it finds in a Hiera: heads of no channels, by which it divides.
+    mapping = index_mapping._GQAIndexMapping(repeat=2, head_dim=0, reverse=True)
+    dependency = SimpleNamespace(index_mapping=[mapping])
+    assert coupling._mapped(dependency, [0, 3]) == [(0, coupling.LOST), (3, coupling.LOST)]
 
 
 @pytest.mark.slow

@@ -282,7 +282,12 @@ def _mapped(dependency: Any, indices: list[int]) -> list[tuple[int, int]]:
     """Torch-Pruning's own map of slices, repeats and the like; it loses the origin of repeated heads: those cannot be followed."""
     mapped = [_HybridIndex(idx=i, root_idx=i) for i in indices]
     if (mapping := dependency.index_mapping[0]) is not None:
-        mapped = mapping(mapped)
+        try:
+            mapped = mapping(mapped)
+        except (
+            ZeroDivisionError
+        ):  # heads that the library has read off wrongly, of a Hiera: no head has no channels
+            return [(i, LOST) for i in indices]
     return [(m.root_idx, m.idx) if m.root_idx is not None else (0, LOST) for m in mapped]
 
 
