@@ -219,15 +219,19 @@ def main(
         click.echo(look_at(*one).model_dump_json())
         return
     rows: dict[tuple[str, str], ZooRow] = {}
+    known = versions()
     if out.exists():
-        kept = records.read_json(ZooResults, out).rows
-        rows = {(r.library, r.architecture): r for r in kept if r.status not in again.split(",")}
+        earlier = records.read_json(ZooResults, out)
+        rows = {
+            (r.library, r.architecture): r for r in earlier.rows if r.status not in again.split(",")
+        }
+        known = {**earlier.versions, **known}  # of libraries that are not there now
     wanted = [(lib, a, v) for lib in library or LIBRARIES for a, v in architectures(lib).items()]
     progress = Terminal()
     save: Callable[[], None] = lambda: records.write_json(  # noqa: E731
         ZooResults(
             command="python benchmarks/zoo.py",
-            versions=versions(),
+            versions=known,
             rows=tuple(row for _, row in sorted(rows.items())),
         ),
         out,
