@@ -356,8 +356,8 @@ def measurement_block(results: MeasurementResults) -> str:
     f = results.fingerprint
     intro = (
         f"Chains of equal layers ({results.layer}) on `{f.device}` ({printable(f.cpu_model)}, {f.cores} cores, {f.runtime}"
-        f" {f.runtime_version}, {f.threads} thread): **{stamp}**. A chain takes {time_text(times[0])} to {time_text(times[-1])},"
-        f" which drifts from trial to trial by more than the layers that are added; blocks of {results.block_ms:g} ms."
+        f" {f.runtime_version}, {f.threads} thread): **{stamp}**. A chain takes {time_text(times[0])} to {time_text(times[-1])};"
+        f" blocks of {results.block_ms:g} ms."
         ' Trials of all rules take turns while all have some left. "Paired" is the rule of `edgeprune.devices.decide`;'
         " the others time one file after the other, as these tools do, with the same runtime calls."
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from blocks import BudgetResults
+from blocks import BudgetResults, stamp_text
 from compare_records import OURS, CompareResults, CompareRow
 from predictor_blocks import PredictorResults
 from walltime_blocks import WallTime
@@ -33,7 +33,11 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Goal:
-    """One figure. ``must`` and ``aim`` are bounds: the figure is at least them, or at most where ``is_most``. ``None``: not measured."""
+    """One figure with its stamp.
+
+    ``must`` and ``aim`` are bounds: the figure is at least them, or at most where ``is_most``. ``found`` is ``None`` where nothing was
+    measured.
+    """
 
     about: str
     quantity: str
@@ -42,6 +46,7 @@ class Goal:
     found: float | None
     text: Callable[[float], str]
     is_most: bool = False
+    stamp: str = ""  # of what the figure was timed on
 
     @property
     def reached(self) -> str:
@@ -114,6 +119,10 @@ def _against_fp32(results: CompareResults | None) -> float | None:
     return max(found, default=None)
 
 
+def _stamp(results: CompareResults | BudgetResults | WallTime | None) -> str:
+    return "" if results is None else stamp_text(results.fingerprint)
+
+
 def goals(folder: Path) -> Iterator[Goal]:
     """Every figure that was asked for, from the results files in a folder. Raises as :func:`edgeprune.records.read_json`."""
     nets = {
@@ -123,36 +132,45 @@ def goals(folder: Path) -> Iterator[Goal]:
     resnet, mobile, example = nets["resnet20-wide"], nets["mobilenetv2-half"], nets["example"]
     for budget, must, aim in (("2x", -0.002, 0.0), ("3x", -0.005, -0.002), ("4x", -0.01, -0.005)):
         about = f"ResNet-20-wide, INT8 against dense INT8 at {budget}"
-        yield Goal("points", about, must, aim, _accuracy(resnet, budget), points)
+        yield Goal(
+            "points", about, must, aim, _accuracy(resnet, budget), points, stamp=_stamp(resnet)
+        )
     for budget, must, aim in (("1.5x", -0.004, -0.001), ("2x", -0.01, -0.005)):
         about = f"MobileNetV2 of half width, INT8 against dense INT8 at {budget}"
-        yield Goal("points", about, must, aim, _accuracy(mobile, budget), points)
+        yield Goal(
+            "points", about, must, aim, _accuracy(mobile, budget), points, stamp=_stamp(mobile)
+        )
     for name, found in (("the example", example), ("ResNet-20-wide", resnet)):
         for budget, least, aim in (("3x", 0.002, 0.005), ("4x", None, 0.01)):
             about = f"margin over the best other pruner at {budget}, {name}"
-            yield Goal("margin", about, least, aim, _margin(found, budget), points)
+            yield Goal(
+                "margin", about, least, aim, _margin(found, budget), points, stamp=_stamp(found)
+            )
     about = "accuracy at 2x without training, over plain removal, ResNet-20-wide"
-    yield Goal("one-shot", about, 0.2, 0.4, _one_shot(resnet, "2x"), points)
+    yield Goal("one-shot", about, 0.2, 0.4, _one_shot(resnet, "2x"), points, stamp=_stamp(resnet))
     yield from _predictor_goals(_read(PredictorResults, folder / "predictor.json"))
     yield from _budget_goals(_read(BudgetResults, folder / "budgets.json"))
     walltime = _read(WallTime, folder / "walltime.json")
     minutes = None if walltime is None else walltime.seconds / 60
     about = "wall time before training, MobileNetV2 at 224 pixels, 2 cores"
-    yield Goal("walltime", about, 10, 3, minutes, lambda v: f"{v:.1f} min", is_most=True)
+    yield Goal("walltime", about, 10, 3, minutes, lambda v: f"{v:.1f} min", True, _stamp(walltime))
     for name, found in (("ResNet-20-wide", resnet), ("MobileNetV2 of half width", mobile)):
         about = f"pruned INT8 against dense FP32 at up to 0.5 points, {name}"
-        yield Goal("fp32", about, 4, 8, _against_fp32(found), lambda v: f"{v:.1f}x")
+        yield Goal(
+            "fp32", about, 4, 8, _against_fp32(found), lambda v: f"{v:.1f}x", stamp=_stamp(found)
+        )
 
 
 def _predictor_goals(found: PredictorResults | None) -> Iterator[Goal]:
     for row in () if found is None else found.rows:
+        stamp = stamp_text(row.fingerprint)
         name = f"{row.model.rpartition(':')[2]}, {row.precision}, {row.fingerprint.runtime}"
         mean, most = (
             f"prediction of new structures, mean error, {name}",
             "the same, 95th percentile",
         )
-        yield Goal("predictor", mean, 0.03, 0.015, row.mean_error_ratio, percent, is_most=True)
-        yield Goal("predictor", most, 0.08, 0.04, row.p95_error_ratio, percent, is_most=True)
+        yield Goal("predictor", mean, 0.03, 0.015, row.mean_error_ratio, percent, True, stamp)
+        yield Goal("predictor", most, 0.08, 0.04, row.p95_error_ratio, percent, True, stamp)
     if found is not None and found.rows:
         most = max(row.kernels for row in found.rows)
         yield Goal("kernels", "kernels timed for it, at most", 250, 100, most, str, is_most=True)
@@ -162,9 +180,17 @@ def _budget_goals(found: BudgetResults | None) -> Iterator[Goal]:
     done = [] if found is None else [r.achieved for r in found.rows if r.achieved is not None]
     met = sum(a.latency_met for a in done) / len(done) if done else None
     slack = max((a.slack_ratio for a in done), default=None)
-    yield Goal("budget", "files that met their latency budget, the example", 1, 1, met, share_text)
+    yield Goal(
+        "budget",
+        "files that met their latency budget, the example",
+        1,
+        1,
+        met,
+        share_text,
+        stamp=_stamp(found),
+    )
     about = "unused share of a budget, at most, the example"
-    yield Goal("slack", about, 0.05, 0.02, slack, share_text, is_most=True)
+    yield Goal("slack", about, 0.05, 0.02, slack, share_text, True, _stamp(found))
 
 
 def goals_block(found: Sequence[Goal], table: Callable[..., str]) -> str:
@@ -176,11 +202,12 @@ def goals_block(found: Sequence[Goal], table: Callable[..., str]) -> str:
             goal.text(goal.aim),
             "" if goal.found is None else goal.text(goal.found),
             goal.reached,
+            goal.stamp,
         )
         for goal in found
     ]
     short = [g for g in found if g.reached in ("missed", "asked")]
     reasons = [f"- {REASONS[a]}" for a in dict.fromkeys(g.about for g in short) if a in REASONS]
-    head = ("quantity (stand-in: x86-64)", "asked", "aim", "found", "reached")
+    head = ("quantity", "asked", "aim", "found", "reached", "timed on")
     why = ["What falls short of its aim, and why:\n", *reasons] if reasons else []
     return "\n\n".join(part for part in (table(head, rows), "\n".join(why)) if part)

@@ -41,8 +41,8 @@ def test_a_miss_keeps_its_line_and_gets_its_reason():
     text = goals_block((goal(-0.01), goal(0.001)), table)
     lines = text.splitlines()
     bounds = f"| accuracy | {points(-0.005)} | {points(0.0)} |"
-    assert f"{bounds} {points(-0.01)} | missed |" in lines
-    assert f"{bounds} {points(0.001)} | aim |" in lines
+    assert f"{bounds} {points(-0.01)} | missed |  |" in lines
+    assert f"{bounds} {points(0.001)} | aim |  |" in lines
     assert sum(line.startswith("- ") for line in lines) == 1
     assert "and why" not in goals_block((goal(0.001),), table)
 
