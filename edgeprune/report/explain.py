@@ -17,7 +17,7 @@ from edgeprune.report.figures import (
 )
 from edgeprune.report.html import masthead, page
 from edgeprune.report.markup import Column, Markup, table, tag
-from edgeprune.report.sections import note, section
+from edgeprune.report.sections import note, section, unreliable_banner
 from edgeprune.report.svg import WIDTH, Plot, Scale, chart, dot, label_at, padded, rect, steps
 from edgeprune.report.terminal import Page, say_cuts
 from edgeprune.search_results import SHARES, GroupCurve, ParetoPoint, SearchResult
@@ -93,11 +93,7 @@ def render_search(found: SearchResult, *, width: int | None = None) -> str:
 def _doubt(found: SearchResult) -> list[Markup]:
     """A warning where the structure that counts was timed among disturbances."""
     why = found.chosen().unreliable
-    if why is None:
-        return []
-    text = f"{why}. Measure again before you rely on any time on this page."
-    strong = tag("strong", "Unreliable times. ")
-    return [tag("aside", strong, text, class_="banner unreliable", role="note")]
+    return [] if why is None else [unreliable_banner([why], "on this page")]
 
 
 def _left_out(quality: LatencyModelQuality) -> str:

@@ -222,9 +222,7 @@ def _doubts(report: Report) -> list[Markup]:
     found = facts.unreliable(report)
     if not found:
         return []
-    title = tag("strong", "Unreliable times. ")
-    text = f"{'; '.join(found)}. Measure again before you rely on any time in this report."
-    return [tag("aside", title, text, class_="banner unreliable", role="note")]
+    return [sections.unreliable_banner(found, "in this report")]
 
 
 def _contents(report: Report) -> Markup:

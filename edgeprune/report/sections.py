@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgeprune.report import charts, facts, timing_charts, timing_text
 from edgeprune.report.figures import (
     NONE,
@@ -43,6 +45,13 @@ def side_by_side(*drawings: Markup | None) -> Markup | None:
 def note(*children: str) -> Markup:
     """A muted paragraph."""
     return tag("p", *children, class_="note")
+
+
+def unreliable_banner(reasons: Sequence[str], where: str) -> Markup:
+    """Says, before anything is read, that times were disturbed and why."""
+    title = tag("strong", "Unreliable times. ")
+    text = f"{'; '.join(reasons)}. Measure again before you rely on any time {where}."
+    return tag("aside", title, text, class_="banner unreliable", role="note")
 
 
 def gates(report: Report) -> Markup:
