@@ -177,7 +177,7 @@ def deploy(
         formats: ``auto`` measures those that the target lists and ships the fastest that holds; a name ships that one.
         tables: a file of kernel times of this board; what it holds is not timed again, what is timed is added.
         plan: a ``plan.json`` of ``edgeprune search``, whose widths are taken instead of searching.
-        progress: where to report.
+        progress: where to report; nowhere when not given.
 
     Returns:
         The report; ``report.passed`` says whether every gate was judged and met. The bundle lies in the run folder.

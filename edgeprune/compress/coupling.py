@@ -284,9 +284,7 @@ def _mapped(dependency: Any, indices: list[int]) -> list[tuple[int, int]]:
     if (mapping := dependency.index_mapping[0]) is not None:
         try:
             mapped = mapping(mapped)
-        except (
-            ZeroDivisionError
-        ):  # heads that the library has read off wrongly, of a Hiera: no head has no channels
+        except ZeroDivisionError:  # it has read off heads of no channels, as in a Hiera
             return [(i, LOST) for i in indices]
     return [(m.root_idx, m.idx) if m.root_idx is not None else (0, LOST) for m in mapped]
 
