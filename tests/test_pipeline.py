@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -296,13 +296,9 @@ def test_the_python_api_takes_live_objects_and_returns_the_report(tmp_path, monk
     assert all(bool((v == before[k]).all()) for k, v in model.state_dict().items())
 
 
-def test_the_python_api_takes_a_factory_with_the_settings_of_a_project(
-    deployed, tmp_path, monkeypatch
-):
-    home = tinynet.project(tmp_path / "project")
-    monkeypatch.chdir(home)
-    tinynet.copied_run(deployed.folder, home / "run")
-    found = edgeprune.deploy(
+def from_python(home: Path, **flags: Any) -> Report:
+    """The deployment of a project's command line, asked for from Python."""
+    return edgeprune.deploy(
         "net.py:build",
         "data.npz",
         weights="weights.safetensors",
@@ -310,7 +306,17 @@ def test_the_python_api_takes_a_factory_with_the_settings_of_a_project(
         latency="80%",
         settings=records.read_yaml(Workload, home / "edgeprune.yaml"),
         run=home / "run",
+        **flags,
     )
+
+
+def test_the_python_api_takes_a_factory_with_the_settings_of_a_project(
+    deployed, tmp_path, monkeypatch
+):
+    home = tinynet.project(tmp_path / "project")
+    monkeypatch.chdir(home)
+    tinynet.copied_run(deployed.folder, home / "run")
+    found = from_python(home)
     # The same request as on the command line, so that nothing is done again.
     assert [s.name for s in found.stages if s.cached] == list(tinynet.STAGES)
 
@@ -319,24 +325,14 @@ def test_the_python_api_takes_kernel_times_and_a_plan(deployed, tmp_path, monkey
     home = tinynet.project(tmp_path / "project")
     monkeypatch.chdir(home)
     tinynet.copied_run(deployed.folder, home / "run")
-    asked = functools.partial(
-        edgeprune.deploy,
-        "net.py:build",
-        "data.npz",
-        weights="weights.safetensors",
-        target="this-machine",
-        latency="80%",
-        settings=records.read_yaml(Workload, home / "edgeprune.yaml"),
-        run=home / "run",
-    )
-    found = asked(tables="times.json")
+    found = from_python(home, tables="times.json")
     kept = read_times(home / "times.json")
     assert kept is not None
     assert 0 < len(kept.times) <= found.latency_model.kernels_measured
     with pytest.raises(IntegrityError, match="not a valid KernelTimes"):
-        asked(tables=home / "edgeprune.yaml")
+        from_python(home, tables=home / "edgeprune.yaml")
     with pytest.raises(SpecError, match=r"there is no plan none\.json"):
-        asked(plan="none.json")
+        from_python(home, plan="none.json")
     plan = PlanFile(
         target="this-machine", budget="80%", precision="int8", dense_ms=1.0, predicted_ms=1.0,
         measured_ms=1.0, widths=found.plan.widths(), admissible_widths={},
@@ -350,7 +346,7 @@ def test_the_python_api_takes_kernel_times_and_a_plan(deployed, tmp_path, monkey
 
     monkeypatch.setattr(pipeline, "deploy", stop)
     with pytest.raises(KeyboardInterrupt):
-        asked(plan="plan.json")
+        from_python(home, plan="plan.json")
     assert jobs[0].widths == found.plan.widths()
 
 
