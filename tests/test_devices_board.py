@@ -22,11 +22,12 @@ from sshd import WEIGHT, matmul_file, script, serve, wait_until_gone
 
 from edgeprune.devices.agent import runtimes
 from edgeprune.devices.agent_file import AGENT_FOLDER, agent_bytes
-from edgeprune.devices.board import Board, open_board
+from edgeprune.devices.board import Board, judged, open_board
 from edgeprune.devices.frames import Frames, Refusal, clean
-from edgeprune.devices.plans import KERNEL, TimingPlan
+from edgeprune.devices.plans import KERNEL, Timing, TimingPlan
 from edgeprune.devices.transports import open_transport
 from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost
+from edgeprune.results import Block, Telemetry
 from edgeprune.specs import Device
 
 QUICK = TimingPlan(rounds=4, block_ms=0.5, min_runs=2, max_runs=6, warmup_ms=1)
@@ -427,3 +428,16 @@ def test_the_agent_runs_where_nothing_but_python_is_installed(tmp_path):
         assert opened.hello()["cores"] == os.cpu_count()
         with pytest.raises(DeviceError, match="pip install ai-edge-litert"):
             opened.runtime_version("litert")
+
+
+def test_of_equally_frequent_disturbances_the_first_is_named():
+    # The order of a set of texts is another one in every process: a replay would tell another reason than the run that it replays.
+    for i in range(50):
+        reasons = (f"b{i}", f"a{i}", None)
+        blocks = tuple(
+            Block(round=n, calls_per_sample=1, samples_ns=(10,), rejected=r)
+            for n, r in enumerate(reasons)
+        )
+        found = judged(Timing({"m": blocks}, Telemetry(), Telemetry()))
+        assert found.unreliable == f"2 of 3 blocks were disturbed, most by: b{i}"
+        assert [b.rejected for b in found.blocks["m"]] == [None] * 3

@@ -34,6 +34,23 @@ TRIES = 3
 SETTLE_FROM_MS = 50.0  # warm-ups shorter than this are for kernels, which are warm at once
 
 
+def judged(timing: Timing) -> Timing:
+    """Where too much was disturbed, a timing is marked, and all its blocks count again: the rest alone would be a choice."""
+    all_blocks = [block for blocks in timing.blocks.values() for block in blocks]
+    rejected = [block.rejected for block in all_blocks if block.rejected is not None]
+    if len(rejected) <= MAX_REJECTED_RATIO * len(all_blocks):
+        return timing
+    worst = max(
+        dict.fromkeys(rejected), key=rejected.count
+    )  # the first of equals, in every process
+    why = f"{len(rejected)} of {len(all_blocks)} blocks were disturbed, most by: {worst}"
+    kept = {
+        key: tuple(block.model_copy(update={"rejected": None}) for block in blocks)
+        for key, blocks in timing.blocks.items()
+    }
+    return dataclasses.replace(timing, blocks=kept, unreliable=why)
+
+
 class Board:
     """A running agent on a device. Use as a context manager; see :func:`open_board`.
 
@@ -323,7 +340,7 @@ class Board:
 
     def _timed(self, keys: Sequence[str], plan: TimingPlan, fields: dict[str, Any]) -> Timing:
         timed = self._timed_reply(keys, plan, fields)
-        return self._judged(
+        return judged(
             Timing(
                 blocks={key: tuple(block.block() for block in timed.blocks[key]) for key in keys},
                 before=timed.before.telemetry(),
@@ -369,20 +386,6 @@ class Board:
         problem = timed.problem(keys, rounds=plan.rounds, runs=runs, elapsed_ns=elapsed_ns)
         self._expect(not problem, problem)
         return timed
-
-    def _judged(self, timing: Timing) -> Timing:
-        """Where too much was disturbed, a timing is marked, and all its blocks count again: the rest alone would be a choice."""
-        all_blocks = [block for blocks in timing.blocks.values() for block in blocks]
-        rejected = [block.rejected for block in all_blocks if block.rejected is not None]
-        if len(rejected) <= MAX_REJECTED_RATIO * len(all_blocks):
-            return timing
-        worst = max(set(rejected), key=rejected.count)
-        why = f"{len(rejected)} of {len(all_blocks)} blocks were disturbed, most by: {worst}"
-        kept = {
-            key: tuple(block.model_copy(update={"rejected": None}) for block in blocks)
-            for key, blocks in timing.blocks.items()
-        }
-        return dataclasses.replace(timing, blocks=kept, unreliable=why)
 
     def _time_limit_s(self, keys: Sequence[str], plan: TimingPlan) -> float:
         """Ten times the expected duration and half a minute. A first call bounds the later ones from above, nearly always."""
