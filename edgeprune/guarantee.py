@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -130,8 +130,11 @@ def make_plan(
     with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
         for number in range(CHECK_ROUNDS):
             tried = {_structure(c.widths) for c in checks}
-            options = [s for s in _options(basis, aim_ms) if _structure(s.widths) not in tried]
-            options, losses = _promising(basis, options, known)
+            wider = _untried(_widened(basis, _best(checks), limit_ms, aim_ms), tried)
+            others = _untried(
+                _options(basis, aim_ms), tried | {_structure(s.widths) for s in wider}
+            )
+            options, losses = _promising(basis, [*wider, *others], known, at_least=len(wider))
             found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
             found = [
                 c.model_copy(update={"loss_nats": n}) for c, n in zip(found, losses, strict=True)
@@ -275,13 +278,29 @@ def _options(basis: Basis, limit_ms: float) -> tuple[Solution, ...]:
     return tuple(options)
 
 
+def _untried(options: Sequence[Solution], tried: Collection[Structure]) -> list[Solution]:
+    return [s for s in options if _structure(s.widths) not in tried]
+
+
+def _widened(
+    basis: Basis, best: PlanCheck | None, limit_ms: float, aim_ms: float
+) -> list[Solution]:
+    """The best structure that contains the one that leads, where that one leaves budget unused: it gets what still fits."""
+    if best is None or best.measured_ms >= CLOSE_ENOUGH * limit_ms or basis.scope == "local":
+        return []
+    least = {n: max(w, best.widths[n]) for n, w in {**best.widths, **basis.at_least}.items()}
+    with contextlib.suppress(BudgetError):
+        return [search.solve(replace(basis, at_least=least).problem(), aim_ms)]
+    return []
+
+
 def _promising(
-    basis: Basis, options: Sequence[Solution], known: dict[Structure, float]
+    basis: Basis, options: Sequence[Solution], known: dict[Structure, float], *, at_least: int = 0
 ) -> tuple[list[Solution], list[float | None]]:
     """The structures that are worth the device's time, with what they lose after the repair.
 
-    Those are the best :data:`MEASURED` of a round, and the best with each number of removed blocks. What a structure loses is put into
-    ``known``, since the next round may ask for one again that was not timed.
+    Those are the first ``at_least``, the best :data:`MEASURED` of a round, and the best with each number of removed blocks. What a
+    structure loses is put into ``known``, since the next round may ask for one again that was not timed.
     """
     if basis.loss is None:
         return list(options), [None] * len(options)
@@ -292,7 +311,7 @@ def _promising(
     order = sorted(range(len(options)), key=lambda i: (losses[i], i))
     removed = [sum(not w for w in options[i].widths.values()) for i in order]
     kinds = {i for n, i in enumerate(order) if removed.index(removed[n]) == n}
-    chosen = [i for n, i in enumerate(order) if n < MEASURED or i in kinds]
+    chosen = [i for n, i in enumerate(order) if n < MEASURED or i in kinds or i < at_least]
     return [options[i] for i in chosen], [losses[i] for i in chosen]
 
 
@@ -346,8 +365,17 @@ def _check(
 
 
 def _best(checks: Sequence[PlanCheck]) -> PlanCheck | None:
-    fitting = [c for c in checks if c.within_budget]
-    return min(fitting, key=_merit) if fitting else None
+    """Of what fits, that which loses least. One that contains it goes before it: it has all its channels and more to heal with."""
+    fitting = sorted((c for c in checks if c.within_budget), key=_merit)
+    best = fitting[0] if fitting else None
+    while best is not None and (wider := [c for c in fitting if _contains(c, best)]):
+        best = wider[0]
+    return best
+
+
+def _contains(check: PlanCheck, other: PlanCheck) -> bool:
+    wide, narrow = check.widths, other.widths
+    return wide != narrow and all(wide[n] >= w for n, w in narrow.items())
 
 
 def _merit(check: PlanCheck) -> tuple[bool, float]:

@@ -142,3 +142,29 @@ def test_the_other_kind_is_waited_for_only_while_it_is_a_rival(other_ms, other_l
 def test_a_leader_that_leaves_budget_unused_is_never_the_end():
     assert not guarantee._settled([_checked({"a": 8}, 0.9, 0.01)], 1.0)
     assert not guarantee._settled([_checked({"a": 8}, 1.1, 0.01, fits=False)], 1.0)
+
+
+def test_a_leader_that_leaves_budget_unused_is_widened(basis):
+    # Of this loss only structures that keep little of group "c" are good, so what leads leaves much of the budget unused.
+    narrow = replace(basis, loss=lambda kept: float(len(kept["c"])), curves=basis.curves)
+    limit_ms = 0.7 * basis.nets.dense_ms
+    lead = _checked({"a": 16, "b": 16, "c": min(basis.model.grids["c"])}, 0.5 * limit_ms, 0.0)
+    (found,) = guarantee._widened(narrow, lead, limit_ms, 0.69 * basis.nets.dense_ms)
+    assert all(found.widths[n] >= w for n, w in lead.widths.items())
+    assert lead.measured_ms < found.predicted_ms <= 0.69 * basis.nets.dense_ms
+    full = lead.model_copy(update={"measured_ms": 0.98 * limit_ms})
+    assert guarantee._widened(narrow, full, limit_ms, limit_ms) == []
+    assert guarantee._widened(narrow, None, limit_ms, limit_ms) == []
+    assert guarantee._widened(narrow, lead, limit_ms, 0.0) == []  # nothing wider is fast enough
+
+
+def test_a_structure_that_contains_another_goes_before_it():
+    small, wide = _checked({"a": 8, "b": 8}, 0.8, 0.010), _checked({"a": 8, "b": 16}, 0.9, 0.011)
+    widest = _checked({"a": 16, "b": 16}, 0.99, 0.012)
+    apart = _checked({"a": 32, "b": 4}, 0.99, 0.011)
+    assert guarantee._best([small, wide]) == wide
+    assert guarantee._best([small, apart, widest, wide]) == widest
+    assert guarantee._best([small, apart]) == small
+    over = widest.model_copy(update={"within_budget": False})
+    assert guarantee._best([small, over]) == small
+    assert guarantee._best([over]) is None
