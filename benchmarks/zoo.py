@@ -8,6 +8,8 @@ there is left out. A second run goes on where the first ended.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import re
 import resource
@@ -55,6 +57,26 @@ def by_module(pairs: Iterator[tuple[str, Any]]) -> dict[str, str]:
     for name, builder in pairs:
         found.setdefault(builder.__module__.rpartition(".")[2], []).append(name)
     return {module: smallest(names) for module, names in sorted(found.items())}
+
+
+def declare_operators() -> None:
+    """Names for torchvision's compiled operators, so that a wheel for another build of torch imports. No classifier runs one."""
+    global _declared
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    with contextlib.suppress(ImportError, RuntimeError):
+        import torchvision  # noqa: F401
+
+        return
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    _declared = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            _declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_declared: torch.library.Library | None = None  # what it declares is gone with it
 
 
 def architectures(library: str) -> dict[str, str]:
@@ -216,9 +238,11 @@ def main(
     if one:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         torch.set_num_threads(1)
+        declare_operators()
         click.echo(look_at(*one).model_dump_json())
         return
     rows: dict[tuple[str, str], ZooRow] = {}
+    declare_operators()
     known = versions()
     if out.exists():
         earlier = records.read_json(ZooResults, out)
