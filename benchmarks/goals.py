@@ -127,7 +127,7 @@ def goals(folder: Path) -> Iterator[Goal]:
     """Every figure that was asked for, from the results files in a folder. Raises as :func:`edgeprune.records.read_json`."""
     nets = {
         n: _read(CompareResults, folder / f"compare-{n}.json")
-        for n in ("example", "resnet20-wide", "mobilenetv2-half")
+        for n in ("example", "resnet20-wide", "resnet20-wide-brief", "mobilenetv2-half")
     }
     resnet, mobile, example = nets["resnet20-wide"], nets["mobilenetv2-half"], nets["example"]
     for budget, must, aim in (("2x", -0.002, 0.0), ("3x", -0.005, -0.002), ("4x", -0.01, -0.005)):
@@ -140,9 +140,14 @@ def goals(folder: Path) -> Iterator[Goal]:
         yield Goal(
             "points", about, must, aim, _accuracy(mobile, budget), points, stamp=_stamp(mobile)
         )
-    for name, found in (("the example", example), ("ResNet-20-wide", resnet)):
+    for name, found in (
+        ("the example", example),
+        ("ResNet-20-wide", nets["resnet20-wide-brief"]),
+        ("ResNet-20-wide", resnet),
+    ):
+        epochs = "" if found is None else f", {found.epochs:g} epochs"
         for budget, least, aim in (("3x", 0.002, 0.005), ("4x", None, 0.01)):
-            about = f"margin over the best other pruner at {budget}, {name}"
+            about = f"margin over the best other pruner at {budget}, {name}{epochs}"
             yield Goal(
                 "margin", about, least, aim, _margin(found, budget), points, stamp=_stamp(found)
             )

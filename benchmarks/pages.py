@@ -31,7 +31,8 @@ from edgeprune import records
 from edgeprune.results import Report
 
 README_NETS = ("example", "mobilenetv2-half")
-NETS = ("example", "resnet20-wide", "mobilenetv2-half")
+# "-brief" is the same net healed for less, which keeps apart what long training makes equal.
+COMPARISONS = ("example", "resnet20-wide", "resnet20-wide-brief", "mobilenetv2-half")
 
 
 def load_blocks(results: Path) -> dict[str, str | None]:
@@ -90,7 +91,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
         found["int8"] = int8_block(records.read_json(RecipeResults, recipes), table)
     if (zoo := results / "zoo.json").is_file():
         found["zoo"] = zoo_block(records.read_json(ZooResults, zoo), table)
-    for net in NETS:
+    for net in COMPARISONS:
         path = results / f"compare-{net}.json"
         found |= {f"compare-{net}": None, f"compare-{net}-short": None}
         if path.is_file():
@@ -107,7 +108,7 @@ def load_blocks(results: Path) -> dict[str, str | None]:
 def load_plots(results: Path) -> dict[str, str]:
     """Pictures by their place in the checkout. Raises as :func:`load_blocks`."""
     found = {}
-    for net in NETS:
+    for net in COMPARISONS:
         path = results / f"compare-{net}.json"
         drawn = compare_plot(records.read_json(CompareResults, path)) if path.is_file() else None
         if drawn is not None:

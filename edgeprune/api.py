@@ -169,7 +169,7 @@ def deploy(
         preprocess: how raw samples become the model's input.
         labels: class names.
         settings: recovery, augmentation and the rest of ``edgeprune.yaml``.
-        importance: ``fisher``, ``taylor``, ``obs``, ``variance``, ``l2``, ``l1``, ``bn-scale``, ``fpgm`` or ``random``.
+        importance: ``fisher``, ``hessian``, ``taylor``, ``obs``, ``variance``, ``l2``, ``l1``, ``bn-scale``, ``fpgm`` or ``random``.
         scope: ``global`` compares channels between groups; ``local`` only within each, and every group keeps the same share of its own.
         seed: of everything random.
         run: the run folder; ``runs/<target>-<digest>`` when not given. Finished stages in it are kept.

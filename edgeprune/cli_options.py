@@ -18,7 +18,7 @@ def importance_options(command: Command) -> Command:
             "--importance",
             default="fisher",
             show_default=True,
-            help="fisher, taylor, obs, variance, l2, l1, bn-scale, fpgm or random.",
+            help="fisher, hessian, taylor, obs, variance, l2, l1, bn-scale, fpgm or random.",
         ),
         click.option(
             "--scope",

@@ -125,7 +125,7 @@ def measure_table(
     full = {g.name: g.channels for g in groups}
     probes = Probes(stand, file, progress, {} if known is None else known, most)
     classes = _classes(file, full)
-    found = sparse.probe(classes, full, {g.name: g.step for g in groups}, probes)
+    found = sparse.probe(classes, full, {g.name: g.step for g in groups}, probes, prior=prior)
     by_name = {k.signature: k for k in found.kernels}
     tables = [(c, by_name[c.name]) for c in classes]
     staircases = {
@@ -137,7 +137,7 @@ def measure_table(
     grids = {
         group: thin(
             admissible(
-                _on_prior(s.widths, (prior or {}).get(group, 1)),
+                s.widths,
                 dict(zip(s.widths, s.ns, strict=True)),
                 tolerance=WIDTH_TOLERANCE,
             )
@@ -177,11 +177,6 @@ def _step_of(kernel: Kernel, steps: ChannelSteps) -> int:
     if "conv" in op:
         return steps.conv
     return steps.linear if any(word in op for word in LINEAR_OPS) else 1
-
-
-def _on_prior(widths: Sequence[int], step: int) -> tuple[int, ...]:
-    """The widths that are multiples of the step, and the full one."""
-    return tuple(w for w in widths if w % step == 0 or w == widths[-1])
 
 
 def _with_removal(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from zoo import ZOO, head, make
 
 from edgeprune.compress.criteria import bn_scale, fpgm, l1, l2, random
+from edgeprune.compress.curvature import hessian
 from edgeprune.compress.evaluate import kl_nats, logits
 from edgeprune.compress.groups import ChannelGroup, find_groups, zero_channels
 from edgeprune.compress.importance import (
@@ -385,7 +386,43 @@ def test_weights_alone_give_the_scores_that_their_papers_say() -> None:
     assert int(np.argmin(fpgm(model, groups, x, 0)[inner.name])) == 5
 
 
-@pytest.mark.parametrize("importance", ["fisher", "taylor", "obs", "variance"])
+def diagonal_by_hand(model: nn.Module, group: ChannelGroup, x: Tensor) -> np.ndarray:
+    """Half the diagonal of the whole Hessian of the divergence by the gates of one group."""
+    with torch.no_grad():
+        dense = copy.deepcopy(model).eval()(x).log_softmax(1)
+
+    def divergence(gates: Tensor) -> Tensor:
+        said = gated(model, group, gates)(x).log_softmax(1)
+        return F.kl_div(said, dense, reduction="batchmean", log_target=True)
+
+    whole = torch.autograd.functional.hessian(divergence, torch.ones(group.channels))
+    return (torch.diagonal(whole).double() / 2).numpy()
+
+
+@pytest.mark.parametrize("name", ["residual", "shared", "mlp"])
+def test_the_hessian_is_the_diagonal_written_out_by_hand(name: str) -> None:
+    model, _ = make(ZOO[name])
+    x = torch.randn(4, *ZOO[name].shape)
+    groups, _ = find_groups(model, x[:1])
+    for group in groups:  # one at a time: directions of other groups are noise
+        expected = np.maximum(diagonal_by_hand(model, group, x), 0)
+        score = hessian(model, [group], x, SEED, batch_size=2, probes=800)[group.name]
+        np.testing.assert_allclose(score, expected, rtol=0.3, atol=0.1 * expected.max())
+
+
+def test_the_hessian_sees_that_a_closed_gate_costs_and_repeats_with_its_seed() -> None:
+    model, _ = make(ZOO["inverted"])
+    x = torch.randn(8, *ZOO["inverted"].shape)
+    groups, _ = find_groups(model, x[:1])
+    first, again = (hessian(model, groups, x, SEED) for _ in range(2))
+    assert all((first[g.name] == again[g.name]).all() for g in groups)
+    assert all((first[g.name] >= 0).all() and first[g.name].max() > 0 for g in groups)
+    with torch.no_grad():
+        quiet = hessian(model, groups, x, SEED)
+    assert all((first[g.name] == quiet[g.name]).all() for g in groups)
+
+
+@pytest.mark.parametrize("importance", ["fisher", "hessian", "taylor", "obs", "variance"])
 def test_scoring_without_a_sample_is_an_error(importance: str) -> None:
     model, x = make(ZOO["plain"])
     groups, _ = find_groups(model, x[:1])

@@ -31,6 +31,26 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy that may be hooked: parameters want no gradient (activations do), and nothing overwrites what another layer has read."""
+    watched = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in watched.modules():
+        if getattr(module, "inplace", None) is True:
+            module.inplace = False  # type: ignore[assignment]
+    return watched
+
+
+def backward(loss: Tensor) -> None:
+    """Gradients of a loss. ModelError where the model overwrites in place what it needs for them."""
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model cannot be differentiated: {str(error).splitlines()[0][:200]}",
+            hint="write x = relu(x) in place of relu_(x) in the model's forward",
+        ) from error
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode; every module's own mode comes back when the block ends."""

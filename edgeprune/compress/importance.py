@@ -2,13 +2,13 @@
 
 An importance is a plain function with the signature of :data:`Importance`, selected by its name in :data:`BY_NAME`: another one is one
 function and one line there. Here are those that need gradients; those that need the weights alone are in
-:mod:`~edgeprune.compress.criteria`, those that need activations in :mod:`~edgeprune.compress.reconstruct`.
+:mod:`~edgeprune.compress.criteria`, those that need activations in :mod:`~edgeprune.compress.reconstruct`, and that which needs second
+derivatives in :mod:`~edgeprune.compress.curvature`.
 Whatever the scores, :func:`cost_curves` turns them into the cost in nats of keeping each width, calibrated against real evaluations.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -29,8 +29,9 @@ from edgeprune.compress.criteria import (
     places,
     random,
 )
+from edgeprune.compress.curvature import hessian
 from edgeprune.compress.divergence import AfterRepair
-from edgeprune.compress.evaluate import BATCH, device_of
+from edgeprune.compress.evaluate import BATCH, backward, device_of, private_copy
 from edgeprune.compress.reconstruct import obs, variance
 from edgeprune.compress.surgery import ChannelGroup
 from edgeprune.errors import ModelError
@@ -107,7 +108,7 @@ def _mean_over_samples(
     """Gate gradients of the loss against ``label`` of the predicted chances, brought together over the samples of a batch by ``total``."""
     if len(x) == 0:
         raise ModelError("scoring channels needs at least 1 sample, but got 0")
-    watched = _private_copy(model)
+    watched = private_copy(model)
     place = device_of(watched)
     totals = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in groups}
     gates: dict[str, torch.Tensor] = {}
@@ -119,29 +120,10 @@ def _mean_over_samples(
             classes = label(output.detach().softmax(1).cpu()).to(place)
             loss = functional.cross_entropy(output, classes, reduction="sum")
         if loss.requires_grad:
-            _backward(loss)
+            backward(loss)
         for name, gate in gates.items():
             totals[name] += total(gate)
     return {name: (found / len(x)).numpy() for name, found in totals.items()}
-
-
-def _backward(loss: torch.Tensor) -> None:
-    try:
-        loss.backward()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise ModelError(
-            f"the model cannot be differentiated: {str(error).splitlines()[0][:200]}",
-            hint="write x = relu(x) in place of relu_(x) in the model's forward",
-        ) from error
-
-
-def _private_copy(model: nn.Module) -> nn.Module:
-    """A copy that may be hooked: parameters want no gradient (activations do), and nothing overwrites what another layer has read."""
-    watched = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in watched.modules():
-        if getattr(module, "inplace", None) is True:
-            module.inplace = False  # type: ignore[assignment]
-    return watched
 
 
 def _watch(
@@ -195,6 +177,7 @@ def _summed(layer: nn.Module, product: torch.Tensor) -> torch.Tensor:
 
 BY_NAME: dict[str, Importance] = {
     "fisher": fisher,
+    "hessian": hessian,
     "taylor": taylor,
     "obs": obs,
     "variance": variance,

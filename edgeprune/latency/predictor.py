@@ -20,7 +20,7 @@ from edgeprune.latency.leastsquares import nonnegative_least_squares
 from edgeprune.latency.table import KernelShape, KernelTable, LatencyTable
 
 NOISE_RATIO = 0.02  # one whole-net timing, relative: sets how soon data outweigh the priors
-CLASS_ERROR_RATIO = 0.04  # above this mean error one scale for all kernels is not enough
+CLASS_ERROR_RATIO = 0.015  # above this mean error one scale for all kernels is not enough; nets repeat to about as much
 LEAST_SCALE = 0.05
 FEW = 6  # nets, below which there is no telling which of them is off
 OUTLIER = 2.5  # robust standard deviations from which on a timing counts less, in proportion (Huber's weights)
@@ -288,7 +288,7 @@ def correct(
 ) -> LatencyModel:
     """The model refitted to whole nets: ``T = a S + c``, errors relative, with a weak prior at ``a = 1``, ``c = 0``.
 
-    Whatever correction the model had is replaced. If nets left out of the fit are still missed by more than 4 % on average, two richer
+    Whatever correction the model had is replaced. If nets left out of the fit are still missed by more than 1.5 % on average, two richer
     forms are tried, and the one that misses least is kept: a cost of each byte of weights besides (:mod:`edgeprune.latency.traffic`), and
     with it a scale of its own for every kernel class, with a prior at the common one. Times stay above zero.
 

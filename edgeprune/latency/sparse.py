@@ -79,6 +79,8 @@ def probe(
     channels: Mapping[str, int],
     steps: Mapping[str, int],
     timer: Timer,
+    *,
+    prior: Mapping[str, int] | None = None,
 ) -> SparseTable:
     """Time what is needed of these classes.
 
@@ -87,6 +89,7 @@ def probe(
         channels: full width of every group.
         steps: the step that the network asks of every group.
         timer: its first request is every class at full width.
+        prior: a step of a group that its widths must be multiples of, whatever the tiles are: no others are timed, but to tell the tiles.
     """
     timer.take([(c, c.full) for c in classes], "kernels-full")
     weights = _weights(classes, timer)
@@ -95,7 +98,8 @@ def probe(
     candidates = {}
     for group, n in channels.items():
         found = _tiles_of(classes, weights, group, tiles)
-        candidates[group] = candidate_widths(n, step=common_step(n, steps[group], found))
+        step = math.lcm(common_step(n, steps[group], found), (prior or {}).get(group, 1))
+        candidates[group] = candidate_widths(n, step=step)
     grids = [Grid.of(c, candidates, tiles) for c in classes]
     timer.take([(g.kernels, p) for g in grids for p in g.corners()], "kernels-corners")
     _refine([g for g in grids if weights[g.kernels.name] >= LEAST_WEIGHT], weights, timer)
