@@ -74,7 +74,7 @@ def solve(problem: Problem, limit_ms: float) -> Solution:
     if problem.even is not None:
         return _widest(even_structures(problem), limit_ms)
     search = _Search.of(problem)
-    state, bound = search.solve(limit_ms)
+    state, bound = search.solve(search.straightened(limit_ms))
     return replace(search.solution(state), bound_nats=bound)
 
 
@@ -87,7 +87,7 @@ def fastest(problem: Problem) -> Solution:
 
 
 def pareto(problem: Problem, *, points: int = 64) -> tuple[Solution, ...]:
-    """Structures on the convex hull of (latency, cost), fastest first, none beaten in both by any structure.
+    """Structures on the convex hull of (latency without its bend, cost), fastest first, none beaten in both by any structure.
 
     Args:
         problem: what is to be decided.
@@ -231,6 +231,7 @@ def alternatives(
     if problem.even is not None:  # there is but one ratio
         return (solve(problem, limit_ms),)
     search = _Search.of(problem)
+    limit_ms = search.straightened(limit_ms)
     state, _ = search.solve(limit_ms)
     found = [state]
     while len(found) < count:
@@ -244,12 +245,16 @@ def alternatives(
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """A problem as numbered variables: only groups that have a choice take part. A *point* is (latency in ms, cost in nats)."""
+    """A problem as numbered variables: only groups that have a choice take part. A *point* is (latency in ms, cost in nats).
+
+    Latencies and limits are those of the model without its bend, which does not change their order: see :meth:`LatencyModel.bent`.
+    """
 
     grids: Mapping[str, tuple[int, ...]]
     names: list[str]
     costs: list[np.ndarray]
     graph: FactorGraph
+    model: LatencyModel
 
     @classmethod
     def of(cls, problem: Problem) -> _Search:
@@ -266,9 +271,13 @@ class _Search:
             tables[scope] = tables[scope] + table if scope in tables else table
         constant += float(tables.pop((), np.zeros(())))
         costs = [np.asarray(problem.cost_nats[name], dtype=float) for name in names]
-        return cls(
-            problem.grids, names, costs, FactorGraph([len(c) for c in costs], tables, constant)
-        )
+        graph = FactorGraph([len(c) for c in costs], tables, constant)
+        return cls(problem.grids, names, costs, graph, problem.model)
+
+    def straightened(self, limit_ms: float) -> float:
+        """The limit without the bend; what is predicted to take exactly the limit is within it in spite of rounding."""
+        bend = self.model.bend_per_ms
+        return self.model.straightened(limit_ms) * (1 + 1e-12) if bend else limit_ms
 
     @property
     def total_cost(self) -> float:
@@ -281,7 +290,7 @@ class _Search:
         for name, choice in zip(self.names, state, strict=True):
             widths[name] = self.grids[name][choice]
         time, cost = self.point(state)
-        return Solution(widths, time, cost)
+        return Solution(widths, self.model.bent(time), cost)
 
     def point(self, state: np.ndarray) -> tuple[float, float]:
         """Latency and cost of a state."""
@@ -341,7 +350,7 @@ class _Search:
             found = Neighbourhood(self.graph, self.costs, limit_ms).improve(fast)
             if found is not None:
                 return found
-        raise _out_of_reach(limit_ms, self.graph.value(fast))
+        raise _out_of_reach(self.model.bent(limit_ms), self.model.bent(self.graph.value(fast)))
 
     def _repair(self, limit_ms: float, starts: list[np.ndarray], *, kicks: bool) -> np.ndarray:
         """The cheapest state that local search reaches from the points nearest to the limit, on both sides of it."""

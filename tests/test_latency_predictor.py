@@ -129,6 +129,7 @@ def test_ten_noisy_nets_recover_scale_and_offset(scale: float, offset_ms: float)
     assert corrected.scale == pytest.approx(scale, rel=0.05)
     assert corrected.offset_ms == pytest.approx(offset_ms, abs=0.05 * truth(dense_net(GRIDS)))
     assert not corrected.class_scales
+    assert corrected.bend_per_ms == 0
     mean, worst = evaluate(corrected, timed(truth, 20, seed=4))
     assert mean < 0.01
     assert worst < 0.03
@@ -185,6 +186,24 @@ def test_kernel_classes_get_their_own_scales_when_one_is_not_enough() -> None:
     ratio = corrected.class_scales["DEPTHWISE"] / corrected.class_scales["CONV_2D"]
     assert ratio == pytest.approx(3.0 / 0.8, rel=0.2)
     assert evaluate(corrected, timed(truth, 20, seed=6))[0] < 0.02
+
+
+def test_a_large_net_that_is_slower_than_its_parts_gets_a_bend() -> None:
+    dense_ms = kernels_ms(dense_net(GRIDS))
+
+    def truth(net: Mapping[str, int]) -> float:
+        linear = 0.9 * kernels_ms(net) + 0.02
+        return linear + 0.25 / dense_ms * linear**2
+
+    corrected = correct(model(), timed(truth, 10, seed=5, noise=0.005))
+    assert corrected.bend_per_ms > 0
+    mean, _ = evaluate(corrected, timed(truth, 20, seed=6))
+    assert mean < 0.012
+    # What the factors add up to is bent in one place, and back.
+    constant, factors = corrected.merged()
+    total = constant + sum(float(f.cost_ms[(-1,) * len(f.variables)]) for f in factors)
+    assert corrected.bent(total) == pytest.approx(corrected.predict({}))
+    assert corrected.straightened(corrected.predict({})) == pytest.approx(total)
 
 
 BYTES = {"conv2": ("inner", "late")}

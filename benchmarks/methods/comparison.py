@@ -175,7 +175,9 @@ class Comparison:
         file = SimpleNamespace(kernels=(kernel,), blocks=whole.blocks, kernel=whole.kernel)
         measured, full = self.ready.table.result, self.context.full
         alone = without_removal(planning.kernel_model(file, measured, full))  # type: ignore[arg-type]
-        return dataclasses.replace(alone, scale=model.scale, class_scales=model.class_scales)
+        return dataclasses.replace(
+            alone, scale=model.scale, class_scales=model.class_scales, bend_per_ms=model.bend_per_ms
+        )
 
     def _netadapt(self) -> Iterator[Method]:
         data = self.context.job.loaded.dataset
