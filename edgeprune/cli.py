@@ -375,7 +375,7 @@ def profiles_list(as_json: bool) -> None:
 @targets.command("show")
 @click.argument("name")
 def targets_show(name: str) -> None:
-    """One target as YAML."""
+    """One target as YAML, with a line on what its INT8 scheme means."""
     from edgeprune import catalog
 
     _print_yaml(catalog.target(name))
@@ -393,6 +393,9 @@ def profiles_show(name: str) -> None:
 def _print_yaml(record: Any) -> None:
     import yaml
 
+    from edgeprune.int8_results import SCHEME_WORDS
+
+    click.echo(f"# {SCHEME_WORDS}")
     click.echo(yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False), nl=False)
 
 

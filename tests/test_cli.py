@@ -57,6 +57,13 @@ def test_a_group_without_a_command_shows_its_help(tmp_path):
     assert "error:" not in done.stderr
 
 
+def test_what_the_int8_schemes_are_stands_above_the_records_that_name_them(tmp_path):
+    for group, name in (("targets", "rpi4"), ("profiles", "x86-64")):
+        first, *rest = printed(tmp_path, group, "show", name).splitlines()
+        assert first.startswith("# static-int8: weights and activations are INT8")
+        assert "static-int8" in "\n".join(rest)
+
+
 def test_the_version_is_that_of_the_package(tmp_path):
     assert printed(tmp_path, "--version").strip() == f"edgeprune, version {__version__}"
 
