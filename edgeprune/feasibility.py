@@ -417,9 +417,8 @@ def _plan(
 
 def say_plan(context: Context, plan: PlanResult) -> None:
     """One line about the measurement of a plan."""
-    widths = plan.plan.widths()
-    chosen = min((c for c in plan.checks if c.widths == widths), key=lambda c: c.ratio_high)
+    chosen = plan.chosen()
     context.progress.say(
-        f"      {chosen.ratio_to_dense:.1%} of dense measured;"
-        f" predicted {chosen.predicted_ms:.4g} ms, measured {chosen.measured_ms:.4g} ms"
+        f"      {chosen.ratio_to_dense:.1%} of dense: {chosen.measured_ms:.4g} ms measured,"
+        f" {chosen.predicted_ms:.4g} ms predicted before it was timed"
     )

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 
 from edgeprune.plan_results import PruningPlan
-from edgeprune.report import charts, facts, format_table, int8_table, timing_text
+from edgeprune.report import charts, facts, format_table, int8_table, plan_sections, timing_text
 from edgeprune.report.figures import (
     NONE,
     bytes_text,
@@ -329,6 +329,8 @@ def say_cuts(page: Page, plan: PruningPlan) -> None:
         page.table(("group", "channels", f"saved, {unit}", "cost, nats"), rows)
         if len(groups) > MOST_GROUPS:
             page.say(f"and {len(groups) - MOST_GROUPS} more in the page", "dim")
+    if saved := plan_sections.saved_note(plan):
+        page.say(saved, "dim")
     if scope := facts.scope_note(plan):
         page.say(scope, "dim")
     for frozen in plan.frozen:
