@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,16 @@ import click
 from edgeprune.cli_bundle import bundle, verify
 from edgeprune.cli_devices import devices
 from edgeprune.cli_options import (
+    budget_options,
     formats_option,
     importance_options,
     int8_options,
     int8_settings,
+    model_options,
     schedule_options,
     schedule_settings,
 )
+from edgeprune.cli_usage import say_wrong_usage
 from edgeprune.console import plain, print_list
 from edgeprune.errors import BudgetError, EdgepruneError, SpecError
 from edgeprune.version import VERSION
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED, TERMINATED = 130, 143
 _INTERRUPTED_TEXT = "interrupted; run the same command again to go on"
-Command = Callable[..., Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     try:
-        cli.main(args=list(argv) if argv is not None else None, standalone_mode=False)
+        cli.main(
+            args=None if argv is None else list(argv), prog_name="edgeprune", standalone_mode=False
+        )
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.Abort as stop:
@@ -57,7 +61,7 @@ def _main(argv: Sequence[str] | None) -> None:
             click.echo(_INTERRUPTED_TEXT, err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        _say_wrong_usage(error)
+        say_wrong_usage(error, sys.argv[1:] if argv is None else argv)
         sys.exit(error.exit_code)
     except EdgepruneError as error:
         click.echo(f"error: {plain(error.message)}", err=True)
@@ -75,84 +79,19 @@ def _terminated(number: int, frame: object) -> None:
     sys.exit(TERMINATED)
 
 
-def _say_wrong_usage(error: click.ClickException) -> None:
-    """A flag or argument that does not exist or does not fit, in the words of all other errors."""
-    text = error.format_message().rstrip(".")
-    if "\n" in text:  # a group without a command: the message is its help
-        error.show()
-        return
-    click.echo(f"error: {plain(text[:1].lower() + text[1:])}", err=True)
-    if isinstance(error, click.UsageError) and error.ctx is not None:
-        click.echo(f"hint: {error.ctx.command_path} --help lists what there is", err=True)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(VERSION, prog_name="edgeprune")
 def cli() -> None:
-    """Prune, heal, quantise and prove a PyTorch model on the board it has to run on."""
+    """Prune, heal, quantise and prove a PyTorch model on the board it has to run on.
 
-
-def _model_options(command: Command) -> Command:
-    options = [
-        click.argument("model", required=False),
-        click.option("--target", "-t", help="What to ship for, such as rpi4 (or a target file)."),
-        click.option(
-            "--device", "-d", help="Name in devices.yaml; default: one that can time the target."
-        ),
-        click.option("--weights", help="Safetensors or state dict of a model factory."),
-        click.option("--data", help="Image folder, .npz, or file.py:factory."),
-        click.option("--example", help="Use a shipped example, such as fashion-mnist."),
-        click.option(
-            "--size", type=(int, int), help="Height and width that images are resized to."
-        ),
-        click.option("--color", type=click.Choice(["rgb", "grey"]), help="Channels of the images."),
-        click.option("--mean", type=float, multiple=True, help="Per channel, of pixels in [0, 1]."),
-        click.option("--std", type=float, multiple=True, help="Per channel, of pixels in [0, 1]."),
-        click.option(
-            "--sustained", help="Also run without a pause, such as 10min, and judge the end of it."
-        ),
-        click.option("--seed", type=click.IntRange(0), help="Of everything random."),
-        click.option(
-            "--record",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="Record all that the device answers, for a replay device (*.epr).",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _budget_options(command: Command) -> Command:
-    options = [
-        click.option("--latency", "-l", help="15ms, 60% of dense, or 2.5x faster than dense."),
-        click.option("--max-drop", help="Allowed accuracy drop in points, such as 1%."),
-        click.option(
-            "--tables",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="Kernel times of this board, from earlier searches; read, and added to.",
-        ),
-        click.option(
-            "--run",
-            type=click.Path(path_type=Path),
-            help="Run folder; default runs/<target>-<digest>.",
-        ),
-        click.option(
-            "--resume",
-            type=click.Path(path_type=Path, exists=True, file_okay=False),
-            help="Go on with this run folder.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    Start in your project's folder with `edgeprune init`, then `edgeprune deploy`; without one: `edgeprune deploy --example fashion-mnist
+    --target rpi4`.
+    """
 
 
 @cli.command()
-@_model_options
-@_budget_options
+@model_options
+@budget_options
 @importance_options
 @formats_option
 @schedule_options
@@ -235,15 +174,16 @@ def _missed(report: Any) -> BudgetError:
     )
 
 
-@cli.command()
-@_model_options
-@_budget_options
+@cli.command(short_help="What a budget would cost, before any training.")
+@model_options
+@budget_options
 @importance_options
 @formats_option
 def search(as_json: bool, quiet: bool, **flags: Any) -> None:
     """What a budget would cost, and what others would: everything before training, explained.
 
-    The run folder gets search.html, search.json, and plan.json, whose widths may be edited and given to `deploy --plan`.
+    MODEL as for `edgeprune deploy`. The run folder gets search.html, search.json, and plan.json, whose widths may be edited and given to
+    `deploy --plan`.
     """
     options = _options(flags)
     progress = _progress(quiet)
@@ -258,10 +198,10 @@ def search(as_json: bool, quiet: bool, **flags: Any) -> None:
         click.echo(f"plan    {path / 'plan.json'}, for deploy --plan")
 
 
-@cli.command()
-@_model_options
+@cli.command(short_help="Where the milliseconds go, kernel by kernel.")
+@model_options
 def profile(as_json: bool, quiet: bool, **flags: Any) -> None:
-    """Where the milliseconds go: dense latency in fp32 and INT8, and every kernel."""
+    """Where the milliseconds go: dense latency in fp32 and INT8, and every kernel. MODEL as for `edgeprune deploy`."""
     options = _options(flags)
     progress = _progress(quiet)
     loaded = _load(flags, options)
@@ -273,10 +213,10 @@ def profile(as_json: bool, quiet: bool, **flags: Any) -> None:
 
 
 @cli.command()
-@click.option("--model", help="file.py:factory")
-@click.option("--weights", help="Weights file.")
+@click.option("--model", help="What makes the model: file.py:factory.")
+@click.option("--weights", help="Weights for it: safetensors, or a state dict.")
 @click.option("--data", help="Image folder, .npz, or file.py:factory.")
-@click.option("--target", "-t", default="rpi4", show_default=True)
+@click.option("--target", "-t", default="rpi4", show_default=True, help="What to ship for.")
 @click.option("--yes", "-y", is_flag=True, help="Take every proposal without asking.")
 def init(model: str | None, weights: str | None, data: str | None, target: str, yes: bool) -> None:
     """Look at this folder, ask, and write edgeprune.yaml."""
@@ -296,9 +236,9 @@ def init(model: str | None, weights: str | None, data: str | None, target: str, 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def report(run: Path, as_json: bool) -> None:
-    """Show the report of a run again."""
+    """Show the report of a finished run again."""
     from edgeprune import records
     from edgeprune.report import render_terminal
 
@@ -309,7 +249,7 @@ def report(run: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 def compare(runs: Sequence[Path]) -> None:
-    """Runs side by side."""
+    """Show finished runs side by side."""
     from edgeprune.report import compare_text
 
     click.echo(compare_text([_read_report(run) for run in runs]), nl=False)
@@ -338,7 +278,7 @@ def targets() -> None:
 
 @cli.group()
 def profiles() -> None:
-    """What is known of each piece of silicon."""
+    """What is known of each processor: facts with sources."""
 
 
 cli.add_command(devices)
@@ -347,7 +287,7 @@ cli.add_command(bundle)
 
 
 @targets.command("list")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def targets_list(as_json: bool) -> None:
     """All targets."""
     from edgeprune import catalog
@@ -363,7 +303,7 @@ def targets_list(as_json: bool) -> None:
 
 
 @profiles.command("list")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def profiles_list(as_json: bool) -> None:
     """All profiles."""
     from edgeprune import catalog
@@ -375,7 +315,7 @@ def profiles_list(as_json: bool) -> None:
 @targets.command("show")
 @click.argument("name")
 def targets_show(name: str) -> None:
-    """One target as YAML."""
+    """One target as YAML, with a line on what its INT8 scheme means."""
     from edgeprune import catalog
 
     _print_yaml(catalog.target(name))
@@ -393,6 +333,9 @@ def profiles_show(name: str) -> None:
 def _print_yaml(record: Any) -> None:
     import yaml
 
+    from edgeprune.int8_results import SCHEME_WORDS
+
+    click.echo(f"# {SCHEME_WORDS}")
     click.echo(yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
@@ -409,6 +352,7 @@ def doctor() -> None:
         "tflite": ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
         "onnx": ("onnx", "onnxruntime", "onnxscript"),
         "executorch": ("executorch", "torchao"),
+        "coreml": ("coremltools",),
     }
     for extra, packages in wanted.items():
         found = []

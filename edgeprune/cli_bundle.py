@@ -11,16 +11,26 @@ from edgeprune.console import plain
 from edgeprune.errors import SpecError
 
 
-@click.command()
+@click.command(short_help="Check a bundle, here and on devices.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--device", "-d", "names", multiple=True, help="Also run it there, and time it.")
+@click.option(
+    "--device",
+    "-d",
+    "names",
+    multiple=True,
+    help="Also run it on this device, and time it; may be repeated.",
+)
 @click.option(
     "--key",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Public key of its maker (PEM or OpenSSH, Ed25519): the bundle must carry its signature.",
 )
-@click.option("--require-signature", is_flag=True, help="Fail without --key.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--require-signature",
+    is_flag=True,
+    help="Fail where no --key is given to check a signature with.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(
     bundle: Path, names: Sequence[str], key: Path | None, require_signature: bool, as_json: bool
 ) -> None:
@@ -33,7 +43,10 @@ def verify(
     from edgeprune.bundle.verify import verify as verify_bundle
 
     if not bundle.exists():
-        raise SpecError(f"there is no bundle at {bundle}")
+        raise SpecError(
+            f"there is no bundle at {bundle}",
+            hint="give its folder or its zip, such as runs/rpi4-0123/bundle",
+        )
     devices = [(name, catalog.device(name)) for name in names]
     found = verify_bundle(bundle, devices=devices, key=key, require_signature=require_signature)
     shown = found
@@ -61,7 +74,7 @@ def bundle() -> None:
     """Sign bundles, and describe their files."""
 
 
-@bundle.command()
+@bundle.command(short_help="Sign a bundle; prints the public key.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--key", required=True, help="Private Ed25519 key: a file of mode 0600, env:NAME or file:/path."

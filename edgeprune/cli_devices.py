@@ -31,7 +31,7 @@ _yes = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 
 @click.group()
 def devices() -> None:
-    """The boards on this desk."""
+    """Add, check, set up and free the boards that are measured."""
 
 
 for _command in (add, rekey, remove):
@@ -60,7 +60,7 @@ def list_devices(as_json: bool) -> None:
     print_list(as_json, rows)
 
 
-@devices.command()
+@devices.command(short_help="What a board is, and what would disturb it.")
 @_name
 @_json
 def check(name: str, as_json: bool) -> None:
@@ -127,7 +127,7 @@ def _open(name: str, *, exclusive: bool) -> Board:
     return open_board(name, device, exclusive=exclusive)
 
 
-@devices.command()
+@devices.command(short_help="Install the runtimes on a board.")
 @_name
 @click.option(
     "--runtime",
@@ -196,11 +196,13 @@ def _holder(owner: Owner | None) -> str:
     return "free" if owner is None else f"held by {owner.text()}"
 
 
-@devices.command()
+@devices.command(short_help="Return once nobody holds the board.")
 @_name
-@click.option("--timeout", default="10min", show_default=True, help="Such as 90s, 10min or 2h.")
+@click.option(
+    "--timeout", default="10min", show_default=True, help="How long at most: 90s, 10min, 2h."
+)
 def wait(name: str, timeout: str) -> None:
-    """Return once nobody holds the board; exit code 75 when that takes too long."""
+    """Return once nobody holds the board; exit code 75 after the timeout."""
     from edgeprune.devices.checkup import asked
     from edgeprune.devices.replies import Who
 
@@ -229,7 +231,7 @@ def _seconds(text: str) -> float:
 @_name
 @_yes
 def break_lease(name: str, yes: bool) -> None:
-    """End the agent that holds the board, and with it what it measures. Works for one's own user on the board."""
+    """End the work that holds the board. Only for one's own user on the board."""
     from edgeprune.devices.checkup import asked
     from edgeprune.devices.replies import Broken, Who
 
@@ -259,7 +261,9 @@ def _agree(question: str, yes: bool) -> None:
 
 @devices.command()
 @_name
-@click.option("--all", "everything", is_flag=True, help="The environments of runtimes as well.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Also remove the runtimes that `setup` installed."
+)
 def clean(name: str, everything: bool) -> None:
     """Free the board's disk of cached model files and old agents."""
     from edgeprune.devices.checkup import asked, size_text
@@ -270,7 +274,7 @@ def clean(name: str, everything: bool) -> None:
     click.echo(f"freed {size_text(done.freed_bytes)}, kept {size_text(done.kept_bytes)} on {name}")
 
 
-@devices.command()
+@devices.command(short_help="Put back the settings of a board.")
 @_name
 def restore(name: str) -> None:
     """Put back the settings of the board that were changed for a measurement."""

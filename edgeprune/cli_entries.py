@@ -33,7 +33,7 @@ _file = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Add a board, with its host key pinned.")
 @_name
 @click.argument("address")
 @click.option("--port", type=click.IntRange(1, 65535), help="Of the SSH server; default 22.")
@@ -211,7 +211,7 @@ def _say_added(name: str, path: Path, hello: Hello, targets: Sequence[str]) -> N
         click.echo(plain(line))
 
 
-@click.command()
+@click.command(short_help="Pin the new host key of a board.")
 @_name
 @click.option("--old", required=True, help="SHA256:... that is pinned now.")
 @click.option("--new", required=True, help="SHA256:... read on the board's console.")
@@ -237,7 +237,7 @@ def rekey(name: str, old: str, new: str, file: Path | None) -> None:
     click.echo(f"{name}: {old} was replaced by {seen.key_type} {seen.sha256} in {path}")
 
 
-@click.command()
+@click.command(short_help="Take a board out of devices.yaml.")
 @_name
 @_file
 def remove(name: str, file: Path | None) -> None:

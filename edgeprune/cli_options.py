@@ -1,14 +1,92 @@
-"""Flags that stand for keys of ``edgeprune.yaml``, under the same names."""
+"""Flags that several commands share; those that stand for keys of ``edgeprune.yaml`` have the same names."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 Command = Callable[..., Any]
+
+
+def model_options(command: Command) -> Command:
+    """Add the model, and the flags that say what it is, where it is to run and what is shown."""
+    options = [
+        click.argument("model", required=False),
+        click.option(
+            "--target",
+            "-t",
+            help="What to ship for, such as rpi4: see `edgeprune targets list`, or a file.",
+        ),
+        click.option(
+            "--device", "-d", help="Name in devices.yaml; default: one that can time the target."
+        ),
+        click.option("--weights", help="Weights for the model: safetensors, or a state dict."),
+        click.option("--data", help="Image folder, .npz, or file.py:factory."),
+        click.option("--example", help="Use a shipped example, such as fashion-mnist."),
+        click.option(
+            "--size", type=(int, int), help="Height and width that images are resized to."
+        ),
+        click.option("--color", type=click.Choice(["rgb", "grey"]), help="Channels of the images."),
+        click.option(
+            "--mean", type=float, multiple=True, help="Of pixels in [0, 1]; once per channel."
+        ),
+        click.option(
+            "--std", type=float, multiple=True, help="Of pixels in [0, 1]; once per channel."
+        ),
+        click.option(
+            "--sustained", help="Also run without a pause, such as 10min, and judge the end of it."
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0), help="Seed of everything random; default 0."
+        ),
+        click.option(
+            "--record",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Record all that the device answers, for a replay device (*.epr).",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def budget_options(command: Command) -> Command:
+    """Add the flags of the gates, and of the files that a search reads and writes."""
+    options = [
+        click.option(
+            "--latency",
+            "-l",
+            help="15ms, 60% of dense, or 2.5x faster than dense; default: the target's.",
+        ),
+        click.option(
+            "--max-drop", help="Accuracy points it may lose, such as 1%; default: the target's."
+        ),
+        click.option(
+            "--tables",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="File of kernel times of this board, used and added to; default: what this computer timed in"
+            " the last 7 days (none with EDGEPRUNE_NO_CACHED_TIMES=1).",
+        ),
+        click.option(
+            "--run",
+            type=click.Path(path_type=Path),
+            help="Folder for all results; default runs/<target>-<digest>.",
+        ),
+        click.option(
+            "--resume",
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="Go on with the run in this folder.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def importance_options(command: Command) -> Command:
@@ -18,7 +96,7 @@ def importance_options(command: Command) -> Command:
             "--importance",
             default="fisher",
             show_default=True,
-            help="fisher, hessian, taylor, obs, variance, l2, l1, bn-scale, fpgm or random.",
+            help="How channels are scored: fisher, hessian, taylor, obs, variance, l2, l1, bn-scale, fpgm, random.",
         ),
         click.option(
             "--scope",
@@ -57,7 +135,9 @@ def int8_options(command: Command) -> Command:
             help="What is done for INT8 accuracy: auto (default) where it costs over 0.3 points.",
         ),
         click.option(
-            "--io", type=click.Choice(["float", "int8"]), help="Type of INT8 file inputs, outputs."
+            "--io",
+            type=click.Choice(["float", "int8"]),
+            help="Type of the inputs and outputs of INT8 files.",
         ),
     ]
     for option in reversed(options):
@@ -67,7 +147,7 @@ def int8_options(command: Command) -> Command:
 
 def formats_option(command: Command) -> Command:
     """Add the flag of the key ``formats``."""
-    text = "Ship auto, the fastest as measured, or a name that the target lists; default its own."
+    text = "File format: auto ships the fastest as measured; or a name; default: the target's own."
     return click.option("--formats", help=text)(command)
 
 

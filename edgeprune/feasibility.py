@@ -15,7 +15,7 @@ from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
 from edgeprune.latency.kernel_times import KernelTimes, read_times, write_times
-from edgeprune.latency.times_cache import TimesCache, now_text, open_cache
+from edgeprune.latency.times_cache import SWITCH, TimesCache, now_text, open_cache
 from edgeprune.planning import Stand
 from edgeprune.results import Fingerprint
 from edgeprune.runfolder import RunFolder, Stage
@@ -274,7 +274,8 @@ def _measured_table(
         }
     )
     if table.kernels_taken:
-        context.progress.say(f"      {table.taken()}")
+        opt_out = "" if cache is None else f"; {SWITCH}=1 times all anew"
+        context.progress.say(f"      {table.taken()}{opt_out}")
     # Never times of two boards, and none that a killed run left in its folder on a day that nobody knows.
     if cache is not None and len(pool.boards) == 1 and context.board.times_from_store == stored:
         cache.keep(table.times, oldest)
@@ -416,9 +417,8 @@ def _plan(
 
 def say_plan(context: Context, plan: PlanResult) -> None:
     """One line about the measurement of a plan."""
-    widths = plan.plan.widths()
-    chosen = min((c for c in plan.checks if c.widths == widths), key=lambda c: c.ratio_high)
+    chosen = plan.chosen()
     context.progress.say(
-        f"      {chosen.ratio_to_dense:.1%} of dense measured;"
-        f" predicted {chosen.predicted_ms:.4g} ms, measured {chosen.measured_ms:.4g} ms"
+        f"      {chosen.ratio_to_dense:.1%} of dense: {chosen.measured_ms:.4g} ms measured,"
+        f" {chosen.predicted_ms:.4g} ms predicted before it was timed"
     )

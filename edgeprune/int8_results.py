@@ -6,6 +6,12 @@ from typing import Literal
 
 from edgeprune.records import Record
 
+# For whoever meets these names in a target, a profile or a report.
+SCHEME_WORDS = (
+    "static-int8: weights and activations are INT8, their ranges fixed beforehand by calibration samples; per-channel: a weight scale for"
+    " each output channel of a layer, per-tensor: one for the whole layer"
+)
+
 
 class Int8Try(Record):
     """One way to make the INT8 file: its quality on the selection split, and KL from the FP32 file, in nats."""

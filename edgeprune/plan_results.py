@@ -32,6 +32,8 @@ class FrozenGroup(Record):
 class PruningPlan(Record):
     """Which channels of every group stay, and what that is predicted to cost and to bring.
 
+    Times are predicted by the latency model as it is at the end of the search, corrected with all whole nets that were timed, of which this
+    may be one.
     With the ``scope`` local all groups keep the same share of their channels, as near as their widths come to it.
     """
 
@@ -69,7 +71,7 @@ class LatencyModelQuality(Record):
 
 
 class PlanCheck(Record):
-    """One structure that was measured on the device before any training.
+    """One structure that was measured on the device before any training; ``predicted_ms`` is from before it was.
 
     ``cost_nats`` adds up what its groups cost one by one; ``loss_nats`` is what the whole structure loses once it is repaired (KL from the
     dense model on held-out samples), unknown for a plan that was given; ``trial_nats`` what it still loses after a short healing, known

@@ -48,8 +48,8 @@ class ParetoPoint(Record):
 class PlanFile(Record):
     """``plan.json``: the widths of a search, to be read, edited, and given to ``deploy --plan``.
 
-    There ``target`` is compared and ``widths`` are taken; the rest is for whoever reads the file. Width 0 removes the residual block that
-    the group lies in; it is among a group's ``admissible_widths`` where that can be done.
+    There ``target`` is compared and ``widths`` are taken; the rest is for whoever reads the file. ``predicted_ms`` is that of the plan.
+    Width 0 removes the residual block that the group lies in; it is among a group's ``admissible_widths`` where that can be done.
     """
 
     schema_version: Literal[1] = 1

@@ -75,6 +75,7 @@ LAYERS = {
     "cli_devices": 6,
     "cli_entries": 6,
     "cli_options": 6,
+    "cli_usage": 6,
     "api": 6,
     "__init__": 6,
     "__main__": 6,

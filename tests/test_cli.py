@@ -57,6 +57,55 @@ def test_a_group_without_a_command_shows_its_help(tmp_path):
     assert "error:" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("--target", "rpi4", "--latency", "50%", "deploy", "--json"),
+            "'--target' before the command\nhint: options go after the command:"
+            " edgeprune deploy --target rpi4 --latency 50% --json\n",
+        ),
+        (
+            ("devices", "--json", "list"),
+            "'--json' before the command\nhint: options go after the command: edgeprune devices list --json\n",
+        ),
+        (
+            ("--json", "devices", "list"),
+            "'--json' before the command\nhint: options go after the command: edgeprune devices list --json\n",
+        ),
+        (
+            ("--max-drop", "1%"),
+            "'--max-drop' before the command\nhint: options go after the command, such as: edgeprune deploy --max-drop\n",
+        ),
+        (
+            ("--nowhere", "deploy"),
+            "'--nowhere'\nhint: edgeprune --help lists what there is\n",
+        ),
+        (
+            ("compare", "--target", "rpi4"),
+            "'--target'\nhint: edgeprune compare --help lists what there is\n",
+        ),
+    ],
+)
+def test_an_option_before_its_command_is_told_its_place(tmp_path, words, said):
+    done = tinynet.edgeprune_here(tmp_path, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: no such option {said}"
+
+
+def test_no_line_of_a_list_of_commands_is_cut_off(tmp_path):
+    for group in ((), ("devices",), ("bundle",), ("targets",), ("profiles",)):
+        shown = tinynet.edgeprune_here(tmp_path, *group, "--help").stdout
+        assert "..." not in shown.partition("Commands:")[2]
+
+
+def test_what_the_int8_schemes_are_stands_above_the_records_that_name_them(tmp_path):
+    for group, name in (("targets", "rpi4"), ("profiles", "x86-64")):
+        first, *rest = printed(tmp_path, group, "show", name).splitlines()
+        assert first.startswith("# static-int8: weights and activations are INT8")
+        assert "static-int8" in "\n".join(rest)
+
+
 def test_the_version_is_that_of_the_package(tmp_path):
     assert printed(tmp_path, "--version").strip() == f"edgeprune, version {__version__}"
 

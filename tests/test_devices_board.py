@@ -439,5 +439,8 @@ def test_of_equally_frequent_disturbances_the_first_is_named():
             for n, r in enumerate(reasons)
         )
         found = judged(Timing({"m": blocks}, Telemetry(), Telemetry()))
-        assert found.unreliable == f"2 of 3 blocks were disturbed, most by: b{i}"
+        assert found.unreliable == (
+            f"2 of 3 blocks that were timed together were disturbed, most by: b{i};"
+            " too many to leave out, so all of them count"
+        )
         assert [b.rejected for b in found.blocks["m"]] == [None] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +193,8 @@ def test_epochs_may_be_fractions(epochs: float, steps: int) -> None:
     assert told.total == told.done == steps
     assert found.epochs_run == steps / 8
     assert found.history[-1].epoch == epochs
+    of = {note.partition(",")[0] for note in told.notes}
+    assert of == {f"epoch {i + 1} of {math.ceil(epochs)}" for i in range(math.ceil(epochs))}
 
 
 def test_a_time_limit_ends_a_long_plan_and_fills_the_bar() -> None:

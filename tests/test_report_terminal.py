@@ -10,8 +10,11 @@ import sys
 import pytest
 from report_fixture import make_empty_report, make_report, median_of
 
+from edgeprune.devices.board import judged
+from edgeprune.devices.plans import Timing
 from edgeprune.report import compare_text, render_html, render_terminal
 from edgeprune.report.timing_text import rejected_text
+from edgeprune.results import Telemetry
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -74,9 +77,29 @@ def test_a_promise_that_doubtful_times_keep_says_so() -> None:
     assert "UNRELIABLE TIMES: 9 of 24 blocks were disturbed" in text
     page = render_html(report.model_copy(update={"measurements": doubtful})).decode()
     assert ">PASSED ON UNRELIABLE TIMES<" in page
-    measurement = next(m for m in doubtful.values() if not m.rejections())
-    assert rejected_text(measurement) == "none left out, although 9 of 24 blocks were disturbed"
-    assert rejected_text(measurement.model_copy(update={"unreliable": None})) == "none"
+
+
+def test_disturbed_blocks_that_all_count_are_never_called_left_out_or_rejected() -> None:
+    report = make_report()
+    name, one = next((n, m) for n, m in report.measurements.items() if not m.rejections())
+    times = Timing(
+        {"m": tuple(b.model_copy(update={"rejected": "foreign CPU"}) for b in one.blocks)},
+        Telemetry(),
+        Telemetry(),
+    )
+    found = judged(times)
+    update = {"blocks": found.blocks["m"], "unreliable": found.unreliable}
+    doubtful = one.model_copy(update=update)
+    n = len(one.blocks)
+    said = f"{n} of {n} blocks that were timed together were disturbed, most by: foreign CPU; too many to leave out, so all of them count"
+    assert rejected_text(doubtful) == "none"
+    shown = report.model_copy(update={"measurements": {**report.measurements, name: doubtful}})
+    text = flat(render_terminal(shown, width=100))
+    assert f"UNRELIABLE TIMES: {said}" in text
+    assert "blocks left out" in text
+    assert said in render_html(shown).decode()
+    for sentence in (text, render_html(shown).decode()):
+        assert "rejected 0 of" not in sentence
 
 
 def test_a_budget_in_milliseconds_is_judged_on_the_median() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from report_fixture import make_report
 
 from edgeprune import records
 from edgeprune.report.explain import other_budgets, render_plan, render_search, render_search_html
-from edgeprune.report.figures import significant
+from edgeprune.report.figures import significant, time_text
+from edgeprune.report.plan_sections import saved_note
 from edgeprune.search_results import (
     GroupCurve,
     ParetoPoint,
@@ -82,6 +84,42 @@ def test_the_page_and_the_text_say_the_same_and_escape_names():
     for _, point in other_budgets(result):
         assert significant(point.cost_nats) in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_one_prediction_is_shown_of_the_plan_and_it_is_that_from_before_it_was_timed():
+    result = found()
+    chosen = result.chosen()
+    early = chosen.model_copy(update={"predicted_ms": 1.5 * result.plan.predicted_ms})
+    result = found(checks=(*(c for c in result.checks if c is not chosen), early))
+    of_plan, before = time_text(result.plan.predicted_ms), time_text(early.predicted_ms)
+    page = re.sub(r"<[^>]*>", " ", render_search_html(result).decode().partition("<svg")[0])
+    dry = PlanResult(
+        plan=result.plan, checks=result.checks, quality=result.latency_model, pareto=()
+    )
+    assert f"{before} predicted before it was timed" in " ".join(render_search(result).split())
+    assert f"{before} predicted before it was timed" in page
+    assert f"predicted {early.predicted_ms:.4g} ms before it was timed" in render_plan(dry)
+    for text in (
+        render_search(result).partition("What another budget")[0],
+        page.partition("What another budget")[0],
+    ):
+        assert of_plan not in text
+    assert f"{result.plan.predicted_ms:.4g} ms" not in render_plan(dry)
+
+
+def test_savings_say_what_they_add_up_to():
+    result = found()
+    plan = result.plan
+    rows_ms = sum(g.saved_ms_predicted for g in plan.groups)
+    told = (
+        f"the savings add up to {time_text(rows_ms)}, and all cuts together save"
+        f" {time_text(plan.dense_ms - plan.predicted_ms)}: both predicted"
+    )
+    dry = PlanResult(plan=plan, checks=result.checks, quality=result.latency_model, pareto=())
+    for text in (render_search(result), render_search_html(result).decode(), render_plan(dry)):
+        assert told in " ".join(text.split())
+    whole = tuple(g.model_copy(update={"kept": tuple(range(g.channels))}) for g in plan.groups)
+    assert saved_note(plan.model_copy(update={"groups": whole})) == ""
 
 
 def test_disturbed_times_are_called_so_before_anything_is_read():

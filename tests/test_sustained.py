@@ -260,8 +260,8 @@ def test_a_profile_says_how_its_times_were_taken():
     assert "spread" in second
     text = "\n".join(lines)
     assert "peak memory 31.4 MB" in text
-    assert "sessions 1, 336 samples, rejected blocks none" in text
-    assert "rejected blocks 3 of 14: throttled (2 times)" in text
+    assert "sessions 1, 336 samples, blocks left out: none" in text
+    assert "blocks left out: 3 of 14: throttled (2 times)" in text
     assert "*** UNRELIABLE: 4 of 14 blocks ***" in text
     assert "6.30 ms (median of the last third)" in text
     few = fine.model_copy(update={"blocks": fine.blocks[:2]})

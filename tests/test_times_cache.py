@@ -178,6 +178,76 @@ def test_a_folder_that_cannot_be_used_is_said_and_fails_nothing(cache: Path) -> 
     assert "are not kept for later searches: cannot write" in said[0]
 
 
+def aged(path: Path, age: timedelta, content: str = "{}") -> Path:
+    """A file that was last written so long ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    then = (datetime.now(timezone.utc) - age).timestamp()
+    os.utime(path, (then, then))
+    return path
+
+
+def test_files_that_are_too_old_for_any_search_are_removed_when_one_is_written() -> None:
+    said: list[str] = []
+    board = opened(said)
+    root, name = board.path.parent.parent, "0123456789abcdef-tflite-int8.json"
+    old, young = MAX_AGE + timedelta(hours=1), MAX_AGE - timedelta(hours=1)
+    gone = [
+        aged(board.path.parent / name, old),
+        aged(root / "0.0.9" / name, old),
+        aged(root / "0.0.8rc1" / name, old, "of a schema that nobody knows"),
+    ]
+    stays = [
+        aged(board.path.parent / "fedcba9876543210-tflite-int8.json", young),
+        aged(root / "0.0.9" / "fedcba9876543210-onnx-fp32.json", young),
+        aged(root / "0.0.8rc1" / "notes.txt", old),
+        aged(root / "mine" / name, old),
+        aged(root / name, old),
+        aged(root.parent / "0.0.9" / name, old),
+    ]
+    aged(root / "0.0.7" / name, old)
+    board.keep(rows(conv=9.0), now_text())
+    assert [path for path in gone if path.exists()] == []
+    assert [path for path in stays if not path.exists()] == []
+    assert not (root / "0.0.7").exists()  # a folder that nothing is left in
+    assert board.path.exists()
+    assert said == []
+
+
+def test_what_a_link_leads_to_is_not_removed(tmp_path: Path) -> None:
+    said: list[str] = []
+    board = opened(said)
+    root, name = board.path.parent.parent, "0123456789abcdef-tflite-int8.json"
+    outside = aged(tmp_path / "outside" / name, MAX_AGE * 2)
+    root.mkdir(parents=True)
+    (root / "0.0.9").symlink_to(outside.parent, target_is_directory=True)
+    (root / "0.0.8").mkdir()
+    (root / "0.0.8" / name).symlink_to(outside)
+    os.utime(root / "0.0.8" / name, (0, 0), follow_symlinks=False)
+    board.keep(rows(conv=9.0), now_text())
+    assert outside.exists()
+    assert (root / "0.0.8" / name).is_symlink()
+    assert said == []
+
+
+def test_a_file_that_cannot_be_removed_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    board = opened(said)
+    old = aged(board.path.parent.parent / "0.0.9" / board.path.name, MAX_AGE * 2)
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == old:
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    board.keep(rows(conv=9.0), now_text())
+    assert old.exists()
+    assert board.read() is not None
+    assert said == []
+
+
 def test_writers_at_once_never_leave_a_broken_file() -> None:
     said: list[str] = []
     board = opened(said)
@@ -276,7 +346,20 @@ def test_a_search_leaves_its_kernel_times_to_the_next(monkeypatch: pytest.Monkey
     second = bench.search()
     assert bench.asked == [{}, {("conv", (8,)): 9.0, ("add", (8,)): 2.0}]
     day = first.times_created[:10]
-    assert bench.said == [f"      2 of 2 kernel times from an earlier search on this board, {day}"]
+    assert bench.said == [
+        f"      2 of 2 kernel times from an earlier search on this board, {day};"
+        " EDGEPRUNE_NO_CACHED_TIMES=1 times all anew"
+    ]
+    bench.context.job.tables = Path("times.json")  # named by the user: no variable turns that off
+    monkeypatch.setattr(
+        feasibility, "read_times", lambda _: SimpleNamespace(
+            created=day, times=(), check=lambda *_: None, known=lambda: {("conv", (8,)): 9.0}
+        ),
+    )  # fmt: skip
+    bench.said.clear()
+    bench.search()
+    assert SWITCH not in " ".join(bench.said)
+    assert "1 of 2 kernel times from an earlier search" in bench.said[-1]
     assert second.times_created == first.times_created
     assert boards_note(second) == (
         f"2 of 2 kernel times from an earlier search on this board, {day}",

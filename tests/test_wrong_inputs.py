@@ -165,6 +165,7 @@ CASES = (
     Case("unknown target", ("deploy", "--target", "rpi-4"), 2, ("did you mean 'rpi4'",)),
     Case("misspelt key", DEPLOY, 2, ("latencey", "did you mean 'latency'"), misspell_a_key),
     Case("malformed latency", (*DEPLOY, "--latency", "15"), 2, ("15ms, 60% or 2.5x", "'15'")),
+    Case("latency over 100 %", (*DEPLOY, "--latency", "150%"), 2, ("'150%'", "hint: 60% is")),
     Case("malformed max-drop", (*DEPLOY, "--max-drop", "little"), 2, ("max_drop", "'little'")),
     Case("a budget of two words", (*DEPLOY, "--latency", "50", "%"), 2, ("'%'", "without spaces")),
     Case(
@@ -186,6 +187,15 @@ CASES = (
     Case("unknown device", (*DEPLOY, "--device", "attic"), 2, ("unknown device 'attic'",)),
     Case("unknown importance", (*DEPLOY, "--importance", "fischer"), 2, ("'fisher'",)),
     Case("unknown flag", (*DEPLOY, "--latancy", "60%"), 2, ("--latancy", "--latency")),
+    Case(
+        "flag before its command",
+        ("--target", "this-machine", "deploy"),
+        2,
+        (
+            "'--target' before the command",
+            "hint: options go after the command: edgeprune deploy --target this-machine",
+        ),
+    ),
     Case("run to resume is not there", (*DEPLOY, "--resume", "gone"), 2, ("gone",)),
     Case("no edgeprune.yaml", DEPLOY, 2, ("no model was named",), remove_the_settings),
     Case("model without data", (*DEPLOY, "net.py:build"), 2, ("--data",), remove_the_settings),
@@ -252,8 +262,9 @@ CASES = (
         ("hots", "did you mean"),
         misspell_a_key_of_a_device,
     ),
-    Case("bundle is not there", ("verify", "gone"), 2, ("no bundle at gone",)),
-    Case("tampered bundle", ("verify", "given"), 7, ("level 1",), tamper_with_the_bundle),
+    Case("bundle is not there", ("verify", "gone"), 2, ("no bundle at gone", "hint: give its")),
+    Case("no bundle but a file", ("verify", "net.py"), 7, ("level 0", "hint: give a bundle's")),
+    Case("tampered bundle", ("verify", "given"), 7, ("level 1", "copy it"), tamper_with_the_bundle),
     Case(
         "bundle on an unreachable board",
         ("verify", "given", "--device", "shed"),

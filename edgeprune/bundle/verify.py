@@ -147,6 +147,12 @@ def verify(
     return VerifyReport(bundle=str(path), levels=tuple(levels), ok=ok)
 
 
+_NEXT_STEPS = {
+    0: "give a bundle's folder or its zip, such as runs/rpi4-0123/bundle; one that was copied may lack a part",
+    1: "do not use it: copy it again from where it was made",
+}
+
+
 def require_ok(report: VerifyReport) -> None:
     """Nothing, when the bundle passed.
 
@@ -160,7 +166,8 @@ def require_ok(report: VerifyReport) -> None:
             failed = {check.name for check in level.checks if check.status == "failed"}
             family = BudgetError if failed == {"latency"} else IntegrityError
             raise family(
-                f"{report.bundle} failed level {level.level} ({level.name}): {level.detail}"
+                f"{report.bundle} failed level {level.level} ({level.name}): {level.detail}",
+                hint=_NEXT_STEPS.get(level.level),
             )
     for level in report.levels:
         if level.level == 5 and level.status == "not-run":

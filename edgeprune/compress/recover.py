@@ -332,8 +332,8 @@ def _epoch(setup: _Setup, state: _State, bar: Bar) -> float:
     generator = torch.Generator().manual_seed(key)
     order = torch.randperm(len(setup.train), generator=generator).numpy()
     total = torch.zeros((), device=setup.device)
-    note, n_steps = "", 0
-    planned = _planned(setup, state)
+    n_steps, where = 0, f"epoch {epoch + 1} of {math.ceil(setup.total_steps / setup.epoch_steps)}"
+    note, planned = where, _planned(setup, state)
     for number in range(setup.epoch_steps):
         rate = _learning_rate(setup, state, planned)
         chosen = order[number * setup.batch : (number + 1) * setup.batch]
@@ -343,7 +343,7 @@ def _epoch(setup: _Setup, state: _State, bar: Bar) -> float:
         if n_steps % NOTE_EVERY == 1:
             value = float(loss)
             state.diverged = not math.isfinite(value)
-            note = f"loss {value:.3f}  selection {state.rows[-1].selection_quality:.4f}"
+            note = f"{where}, loss {value:.3f}, selection {state.rows[-1].selection_quality:.4f}"
         planned = _show(setup, state, bar, note)
         if state.diverged or planned >= setup.total_steps:
             break

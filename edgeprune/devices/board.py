@@ -31,6 +31,7 @@ MAX_SAMPLES_PER_REQUEST = 300_000  # keeps a reply under the 4 MiB of a header
 _WARMUP_RUNS = 3
 MAX_REJECTED_RATIO = 0.3  # of the blocks; above it the rest is not believed either
 TRIES = 3
+ALL_COUNT = "; too many to leave out, so all of them count"
 SETTLE_FROM_MS = 50.0  # warm-ups shorter than this are for kernels, which are warm at once
 
 
@@ -43,7 +44,8 @@ def judged(timing: Timing) -> Timing:
     worst = max(
         dict.fromkeys(rejected), key=rejected.count
     )  # the first of equals, in every process
-    why = f"{len(rejected)} of {len(all_blocks)} blocks were disturbed, most by: {worst}"
+    counts = f"{len(rejected)} of {len(all_blocks)} blocks that were timed together were disturbed"
+    why = f"{counts}, most by: {worst}{ALL_COUNT}"
     kept = {
         key: tuple(block.model_copy(update={"rejected": None}) for block in blocks)
         for key, blocks in timing.blocks.items()
@@ -333,8 +335,9 @@ class Board:
             if timing.unreliable is None or not strict:
                 return timing
             self.wait_until_ready()
+        why = str(timing.unreliable).removesuffix(ALL_COUNT)  # not here: none is used
         raise Unreliable(
-            f"device {self.name!r}: {timing.unreliable}, in {TRIES} tries",
+            f"device {self.name!r}: {why}, in {TRIES} tries",
             hint="end what else runs there, or cool it",
         )
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -21,6 +24,9 @@ from edgeprune.version import VERSION
 SWITCH = "EDGEPRUNE_NO_CACHED_TIMES"  # set to anything but nothing: no times are kept or taken
 # Boards drift: dust, summer, a tired power supply. A fingerprint sees the kind of board and its software, and none of these.
 MAX_AGE = timedelta(days=7)
+# The names of the files that stand here, and of the folders that they stand in; nothing else is ever removed.
+_FILE = re.compile(r"[0-9a-f]{16}-[a-z]+-(fp32|int8)\.json")
+_FOLDER = re.compile(r"[0-9]+(\.[0-9]+)+[0-9a-z.+]*")
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -37,6 +43,30 @@ def cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(root) if Path(root).is_absolute() else Path("~/.cache").expanduser()
     return base / "edgeprune" / "kernel-times" / VERSION
+
+
+def remove_expired(root: Path) -> None:
+    """Remove the files that are too old for any search, of other versions, too, and folders of other versions that are empty then.
+
+    A file is as old as its last change, and its times are older. Only plain files with the names of this module go; what cannot be looked
+    at or removed stays. One that another process writes anew just then may be lost: it is timed again one day.
+    """
+    with contextlib.suppress(OSError):
+        for folder in root.iterdir():
+            if _FOLDER.fullmatch(folder.name) and not folder.is_symlink() and folder.is_dir():
+                _remove_expired_of(folder)
+
+
+def _remove_expired_of(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                found = path.lstat()
+                is_old = time.time() - found.st_mtime > MAX_AGE.total_seconds()
+                if is_old and stat.S_ISREG(found.st_mode) and _FILE.fullmatch(path.name):
+                    path.unlink()
+        if folder.name != VERSION:
+            folder.rmdir()  # refused where anything is left
 
 
 @dataclass(frozen=True)
@@ -59,7 +89,7 @@ class TimesCache:
             return None
 
     def keep(self, times: tuple[KernelTime, ...], created: str) -> None:
-        """Add times, the oldest of which was taken at ``created``.
+        """Add times, the oldest of which was taken at ``created``; files that are too old go, of other boards and versions, too.
 
         The file is written whole or not at all. Of two processes that write at once the later one wins: what the other has timed is timed
         again one day.
@@ -78,6 +108,7 @@ class TimesCache:
             write_times(self.path, earlier, new)
         except EdgepruneError as error:
             self.say(f"note: kernel times are not kept for later searches: {error.message}")
+        remove_expired(self.path.parent.parent)
 
     def _fresh(self) -> KernelTimes | None:
         """The file, unless it is too old.

@@ -153,7 +153,8 @@ def pareto(report: facts.Planned) -> Markup | None:
     ]
     return chart(
         "The path the search walked",
-        "Predicted latency against predicted cost before healing: to the left is faster, upwards is dearer.",
+        "Predicted latency against predicted cost before healing, by the models at the end of the search: to the left is faster, upwards"
+        " is dearer.",
         316,
         *parts,
     )

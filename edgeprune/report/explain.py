@@ -59,8 +59,8 @@ def _headline(found: SearchResult) -> str:
     plan, chosen = found.plan, found.chosen()
     fits = "fits" if chosen.within_budget else "does not fit for sure"
     return (
-        f"{share_text(chosen.ratio_to_dense)} of dense {plan.precision.upper()} ({time_text(chosen.measured_ms)} {found.stamp}),"
-        f" predicted {time_text(plan.predicted_ms)}; {fits} the budget of {time_text(found.limit_ms)}"
+        f"{share_text(chosen.ratio_to_dense)} of dense {plan.precision.upper()} ({time_text(chosen.measured_ms)} {found.stamp},"
+        f" {time_text(chosen.predicted_ms)} predicted before it was timed); {fits} the budget of {time_text(found.limit_ms)}"
     )
 
 
@@ -113,12 +113,14 @@ def render_plan(plan: PlanResult) -> str:
             f" {group.saved_ms_predicted * 1000:15.1f} us {group.cost_nats:12.2g}"
             + ("" if group.kept else "  block removed")
         )
+    if saved := plan_sections.saved_note(plan.plan):
+        lines.append(saved)
     if scope := facts.scope_note(plan.plan):
         lines.append(scope)
     last = plan.chosen()
     lines.append(
         f"dense {plan.plan.dense_ms:.4g} ms, budget {plan.plan.limit_ms:.4g} ms,"
-        f" predicted {plan.plan.predicted_ms:.4g} ms, measured {last.measured_ms:.4g} ms"
+        f" measured {last.measured_ms:.4g} ms, predicted {last.predicted_ms:.4g} ms before it was timed"
     )
     if not last.within_budget:
         lines.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.int8_results import CalibrationReport, Int8Report
+from edgeprune.int8_results import SCHEME_WORDS, CalibrationReport, Int8Report
 from edgeprune.report.figures import NONE, significant
 from edgeprune.report.markup import Column, Markup, pairs, table, tag
 from edgeprune.report.sections import note, section
@@ -86,7 +86,8 @@ def int8(report: Report) -> Markup | None:
     parts.append(
         note(
             f"Effort {found.effort}. KL is the divergence of the INT8 file's answers from the FP32 file's on those samples; the gates"
-            " are judged on the development split."
+            f" are judged on the development split. What targets and profiles call"
+            f" such a file: {SCHEME_WORDS}."
         )
     )
     return section("int8", "The INT8 file", *parts)

@@ -47,7 +47,7 @@ def _measured(precision: str, m: Measurement, size_bytes: int) -> list[str]:
         f"  {size_bytes / 1024:8.1f} KiB",
         f"{'':11} load {m.load_ns / 1e6:8.2f} ms  first run {m.first_ns / 1e6:7.2f} ms  peak memory {timing_text.memory_text(m)}",
         f"{'':11} sessions {timing_text.sessions_text(m)}, {len(m.samples_ns())} samples,"
-        f" rejected blocks {_plain(timing_text.rejected_text(m))}",
+        f" blocks left out: {_plain(timing_text.rejected_text(m))}",
     ]
     if m.unreliable is not None:
         lines.append(f"{'':11} *** UNRELIABLE: {_plain(m.unreliable)} ***")

@@ -315,7 +315,7 @@ def samples(report: Report) -> Markup:
         Column("sessions and their medians"),
         Column("sentinel drift", True),
         Column("device before → after"),
-        Column("rejected blocks"),
+        Column("blocks left out"),
     ]
     return section(
         "samples",

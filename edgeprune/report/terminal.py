@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 
 from edgeprune.plan_results import PruningPlan
-from edgeprune.report import charts, facts, format_table, int8_table, timing_text
+from edgeprune.report import charts, facts, format_table, int8_table, plan_sections, timing_text
 from edgeprune.report.figures import (
     NONE,
     bytes_text,
@@ -247,7 +247,7 @@ def _samples(page: Page, report: Report) -> None:
             "samples": [str(len(m.samples_ns())) for _, m in timed],
             "sessions": [str(len(m.session_medians_ms())) for _, m in timed],
             "sentinel drift": [timing_text.drift_text(m) for _, m in timed],
-            "rejected": [f"{m.rejections().total()} of {len(m.blocks)}" for _, m in timed],
+            "blocks left out": [f"{m.rejections().total()} of {len(m.blocks)}" for _, m in timed],
         }
         page.title("How the times were taken")
         page.table(
@@ -257,7 +257,7 @@ def _samples(page: Page, report: Report) -> None:
         for row, m in timed:
             if m.rejections():
                 name = charts.variant_name(row)
-                page.say(f"rejected blocks of {name}: {timing_text.rejected_text(m)}", "dim")
+                page.say(f"blocks of {name} left out: {timing_text.rejected_text(m)}", "dim")
     if report.sustained is not None:
         page.title(f"Sustained latency ({report.sustained.stamp})")
         page.table(("", ""), timing_text.sustained_rows(report.sustained), left=2)
@@ -329,6 +329,8 @@ def say_cuts(page: Page, plan: PruningPlan) -> None:
         page.table(("group", "channels", f"saved, {unit}", "cost, nats"), rows)
         if len(groups) > MOST_GROUPS:
             page.say(f"and {len(groups) - MOST_GROUPS} more in the page", "dim")
+    if saved := plan_sections.saved_note(plan):
+        page.say(saved, "dim")
     if scope := facts.scope_note(plan):
         page.say(scope, "dim")
     for frozen in plan.frozen:

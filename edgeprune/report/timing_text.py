@@ -15,11 +15,10 @@ from edgeprune.results import Measurement, SustainedRun
 
 
 def rejected_text(measurement: Measurement) -> str:
-    """How many blocks do not count, and the most frequent reason."""
+    """How many blocks were left out, and the most frequent reason. Where too many were disturbed, none is: ``unreliable`` says that."""
     found = measurement.rejections()
     if not found:
-        doubt = measurement.unreliable
-        return "none" if doubt is None else f"none left out, although {doubt}"
+        return "none"
     ((reason, times),) = found.most_common(1)
     often = f" ({times} times)" if len(found) > 1 else ""
     return f"{found.total()} of {len(measurement.blocks)}: {reason}{often}"
