@@ -104,7 +104,7 @@ def float_check(manifest: Manifest, content: bytes, beside: bytes) -> Check:
     if kinds or found.operators["QuantizeLinear"] or found.operators["DequantizeLinear"]:
         what = f"stores weights in {kinds[0]}" if kinds else "quantises values"
         raise IntegrityError(f"a float model must be in FP32 throughout, but {path} {what}")
-    mine, theirs = _sizes(found), _sizes(_anatomy(manifest, beside))
+    mine, theirs = layer_sizes(found), layer_sizes(_anatomy(manifest, beside))
     if mine != theirs:
         raise IntegrityError(
             f"a float model must have the layers of the INT8 file, but {path} has {len(mine)} with {sum(mine)} weights "
@@ -122,6 +122,6 @@ def _anatomy(manifest: Manifest, content: bytes) -> Anatomy:
     return found
 
 
-def _sizes(found: Anatomy) -> list[int]:
+def layer_sizes(found: Anatomy) -> list[int]:
     """Elements of the weights of each operator that has some, sorted."""
     return sorted(sum(elements for _, _, elements in layer.weights) for layer in found.layers)
