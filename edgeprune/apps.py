@@ -1,4 +1,4 @@
-"""What a deployment tells the app that ships its file: labels, preprocessing, and the lines that Xcode and a README show."""
+"""What a deployment gives the app that ships its file: labels, preprocessing, the lines that Xcode and a README show, an FP32 twin."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgeprune.bundle.manifest import Quality
+from edgeprune.bundle.write import FloatTwin
 from edgeprune.compress.evaluate import quality
 from edgeprune.context import Context, Job
 from edgeprune.errors import FormatError
 from edgeprune.formats import AppFacts, Evaluated, ForApps, Format
+from edgeprune.results import Report
+from edgeprune.runfolder import Stage
+from edgeprune.stage_records import PrunedFiles
 
 WORKED_OUT_SAMPLES = 256
 
@@ -90,4 +95,40 @@ def worked_out(context: Context, file: Path) -> WorkedOut | None:
         answers,
         f"the {form.info.name} file that ships, worked out operation by operation on this host (not run):"
         f" {metric} {value:.2%} on {n} development samples, dense {dense:.2%}",
+    )
+
+
+def float_twin(
+    context: Context, files: Stage[PrunedFiles], found: Report, x: np.ndarray
+) -> FloatTwin | None:
+    """The pruned net in FP32 beside an INT8 file for TensorRT, whose board builds FP16 from it; else ``None``.
+
+    A target that allows no ``fp32`` gets none, nor one whose FP32 file loses more than the request allows: what the board keeps for its
+    speed must be as good as what was promised.
+
+    Args:
+        context: of the deployment.
+        files: the pruned net as files.
+        found: the report.
+        x: the golden samples as the torch model sees them, ``float32 [n, ...]``.
+    """
+    job = context.job
+    wanted = context.ship.info.name == "tensorrt" and "fp32" in job.target.precisions
+    if not wanted or found.shipped != "int8" or not context.runs_ship:
+        return None
+    rows = {(row.variant, row.precision): row.quality for row in found.variants}
+    dense, shipped = rows["dense", "fp32"], rows["pruned", "fp32"]
+    if dense - shipped > job.max_drop + 1e-12:
+        context.progress.say("      note: no FP32 file in the bundle: it loses too much itself")
+        return None
+    artifact = files.result.shipped("fp32")
+    path = files.path(artifact.path)
+    entry = found.ledger[-1]
+    return FloatTwin(
+        model=artifact,
+        model_file=path,
+        golden_outputs=context.run_file(context.host, path, x).numpy(),
+        quality=Quality(
+            metric=entry.metric, split="development", n=entry.n, dense=dense, shipped=shipped
+        ),
     )

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from edgeprune import conversion, records, report, stages, verdict
-from edgeprune.apps import WorkedOut, bundle_name, labels_of, worked_out
+from edgeprune.apps import WorkedOut, bundle_name, float_twin, labels_of, worked_out
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed, created_text
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.write import Payload, write_bundle
@@ -332,6 +332,7 @@ class Closing:
                 repro=_repro(job, found),
                 golden_model=golden,
                 compute_units=job.target.compute_units or "ALL",
+                float_twin=float_twin(context, self.files, found, x),
             ),
         )
 

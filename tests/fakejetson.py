@@ -1,20 +1,23 @@
 """A pretended JetPack: a ``tensorrt`` package, a ``trtexec`` and a CUDA runtime that answer as the real ones do, on any processor.
 
 An engine here is the ONNX file behind a line of JSON, and onnxruntime runs it. What shall go wrong is told by environment variables:
-``FAKE_TRT_VERSION``; ``FAKE_TRT_OFF``, precisions whose answers are far off; ``FAKE_TRT_MEMORY``, precisions whose build is out of
-memory; ``FAKE_TRT_MS``, a JSON object of milliseconds by precision; ``FAKE_TRT_CV``, a percentage; ``FAKE_TRT_LOG``, a file that gets every
-argument list. No figure that comes from here was measured on anything.
+``FAKE_TRT_VERSION``; ``FAKE_TRT_OFF``, precisions whose answers are far off; ``FAKE_TRT_MEMORY``, precisions whose build is out of memory;
+``FAKE_TRT_UNSUPPORTED``, precisions whose build ends in the ONNX parser; ``FAKE_TRT_MS``, a JSON object of milliseconds by precision;
+``FAKE_TRT_CV``, a percentage; ``FAKE_TRT_LOG``, a file that gets every argument list. No figure that comes from here was measured on
+anything.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from edgeprune.bundle.manifest import JETSON_SAMPLE
 from edgeprune.devices.agent import environments
 
 CUDART = """
@@ -210,6 +213,12 @@ if precision in os.environ.get("FAKE_TRT_MEMORY", "").split(","):
     print("[11/25/2026-10:00:00] [E] Error[2]: Error Code 2: OutOfMemory (no further information)")
     print("&&&& FAILED TensorRT.trtexec [TensorRT v%s]" % code)
     sys.exit(1)
+if precision in os.environ.get("FAKE_TRT_UNSUPPORTED", "").split(","):
+    print('[11/25/2026-10:00:01] [E] [TRT] ModelImporter.cpp:948: While parsing node number 4 [Odd -> "odd"]:')
+    print("[11/25/2026-10:00:01] [E] [TRT] ModelImporter.cpp:953: ERROR: ModelImporter.cpp:195 In function parseNode:")
+    print("[6] Invalid Node - /odd")
+    print("&&&& FAILED TensorRT.trtexec [TensorRT v%s]" % code)
+    sys.exit(1)
 if "loadEngine" not in options:
     with open(options["onnx"], "rb") as stream:
         content = stream.read()
@@ -266,6 +275,27 @@ def make(folder: Path) -> dict[str, str]:
         "CUDA_HOME": str(folder / "cuda"),
         "FAKE_TRT_LOG": str(folder / "calls.log"),
     }
+
+
+def build_engine(
+    bundle: Path, jetpack: dict[str, str], *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """What a bundle's program for a Jetson does with a pretended JetPack.
+
+    Args:
+        bundle: the bundle's folder.
+        jetpack: the variables of :func:`make`.
+        arguments: of the program.
+        variables: what shall go wrong, without ``FAKE_TRT_``.
+    """
+    told = {f"FAKE_TRT_{name}": value for name, value in variables.items()}
+    path = os.pathsep.join([jetpack["PATH"], os.environ["PATH"]])
+    return subprocess.run(
+        [sys.executable, str(bundle / JETSON_SAMPLE), *arguments],
+        env={**os.environ, **jetpack, **told, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
 
 
 def as_environment(workdir: Path, variables: dict[str, str]) -> None:

@@ -44,8 +44,9 @@ def _resealed(folder: Path, **changes: object) -> None:
     for file in value["files"]:
         content = (folder / file["path"]).read_bytes()
         file.update(sha256=sha256_bytes(content), size_bytes=len(content))
-        if file["path"] == value["model"]["path"]:
-            value["model"].update(sha256=file["sha256"], size_bytes=len(content))
+        for model in (value["model"], (value.get("float_model") or value)["model"]):
+            if file["path"] == model["path"]:
+                model.update(sha256=file["sha256"], size_bytes=len(content))
     path.write_bytes(json.dumps(value).encode())
     (folder / manifest.SUMS).write_bytes(sums_text(folder))
 

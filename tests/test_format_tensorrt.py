@@ -6,11 +6,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import zoo
 from onnx import TensorProto, helper, numpy_helper
 from test_format_onnx import CHANGED, FULL, OTHER, make, run, samples, structure
 from torch import nn
 
 from edgeprune import formats
+from edgeprune.bundle.anatomy import anatomy
+from edgeprune.bundle.inside import layer_sizes
 from edgeprune.errors import FormatError
 from edgeprune.formats.tensorrt import OPSET, lower_opset, placement_problems
 
@@ -232,3 +235,20 @@ def test_an_operator_without_an_older_form_is_refused_by_name():
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     with pytest.raises(FormatError, match=r"opset 17, the newest that TensorRT 8\.5 reads.*Mish"):
         lower_opset(model)
+
+
+@pytest.mark.parametrize("name", ["attention", "spatial-gate", "layer-scale", "residual"])
+def test_both_files_of_a_net_have_the_same_layers_and_the_float_one_is_fp32(tmp_path, name):
+    # What verify asks of the float model of a bundle. The first two take the mean over given axes, which torch exports for opset 18.
+    model, x = zoo.make(zoo.ZOO[name])
+    fp32, int8 = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
+    one = FORMAT.export(model, x[:1].numpy(), fp32)
+    other = FORMAT.quantize(fp32, x.numpy(), int8)
+    assert (one.inputs, one.outputs) == (other.inputs, other.outputs)
+    floats, eight_bit = (anatomy("onnx", path.read_bytes()) for path in (fp32, int8))
+    assert layer_sizes(floats) == layer_sizes(eight_bit)
+    assert {kind for layer in floats.layers for _, kind, _ in layer.weights} == {"float32"}
+    with torch.no_grad():
+        expected = model(x[:1]).numpy()
+    found = run(fp32.read_bytes(), {"input": x[:1].numpy()})[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)

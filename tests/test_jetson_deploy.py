@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 
 import onnx
 import pytest
 import tinynet
 import torch
-from fakejetson import make
+from fakejetson import build_engine, make
 from safetensors.torch import load_file
 from test_engines import calls
 from test_sparsity import groups_of_four, stored_weights
 
 import edgeprune
-from edgeprune.bundle.manifest import JETSON_SAMPLE
+from edgeprune.bundle.manifest import MANIFEST, Manifest
 from edgeprune.compress.sparsity import without_pattern
 from edgeprune.formats.tensorrt import placement_problems
 from edgeprune.patterns import SparseWeights
+from edgeprune.records import read_json
 from edgeprune.results import Report
 
 MISSED = 6
@@ -38,24 +36,25 @@ def test_a_deployment_for_a_jetson_ships_what_its_board_can_build(tmp_path):
     assert "do not rank the precisions" in found.shipped_reason
     assert any("onnxruntime stands in for tensorrt" in note for note in found.notes)
     bundle = home / "run" / "bundle"
-    (model,) = (bundle / "models").iterdir()
-    assert placement_problems(onnx.load(model)) == ()
+    fp32, int8 = sorted((bundle / "models").iterdir())
+    assert (fp32.name, int8.name) == ("model.fp32.onnx", "model.int8.onnx")
+    assert placement_problems(onnx.load(int8)) == ()
     checked = edgeprune.verify(bundle)
     assert checked.ok
     assert {level.level: level.status for level in checked.levels}[4] == "passed"
-    jetpack = make(tmp_path / "jetpack")
-    built = subprocess.run(
-        [sys.executable, str(bundle / JETSON_SAMPLE)],
-        env={
-            **os.environ,
-            **jetpack,
-            "PATH": os.pathsep.join([jetpack["PATH"], os.environ["PATH"]]),
-        },
-        capture_output=True,
-        text=True,
-    )
+    # The FP32 file beside it is the one that was measured, with its own quality and answers.
+    manifest = read_json(Manifest, bundle / MANIFEST)
+    row = next(r for r in found.variants if (r.variant, r.precision) == ("pruned", "fp32"))
+    assert manifest.float_model is not None
+    assert manifest.float_model.quality.shipped == row.quality
+    assert manifest.float_model.source_sha256 == found.measurements[row.measurement].artifact_sha256
+    built = build_engine(bundle, make(tmp_path / "jetpack"), MS='{"fp16": 0.5}')
     assert built.returncode == 0, built.stdout + built.stderr
-    assert built.stdout.splitlines()[-1].startswith("PASS: ")
+    *tried, last = built.stdout.splitlines()
+    assert [line.split()[0] for line in tried] == ["fp16", "mixed", "int8"]
+    assert all(line.endswith(": ok") for line in tried)
+    assert last.startswith("PASS: fp16, 0.5 ms")
+    assert "models/model.fp32.onnx" in last
 
 
 @pytest.mark.slow
@@ -73,8 +72,7 @@ def test_a_sparse_deployment_ships_int8_weights_with_the_pattern_and_says_so(tmp
     assert found.sparsity.line() in found.notes
     assert found.settings["sparsity"] == "2:4"
     bundle = home / "run" / "bundle"
-    (model,) = (bundle / "models").iterdir()
-    stored = stored_weights(model)
+    stored = stored_weights(bundle / "models" / "model.int8.onnx")
     assert len(stored) == 4
     for weight in stored.values():
         assert weight.dtype == "int8"
@@ -85,13 +83,6 @@ def test_a_sparse_deployment_ships_int8_weights_with_the_pattern_and_says_so(tmp
     assert without_pattern(torch_weights, ["3", "6", "11"]) == ()
     assert "2:4 sparse in 3 of 4 layers" in (bundle / "MODEL_CARD.md").read_text()
     assert edgeprune.verify(bundle).ok
-    jetpack = make(tmp_path / "jetpack")
-    path = os.pathsep.join([jetpack["PATH"], os.environ["PATH"]])
-    built = subprocess.run(
-        [sys.executable, str(bundle / JETSON_SAMPLE)],
-        env={**os.environ, **jetpack, "PATH": path},
-        capture_output=True,
-        text=True,
-    )
+    built = build_engine(bundle, make(tmp_path / "jetpack"))
     assert built.returncode == 0, built.stdout + built.stderr
     assert any("--sparsity=enable" in call for call in calls(tmp_path))

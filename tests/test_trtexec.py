@@ -5,11 +5,14 @@ import stat
 from pathlib import Path
 
 import pytest
+import yaml
 
 from edgeprune.devices.agent import trtexec
 from edgeprune.devices.agent.wire import Refused
 
 OUTPUT = Path(__file__).with_name("trtexec")
+PUBLIC = OUTPUT / "public"
+FACTS = yaml.safe_load((PUBLIC / "facts.yaml").read_text())
 
 
 def parsed(name):
@@ -22,7 +25,6 @@ def parsed(name):
         ("8.5-unstable", (8, 5, 2)),
         ("8.6", (8, 6, 2)),
         ("10.3", (10, 3, 0)),
-        ("11.0", (11, 0, 0)),
     ],
 )
 def test_the_summary_of_every_version_is_read(name, version):
@@ -31,7 +33,43 @@ def test_the_summary_of_every_version_is_read(name, version):
     assert found["throughput_qps"] == 1103.46
     compute = found["times"]["gpu_compute_time"]
     assert (compute["median"], compute["p90"], compute["p99"]) == (0.854492, 0.894531, 1.0625)
-    assert ("h2d_latency" in found["times"]) == (version < (11,))
+    assert "h2d_latency" in found["times"]
+
+
+def test_every_public_output_has_its_source_and_its_facts():
+    files = {path.stem: path.read_text().splitlines()[0] for path in PUBLIC.glob("*.txt")}
+    assert files == {name: f"# source: {found['source']}" for name, found in FACTS.items()}
+    assert len({(found.get("version") or [0])[0] for found in FACTS.values()} - {0}) == 3
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_public_outputs_of_real_runs_are_read_whole(name):
+    wanted = FACTS[name]
+    found = trtexec.parse((PUBLIC / f"{name}.txt").read_text())
+    assert found["version"] == (tuple(wanted["version"]) if "version" in wanted else None)
+    assert found["passed"] == wanted.get("passed", False)
+    assert found["throughput_qps"] == wanted.get("throughput_qps")
+    assert found["times"] == wanted.get("times", {})
+    assert found["error"] == wanted.get("error", "")
+    assert found["cv_ratio"] == pytest.approx(wanted.get("cv_percent", 0) / 100 or None)
+    assert bool(trtexec.notes_of(found)) == wanted.get("noted", False)
+
+
+@pytest.mark.parametrize(
+    ("digits", "version"),
+    [
+        ("8001", (8, 0, 1)), ("8205", (8, 2, 5)), ("8502", (8, 5, 2)), ("8611", (8, 6, 11)),
+        ("100001", (10, 0, 1)), ("101602", (10, 16, 2)), ("110000", (11, 0, 0)),
+    ],
+)  # fmt: skip
+def test_the_number_in_a_banner_is_a_version(digits, version):
+    assert trtexec.version_of(digits) == version
+
+
+def test_a_newer_trtexec_calls_deprecated_what_older_ones_are_told():
+    text = (PUBLIC / "11.0.0-server.txt").read_text()
+    told = set(trtexec.timing_flags(10)) - set(trtexec.timing_flags(11))
+    assert told == {flag for flag in told if f"[W] {flag} is deprecated" in text}
 
 
 def test_an_unstable_time_is_said_with_both_numbers():
@@ -44,8 +82,14 @@ def test_an_unstable_time_is_said_with_both_numbers():
 
 def test_the_first_error_is_the_one_that_is_told():
     assert "OutOfMemory" in parsed("8.5-out-of-memory")["error"]
-    assert "MysteryOp" in parsed("10.3-unknown-operator")["error"]
+    told = parsed("10.3-unknown-operator")["error"]
+    assert 'While parsing node number 4 [MysteryOp -> "odd"]:' in told
     assert not parsed("10.3-unknown-operator")["passed"]
+
+
+def test_what_the_onnx_parser_says_of_a_node_is_told_behind_the_node():
+    told = parsed("10.3-unknown-operator")["error"]
+    assert told.endswith(": [6] Invalid Node - /odd there is no importer for this operator")
 
 
 def test_what_is_no_number_is_left_out():

@@ -32,11 +32,13 @@ class Check(Record):
     detail: str
 
 
-def golden_check(board: Board, folder: Path, manifest: Manifest, key: str = "model") -> Check:
+def golden_check(
+    board: Board, folder: Path, manifest: Manifest, key: str = "model", name: str = "golden"
+) -> Check:
     """Whether a board's answers are the golden ones, within the tolerance and with the same classes."""
     raw, golden = read_golden(folder, manifest)
     result = judge(run_model(board, manifest, raw, key=key), golden, manifest)
-    return Check(name="golden", status="passed" if result.ok else "failed", detail=str(result))
+    return Check(name=name, status="passed" if result.ok else "failed", detail=str(result))
 
 
 def delegate_check(board: Board, manifest: Manifest, loaded: Loaded, *, must: bool) -> Check:

@@ -25,7 +25,7 @@ def card_text(manifest: Manifest) -> bytes:
 An image or tensor classifier with {len(manifest.labels)} classes ({labels}), pruned, retrained and exported by edgeprune
 {manifest.edgeprune_version} for {manifest.target}. `{model.path}` ({model.precision}, {model.size_bytes} bytes) runs on
 {manifest.runtime.name}; it takes `{source.dtype} {list(source.shape)}` ({source.layout}). Version: {manifest.version or NOT_STATED}.
-{_sparsity(manifest)}
+{_sparsity(manifest)}{_float_model(manifest)}
 ## Data
 
 Digest of the data set: `{made.data_digest}`. Seed: {made.seed}. The data themselves are not part of the bundle, except for
@@ -84,6 +84,16 @@ def _quality(quality: Quality) -> str:
 
 def _sparsity(manifest: Manifest) -> str:
     return f"\nIts {manifest.sparsity.line()}.\n" if manifest.sparsity else ""
+
+
+def _float_model(manifest: Manifest) -> str:
+    found = manifest.float_model
+    if found is None:
+        return ""
+    return (
+        f"\n`{found.model.path}` is the same net in FP32, from which the board builds FP16 to compare; "
+        f"{_quality(found.quality)}. It was not timed.\n"
+    )
 
 
 def _limits(manifest: Manifest) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from edgeprune.bundle.anatomy import anatomy
+from edgeprune.bundle.anatomy import Anatomy, anatomy
 from edgeprune.bundle.behaviour import Check
 from edgeprune.bundle.eight_bits import file_kind, layers_line
 from edgeprune.bundle.integrity import labels_text
@@ -26,9 +26,12 @@ def metadata_check(manifest: Manifest, content: bytes) -> Check:
     Raises:
         IntegrityError: they are not; names the first that differs.
     """
-    facts = manifest.facts()
-    if manifest.manifest_id != identity(facts, manifest.source_sha256):
+    if manifest.manifest_id != identity(manifest.facts(), manifest.source_sha256):
         raise IntegrityError("manifest_id is not that of the manifest")
+    return _texts_check(manifest, content)
+
+
+def _texts_check(manifest: Manifest, content: bytes) -> Check:
     found = carrier(PurePosixPath(manifest.model.path).suffix)
     if found is None or not manifest.embedded:
         if manifest.source_sha256 != manifest.model.sha256:
@@ -42,7 +45,7 @@ def metadata_check(manifest: Manifest, content: bytes) -> Check:
         raise IntegrityError(
             "the model must carry the texts that the manifest lists, but carries none"
         )
-    wanted = model_texts(facts, manifest.source_sha256)
+    wanted = model_texts(manifest.facts(), manifest.source_sha256, manifest.manifest_id)
     for key in sorted({*wanted, *inside.texts}):
         if inside.texts.get(key) != wanted.get(key):
             raise IntegrityError(f"{key} inside the model does not say what the manifest says")
@@ -82,3 +85,43 @@ def operators_check(manifest: Manifest, content: bytes) -> Check:
         )
     detail = layers_line(manifest.model, found, manifest.float_layers)
     return Check(name="operators", status="passed", detail=detail)
+
+
+def float_check(manifest: Manifest, content: bytes, beside: bytes) -> Check:
+    """Whether the float model is one, with the texts and operators of its record, and of the same layers as the INT8 file.
+
+    Args:
+        manifest: as :meth:`Manifest.of_float <edgeprune.bundle.manifest.Manifest.of_float>` gives it.
+        content: the float model.
+        beside: the INT8 file.
+
+    Raises:
+        IntegrityError: it is not.
+    """
+    path = manifest.model.path
+    found = _anatomy(manifest, content)
+    kinds = sorted({kind for layer in found.layers for _, kind, _ in layer.weights} - {"float32"})
+    if kinds or found.operators["QuantizeLinear"] or found.operators["DequantizeLinear"]:
+        what = f"stores weights in {kinds[0]}" if kinds else "quantises values"
+        raise IntegrityError(f"a float model must be in FP32 throughout, but {path} {what}")
+    mine, theirs = layer_sizes(found), layer_sizes(_anatomy(manifest, beside))
+    if mine != theirs:
+        raise IntegrityError(
+            f"a float model must have the layers of the INT8 file, but {path} has {len(mine)} with {sum(mine)} weights "
+            f"and the other {len(theirs)} with {sum(theirs)}"
+        )
+    operators = operators_check(manifest, content)
+    _texts_check(manifest, content)
+    detail = f"FP32, of the same layers; {operators.detail}"
+    return Check(name="float model", status="passed", detail=detail)
+
+
+def _anatomy(manifest: Manifest, content: bytes) -> Anatomy:
+    found = anatomy(file_kind(manifest.model), content)
+    assert found is not None, "a float model is an ONNX file"
+    return found
+
+
+def layer_sizes(found: Anatomy) -> list[int]:
+    """Elements of the weights of each operator that has some, sorted."""
+    return sorted(sum(elements for _, _, elements in layer.weights) for layer in found.layers)

@@ -27,6 +27,7 @@ LABELS = "labels.txt"
 README = "README.md"
 GOLDEN_INPUTS = "golden/inputs.npy"
 GOLDEN_OUTPUTS = "golden/outputs.npy"
+FLOAT_OUTPUTS = "golden/float-outputs.npy"  # of the float model
 TOLERANCE = "golden/tolerance.json"
 SAMPLE = "samples/python/predict.py"
 JETSON_SAMPLE = "samples/jetson/build_engine.py"  # of bundles for TensorRT
@@ -98,8 +99,8 @@ Line = Annotated[str, Field(max_length=1000), AfterValidator(_check_line)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(gt=0)]
 Role = Literal[
-    "model", "recipe", "labels", "golden", "sample", "readme", "report", "card", "license", "repro",
-    "sbom",
+    "model", "float_model", "recipe", "labels", "golden", "sample", "readme", "report", "card",
+    "license", "repro", "sbom",
 ]  # fmt: skip
 
 
@@ -158,6 +159,19 @@ class Quality(Record):
     n: Annotated[int, Field(ge=1)]
     dense: Ratio
     shipped: Ratio
+
+
+class FloatModel(Record):
+    """The same pruned net as the INT8 file for TensorRT, in FP32: what a Jetson builds its FP16 engine from.
+
+    ``source_sha256`` is the digest of the file as it was measured, without the texts at its end. ``golden`` holds its own answers to the
+    bundle's samples, with the tolerance of half precision; ``quality`` is that of this file. No latency is stated for it.
+    """
+
+    model: Artifact
+    source_sha256: Sha256
+    golden: Golden
+    quality: Quality
 
 
 class Latency(Record):
@@ -242,7 +256,7 @@ class Manifest(Facts):
 
     ``source_sha256`` is the digest of the model file as it was measured. The file that ships is the same with texts at its end, whose keys
     stand in ``embedded``; where that is empty none were added: a Core ML package has its own, a ``.pte`` none. ``manifest_id`` is
-    :func:`identity` of the rest.
+    :func:`identity` of the rest. ``float_model`` is the file of that role, beside an INT8 file for TensorRT.
     """
 
     schema_version: Literal[1] = 1
@@ -253,6 +267,7 @@ class Manifest(Facts):
     manifest_id: Sha256
     embedded: tuple[Line, ...] = ()
     golden: Golden
+    float_model: FloatModel | None = None
     files: tuple[BundleFile, ...]
 
     @field_validator("model")
@@ -290,6 +305,29 @@ class Manifest(Facts):
             raise ValueError("max_abs_error_steps needs a quantised output; give atol instead")
         return self
 
+    @model_validator(mode="after")
+    def _check_float(self) -> Manifest:
+        found, paths = self.float_model, [f.path for f in self.files if f.role == "float_model"]
+        if found is None:
+            if paths:
+                raise ValueError(f"float_model must describe {paths[0]}")
+            return self
+        if (self.model.format, self.model.precision) != ("tensorrt", "int8"):
+            raise ValueError("float_model needs a model in INT8 for tensorrt beside it")
+        if (found.model.format, found.model.precision) != ("tensorrt", "fp32"):
+            raise ValueError("float_model must be a file in FP32 for tensorrt")
+        if (found.model.inputs, found.model.outputs) != (self.model.inputs, self.model.outputs):
+            raise ValueError("float_model must have the inputs and outputs of the model")
+        listed = {file.path: file.sha256 for file in self.files}
+        if paths != [found.model.path] or listed[paths[0]] != found.model.sha256:
+            raise ValueError(f"files must list {found.model.path} as float_model, with its digest")
+        golden = found.golden
+        if (golden.inputs, golden.n) != (self.golden.inputs, self.golden.n):
+            raise ValueError("float_model must have answers to the golden samples of the model")
+        if golden.outputs not in listed or golden.tolerance.atol is None:
+            raise ValueError("float_model needs golden outputs that are listed, and atol")
+        return self
+
     def facts(self) -> Facts:
         """What the maker stated."""
         return Facts(**{name: getattr(self, name) for name in Facts.model_fields})
@@ -297,6 +335,14 @@ class Manifest(Facts):
     def model_parts(self) -> tuple[str, ...]:
         """Paths of the files of a model that is a folder, sorted; empty for a model that is one file."""
         return tuple(sorted(f.path for f in self.files if f.path.startswith(f"{self.model.path}/")))
+
+    def of_float(self) -> Manifest | None:
+        """The manifest as if the float model were what ships, so that it can be checked like any model; ``None`` without one."""
+        found = self.float_model
+        if found is None:
+            return None
+        changes = {name: getattr(found, name) for name in FloatModel.model_fields}
+        return self.model_copy(update={**changes, "float_model": None, "float_layers": ()})
 
     def recipe(self) -> Recipe:
         """What ``preprocess.json`` must say."""

@@ -31,6 +31,7 @@ def readme_text(manifest: Manifest) -> bytes:
     model = manifest.model
     rows = [
         ("model", f"`{model.path}` ({model.precision}, {model.size_bytes} bytes)"),
+        *_float_row(manifest),
         ("target", f"{manifest.target} (profile {manifest.profile})"),
         ("license of the model", manifest.license or "not stated"),
         (f"{quality.metric}, {quality.split} split, n = {quality.n}", _quality(manifest)),
@@ -68,6 +69,15 @@ On the host, `edgeprune verify` checks all of it, on any board you have.
     return text.encode()
 
 
+def _float_row(manifest: Manifest) -> list[tuple[str, str]]:
+    found = manifest.float_model
+    if found is None:
+        return []
+    size, share = found.model.size_bytes, f"{found.quality.shipped:.2%}"
+    what = f"`{found.model.path}` (fp32, {size} bytes), {found.quality.metric} {share}, not timed"
+    return [("the same net in FP32, to build FP16 from", what)]
+
+
 def _not_run(manifest: Manifest) -> list[tuple[str, str]]:
     if not manifest.not_run:
         return []
@@ -87,9 +97,15 @@ scp -r . USER@JETSON:{name} && ssh USER@JETSON
 cd {name} && python3 samples/jetson/build_engine.py
 ```
 
-It builds `../{name}-engine/model.engine` from the ONNX file, in the fastest precision that passes the golden check, and
-builds it again when JetPack changes. An engine fits one TensorRT and one GPU: ship the bundle, not the engine.
+It builds {which}, times each, asks each the golden
+samples, and keeps the fastest that answers as its file does as `../{name}-engine/model.engine`. It builds again when
+JetPack or a file changes. An engine fits one TensorRT and one GPU: ship the bundle, not the engine.
 """
+_BUILDS = {
+    "both": "FP16 from `{float_path}`, and INT8 and mixed (INT8 with FP16) from `{path}`",
+    "int8": "INT8 and mixed (INT8 with FP16) from `{path}`; there is no FP32 file to build FP16 from",
+    "fp32": "FP16 and FP32 from `{path}`",
+}
 
 
 _OWN_TEXTS = {
@@ -128,7 +144,11 @@ On a computer with Python, `pip install numpy pillow executorch` and `python sam
 def _run_text(manifest: Manifest) -> str:
     if manifest.model.format != "tensorrt":
         return _python_text(manifest)
-    text = _JETSON.format(name=manifest.name)
+    twin = manifest.float_model
+    which = _BUILDS["both" if twin else "int8" if manifest.model.precision == "int8" else "fp32"]
+    float_path = twin.model.path if twin else ""
+    built = which.format(path=manifest.model.path, float_path=float_path)
+    text = _JETSON.format(name=manifest.name, which=built)
     if manifest.runtime.name not in _PACKAGES:
         return text
     return f"{text}\nThe same ONNX file on any other computer:\n\n{_python_text(manifest)}"

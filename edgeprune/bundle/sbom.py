@@ -42,10 +42,21 @@ def bom_text(manifest: Manifest) -> bytes:
             "tools": {"components": [tool]},
             "component": _model(manifest),
         },
-        "components": [needed],
+        "components": [*_float_model(manifest), needed],
         "dependencies": [{"ref": "model", "dependsOn": ["runtime"]}, {"ref": "runtime"}],
     }
     return to_json_text(value)
+
+
+def _float_model(manifest: Manifest) -> list[dict[str, Any]]:
+    """The FP32 file beside an INT8 one, where there is one."""
+    twin = manifest.of_float()
+    if twin is None:
+        return []
+    digest = {"alg": "SHA-256", "content": twin.model.sha256}
+    name = f"{manifest.name} in FP32"
+    kind = "machine-learning-model"
+    return [{"type": kind, "bom-ref": "float-model", "name": name, "hashes": [digest]}]
 
 
 def _model(manifest: Manifest) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 0     structure   safe names, no links, capped sizes, a manifest that follows its schema
 1     hashes      every file is listed and is what its digest says
 2     signature   the manifest is signed by the key that the user gave
-3     model       texts, operators and tensors as in the manifest; an INT8 file stores and computes INT8
+3     model       texts, operators and tensors as in the manifest; an INT8 file stores and computes INT8, its float model neither
 4     golden      the golden samples on this machine's runtime, in a child process
 5     golden      golden samples, latency and delegate on each board that was asked for
 ====  ==========  =========================================================================
@@ -25,7 +25,7 @@ from edgeprune.bundle.behaviour import (
 )
 from edgeprune.bundle.eight_bits import weights_line
 from edgeprune.bundle.golden import judge, read_golden
-from edgeprune.bundle.inside import metadata_check, operators_check
+from edgeprune.bundle.inside import float_check, metadata_check, operators_check
 from edgeprune.bundle.integrity import (
     check_hashes,
     check_small_files,
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 _BLOCKING = (0, 1, 2, 3)
+_FLOAT = "float"  # what a board calls the float model
 
 
 class Level(Record):
@@ -255,9 +256,15 @@ class _Subject:
         content = read_model(self._folder, manifest)
         stored = weights_line(manifest.model, content, manifest.float_layers)
         checks = [operators_check(manifest, content), metadata_check(manifest, content)]
+        twin = manifest.of_float()
+        if twin is not None:
+            read_golden(self._folder, twin)
+            checks.append(float_check(twin, read_model(self._folder, twin), content))
         board = self._stack.enter_context(_open(LOCAL_NAME, LOCAL))
         try:
             loaded = load_model(board, manifest, content)
+            if twin is not None:
+                load_model(board, twin, read_model(self._folder, twin), key=_FLOAT)
         except RuntimeMissing as reason:
             why = f"tensors not compared: {reason}"
             checks.append(Check(name="tensors", status="not-run", detail=str(reason)))
@@ -272,7 +279,8 @@ class _Subject:
             raise _NotRun(f"{manifest.runtime.name} does not run on this machine")
         board, loaded = self._here
         golden = golden_check(board, self._folder, manifest)
-        checks = [golden, delegate_check(board, manifest, loaded, must=False)]
+        checks = [golden, *self._float_golden(board)]
+        checks.append(delegate_check(board, manifest, loaded, must=False))
         detail = golden.detail
         if manifest.model.format == "tflite" and golden.status == "passed":
             # ARM64 runs some INT8 graphs on the built-in kernels, which refuse files that XNNPACK takes.
@@ -296,9 +304,21 @@ class _Subject:
                 must = board.is_strict
                 checks = [golden, delegate_check(board, manifest, loaded, must=must)]
                 checks.append(latency_check(board, manifest))
+                twin = manifest.of_float()
+                if twin is not None:
+                    load_model(board, twin, read_model(self._folder, twin), key=_FLOAT)
+                checks += self._float_golden(board)
         except (RuntimeMissing, Unreachable, HostKeyMismatch, Busy) as error:
             raise _NotRun(str(error)) from error
         return _whole(golden.detail, checks)
+
+    def _float_golden(self, board: Board) -> list[Check]:
+        """The golden answers of the float model, where there is one; it is loaded on the board."""
+        twin = self._checked.of_float()
+        if twin is None:
+            return []
+        name = "golden of the float model"
+        return [golden_check(board, self._folder, twin, key=_FLOAT, name=name)]
 
     def _on_each_processor(self, board: Board, content: bytes) -> str:
         """The golden samples and a time for every choice of processors that Core ML offers; the time includes the call from Python."""

@@ -21,6 +21,7 @@ from edgeprune.bundle.integrity import labels_text, sums_text
 from edgeprune.bundle.manifest import (
     BOM,
     CARD,
+    FLOAT_OUTPUTS,
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
     JETSON_SAMPLE,
@@ -35,8 +36,10 @@ from edgeprune.bundle.manifest import (
     TOLERANCE,
     BundleFile,
     Facts,
+    FloatModel,
     Golden,
     Manifest,
+    Quality,
     Role,
     Tolerance,
     created_text,
@@ -62,6 +65,23 @@ _CPP = "samples/cpp/"
 
 
 @dataclass(frozen=True)
+class FloatTwin:
+    """The net of an INT8 file in FP32, for a board that builds FP16 from it.
+
+    Attributes:
+        model: the record of the file; its digest is checked against ``model_file``.
+        model_file: where it lies now.
+        golden_outputs: what it answered on the host to the payload's golden inputs, ``float32 [n, K]``.
+        quality: how good it is.
+    """
+
+    model: Artifact
+    model_file: Path
+    golden_outputs: np.ndarray
+    quality: Quality
+
+
+@dataclass(frozen=True)
 class Payload:
     """The content of a bundle.
 
@@ -76,6 +96,7 @@ class Payload:
         repro: files of ``repro/`` by path; see :func:`~edgeprune.bundle.repro.repro_files`.
         golden_model: a model file with the golden samples inside, and its suffix, if the format has such files.
         compute_units: what the sample of a Core ML bundle asks for by default.
+        float_twin: of an INT8 file for TensorRT, if there is one.
     """
 
     model: Artifact
@@ -88,6 +109,18 @@ class Payload:
     repro: Mapping[str, bytes] = field(default_factory=dict)
     golden_model: tuple[str, bytes] | None = None
     compute_units: ComputeUnits = "ALL"
+    float_twin: FloatTwin | None = None
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    """The models as they lie in the bundle: the record of the one that ships, its files, the keys of the texts in it, and the float one."""
+
+    model: Artifact
+    files: Mapping[str, bytes]
+    embedded: tuple[str, ...]
+    float_model: FloatModel | None
+    float_file: bytes
 
 
 def write_bundle(folder: Path, facts: Facts, payload: Payload) -> Path:
@@ -107,6 +140,9 @@ def write_bundle(folder: Path, facts: Facts, payload: Payload) -> Path:
         ModelError: the golden samples do not fit the model.
     """
     check_golden(payload.golden_inputs, payload.golden_outputs, len(facts.labels))
+    if payload.float_twin is not None:
+        outputs = payload.float_twin.golden_outputs
+        check_golden(payload.golden_inputs, outputs, len(facts.labels))
     manifest, files = _assemble(facts, payload)
     with _writing(folder):
         if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
@@ -129,11 +165,12 @@ def zip_path(folder: Path) -> Path:
 
 def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest and the content of every file, none of it on disk yet."""
-    model, model_files, embedded = _shipped(facts, payload)
+    shipped = _shipped(facts, payload)
+    model = shipped.model
     # The samples go through the same preprocessing as on the board, so that a mismatch shows here and not there.
     file_input(payload.golden_inputs, facts.preprocess, model.inputs[0])
     files: dict[str, tuple[Role, bytes]] = {
-        **{path: ("model", content) for path, content in model_files.items()},
+        **{path: ("model", content) for path, content in shipped.files.items()},
         LABELS: ("labels", labels_text(facts.labels)),
         GOLDEN_INPUTS: ("golden", npy_bytes(payload.golden_inputs)),
         GOLDEN_OUTPUTS: ("golden", npy_bytes(payload.golden_outputs)),
@@ -142,6 +179,9 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
     }
     if model.format == "tensorrt":
         files[JETSON_SAMPLE] = ("sample", sample_files("jetson")[JETSON_SAMPLE])
+    if payload.float_twin is not None and shipped.float_model is not None:
+        files[shipped.float_model.model.path] = ("float_model", shipped.float_file)
+        files[FLOAT_OUTPUTS] = ("golden", npy_bytes(payload.float_twin.golden_outputs))
     if payload.golden_model is not None:
         golden_suffix, golden_bytes = payload.golden_model
         files[f"golden/model.{model.precision}{golden_suffix}"] = ("golden", golden_bytes)
@@ -151,10 +191,10 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
     # These are written from the manifest, which lists them: first with no content, then with the real one.
     for path, (role, _) in _DERIVED.items():
         files[path] = (role, b"")
-    draft = _manifest(facts, payload, model, files, embedded)
+    draft = _manifest(facts, payload, shipped, files)
     for path, (role, text) in _DERIVED.items():
         files[path] = (role, text(draft))
-    manifest = _manifest(facts, payload, model, files, embedded, created=draft.created)
+    manifest = _manifest(facts, payload, shipped, files, created=draft.created)
     contents = {path: content for path, (_, content) in files.items()}
     return manifest, {**contents, MANIFEST: to_json(manifest)}
 
@@ -177,40 +217,65 @@ _DERIVED: dict[str, tuple[Role, Callable[[Manifest], bytes]]] = {
 }
 
 
-def _shipped(facts: Facts, payload: Payload) -> tuple[Artifact, dict[str, bytes], tuple[str, ...]]:
-    """The model as it lies in the bundle, its files there, and the keys of the texts that were put into it.
+def _shipped(facts: Facts, payload: Payload) -> _Shipped:
+    """The models as they lie in the bundle.
 
     A package keeps its content as it is; Xcode makes a Swift class of its name.
     """
-    content, suffix = _model_bytes(payload), payload.model_file.suffix
+    content, suffix = _model_bytes(payload.model, payload.model_file), payload.model_file.suffix
     if payload.model_file.is_dir():
         path = f"models/{PACKAGE_STEM}{suffix}"
         parts = {f"{path}/{name}": part for name, part in unpacked(content).items()}
-        return payload.model.model_copy(update={"path": path}), parts, ()
-    path = f"models/model.{payload.model.precision}{suffix}"
-    found = carrier(suffix)
+        return _Shipped(payload.model.model_copy(update={"path": path}), parts, (), None, b"")
+    named = identity(facts, payload.model.sha256)
+    model, file, keys = _labelled(facts, payload.model, content, suffix, named)
+    twin = payload.float_twin
+    if twin is None:
+        return _Shipped(model, {model.path: file}, keys, None, b"")
+    source = _model_bytes(twin.model, twin.model_file)
+    record, float_file, _ = _labelled(facts, twin.model, source, twin.model_file.suffix, named)
+    tolerance = default_tolerance(record, twin.golden_outputs, facts.runtime.name)
+    float_model = FloatModel(
+        model=record,
+        source_sha256=twin.model.sha256,
+        golden=Golden(outputs=FLOAT_OUTPUTS, n=len(payload.golden_inputs), tolerance=tolerance),
+        quality=twin.quality,
+    )
+    return _Shipped(model, {model.path: file}, keys, float_model, float_file)
+
+
+def _labelled(
+    facts: Facts, source: Artifact, content: bytes, suffix: str, manifest_id: str
+) -> tuple[Artifact, bytes, tuple[str, ...]]:
+    """A model file with the bundle's texts in it, where files of its kind have a place for them, and the keys of the texts."""
     keys: tuple[str, ...] = ()
+    found = carrier(suffix)
     if found is not None:
-        texts = model_texts(facts, payload.model.sha256)
+        texts = model_texts(facts, source.sha256, manifest_id)
         content = found.attach(content, texts, labels_text(facts.labels))
         keys = tuple(sorted(texts))
-    changes = {"path": path, "sha256": sha256_bytes(content), "size_bytes": len(content)}
-    return payload.model.model_copy(update=changes), {path: content}, keys
+    changes = {
+        "path": f"models/model.{source.precision}{suffix}",
+        "sha256": sha256_bytes(content),
+        "size_bytes": len(content),
+    }
+    return source.model_copy(update=changes), content, keys
 
 
-def model_texts(facts: Facts, source_sha256: str) -> dict[str, str]:
-    """What goes into the model file, by key.
+def model_texts(facts: Facts, source_sha256: str, manifest_id: str | None = None) -> dict[str, str]:
+    """What goes into a model file, by key.
 
     Args:
         facts: what the maker states.
         source_sha256: digest of the file without these texts: the one that was measured.
+        manifest_id: of the bundle; worked out from the other two for the file that ships.
     """
     preprocess = json.dumps(facts.preprocess.model_dump(mode="json"), sort_keys=True)
     return {
         PREFIX + "name": facts.name,
         PREFIX + "version": facts.version or NOT_STATED,
         PREFIX + "source_sha256": source_sha256,
-        PREFIX + "manifest_id": identity(facts, source_sha256),
+        PREFIX + "manifest_id": manifest_id or identity(facts, source_sha256),
         PREFIX + "preprocess": preprocess,
         PREFIX + "license": facts.license or NOT_STATED,
     }
@@ -219,14 +284,13 @@ def model_texts(facts: Facts, source_sha256: str) -> dict[str, str]:
 def _manifest(
     facts: Facts,
     payload: Payload,
-    model: Artifact,
+    shipped: _Shipped,
     files: dict[str, tuple[Role, bytes]],
-    embedded: tuple[str, ...],
     *,
     created: str | None = None,
 ) -> Manifest:
     tolerance = payload.tolerance or default_tolerance(
-        model, payload.golden_outputs, facts.runtime.name
+        shipped.model, payload.golden_outputs, facts.runtime.name
     )
     listed = tuple(
         BundleFile(path=path, size_bytes=len(content), sha256=sha256_bytes(content), role=role)
@@ -237,11 +301,12 @@ def _manifest(
             **{name: getattr(facts, name) for name in Facts.model_fields},
             created=created or created_text(),
             status="best-effort" if facts.failed_gates else "passed",
-            model=model,
+            model=shipped.model,
             source_sha256=payload.model.sha256,
             manifest_id=identity(facts, payload.model.sha256),
-            embedded=embedded,
+            embedded=shipped.embedded,
             golden=Golden(n=len(payload.golden_inputs), tolerance=tolerance),
+            float_model=shipped.float_model,
             files=listed,
         )
     except ValidationError as error:
@@ -266,15 +331,13 @@ def _samples(facts: Facts, payload: Payload, model: Artifact) -> dict[str, bytes
     return found
 
 
-def _model_bytes(payload: Payload) -> bytes:
+def _model_bytes(model: Artifact, file: Path) -> bytes:
     try:
-        content = model_bytes(payload.model_file)
+        content = model_bytes(file)
     except OSError as error:
-        raise IntegrityError(f"cannot read {payload.model_file}: {error.strerror}") from error
-    if sha256_bytes(content) != payload.model.sha256:
-        raise IntegrityError(
-            f"{payload.model_file} is not the file that was verified", hint="export it again"
-        )
+        raise IntegrityError(f"cannot read {file}: {error.strerror}") from error
+    if sha256_bytes(content) != model.sha256:
+        raise IntegrityError(f"{file} is not the file that was verified", hint="export it again")
     return content
 
 

@@ -106,6 +106,8 @@ def lower_opset(proto: Any) -> None:
         settings = {a.name for a in node.attribute}
         if node.op_type in REDUCTIONS and len(node.input) == 2 and node.input[1] in constants:
             axes = [int(a) for a in constants[node.input[1]].ravel()]
+            if axes:
+                _drop_attributes(node, ("noop_with_empty_axes",))  # which says nothing then
             del node.input[1:]
             node.attribute.append(onnx.helper.make_attribute("axes", axes))
         elif node.op_type == "Split" and "num_outputs" in settings:
