@@ -393,7 +393,8 @@ def profiles_show(name: str) -> None:
 def _print_yaml(record: Any) -> None:
     import yaml
 
-    click.echo(yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False), nl=False)
+    plain = record.model_dump(mode="json", exclude_none=True)  # what is not set is not said
+    click.echo(yaml.safe_dump(plain, sort_keys=False), nl=False)
 
 
 @cli.command()
