@@ -336,7 +336,8 @@ def _print_yaml(record: Any) -> None:
     from edgeprune.int8_results import SCHEME_WORDS
 
     click.echo(f"# {SCHEME_WORDS}")
-    click.echo(yaml.safe_dump(record.model_dump(mode="json"), sort_keys=False), nl=False)
+    plain = record.model_dump(mode="json", exclude_none=True)  # what is not set is not said
+    click.echo(yaml.safe_dump(plain, sort_keys=False), nl=False)
 
 
 @cli.command()

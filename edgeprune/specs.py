@@ -72,7 +72,7 @@ class AvoidedOp(Record):
 
 
 class ForbiddenOp(AvoidedOp):
-    """An operator that cannot run on an accelerator, unless the converter of one of these formats replaces it."""
+    """An operator that cannot run on an accelerator, unless one of these formats has it, or its converter replaces it."""
 
     decomposed_by: tuple[FormatName, ...] = ()
 

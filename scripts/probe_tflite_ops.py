@@ -2,10 +2,11 @@
 
 Run it with the Python of an environment that has ``tflite-runtime`` (or ``ai-edge-litert``) and ``flatbuffers``::
 
-    python scripts/probe_tflite_ops.py schema_py_generated.py > edgeprune/formats/_data/tflite_ops_2.14.json
+    python scripts/probe_tflite_ops.py schema_py_generated.py > edgeprune/formats/_tflite_ops/litert.json
 
 The runtime looks every operator code up, name and version, before it looks at anything else, and says which it does not find. The
-argument is the generated schema module (it lies in ai-edge-litert); only its tables and names are used.
+argument is the generated schema module (it lies in ai-edge-litert); only its tables and names are used. One file for each runtime, of the
+oldest version that ``edgeprune/devices/runtime_pins.yaml`` may put on a board.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import platform
 import sys
+from datetime import datetime, timezone
 from typing import Any
 
 import flatbuffers
@@ -30,7 +33,8 @@ def main() -> None:
         raise SystemExit(f"{sys.argv[1]} is no Python module")
     schema = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(schema)
-    runtime, interpreter = _runtime()
+    runtime, package, interpreter = _runtime()
+    version = importlib.metadata.version(package)
     names = {
         k: v
         for k, v in vars(schema.BuiltinOperator).items()
@@ -41,20 +45,28 @@ def main() -> None:
         known = [v for v in range(1, MOST_VERSIONS + 1) if _loads(interpreter, schema, code, v)]
         if known:
             versions[name] = max(known)
-    json.dump({"runtime": runtime, "most": versions}, sys.stdout, indent=1, sort_keys=True)
+    table = {
+        "runtime": runtime,
+        "version": version,
+        "source": f"{package} {version} for {platform.system()} on {platform.machine()}, asked operator by operator",
+        "asked_on": datetime.now(timezone.utc).date().isoformat(),
+        "most": versions,
+    }
+    json.dump(table, sys.stdout, indent=1)
     sys.stdout.write("\n")
 
 
-def _runtime() -> tuple[str, Any]:
-    for module, package in (
-        ("tflite_runtime.interpreter", "tflite-runtime"),
-        ("ai_edge_litert.interpreter", "ai-edge-litert"),
+def _runtime() -> tuple[str, str, Any]:
+    """Its name in a target, its package, its interpreter."""
+    for name, module, package in (
+        ("tflite-runtime", "tflite_runtime.interpreter", "tflite-runtime"),
+        ("litert", "ai_edge_litert.interpreter", "ai-edge-litert"),
     ):
         try:
             found = importlib.import_module(module)
         except ImportError:
             continue
-        return f"{package} {importlib.metadata.version(package)}", found.Interpreter
+        return name, package, found.Interpreter
     raise SystemExit("no TFLite runtime is installed here")
 
 

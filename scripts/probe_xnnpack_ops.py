@@ -2,7 +2,7 @@
 
 ``python scripts/probe_xnnpack_ops.py`` converts one small net for each operator word of ``edgeprune/operators.py`` and loads it, in both
 precisions. A line says how many of the file's operators XNNPACK took, which ones it left, and which ones take or give float inside an INT8
-file. The facts in ``avoid_ops`` of the profiles with LiteRT come from a run on x86-64.
+file. The facts in ``avoid_ops`` of the profiles with LiteRT come from a run on x86-64. See also ``scripts/probe_conversions.py``.
 """
 
 from __future__ import annotations
@@ -43,11 +43,35 @@ def _attention(x: torch.Tensor) -> torch.Tensor:
     return (rows @ rows.transpose(1, 2) @ rows).transpose(1, 2).reshape(x.shape)
 
 
+def _fftn(x: torch.Tensor) -> torch.Tensor:
+    return torch.fft.irfftn(torch.fft.rfftn(x, dim=(2, 3)), s=x.shape[2:], dim=(2, 3))
+
+
+def _grid_sample(x: torch.Tensor) -> torch.Tensor:
+    steps = torch.linspace(-0.9, 0.9, SIDE)
+    grid = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1)[None]
+    return functional.grid_sample(x, grid, align_corners=False)
+
+
+def _max_unpool(x: torch.Tensor) -> torch.Tensor:
+    return functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), 2)
+
+
 OPERATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "adaptive_avg_pool": lambda x: functional.adaptive_avg_pool2d(x, 4),
+    "adaptive_max_pool": lambda x: functional.adaptive_max_pool2d(x, 4),
+    "adaptive_max_pool, global": lambda x: functional.adaptive_max_pool2d(x, 1),
+    "attention": lambda x: functional.scaled_dot_product_attention(x, x, x),
     "avg_pool": lambda x: functional.avg_pool2d(x, 2),
+    "bicubic": lambda x: functional.interpolate(x, scale_factor=2.0, mode="bicubic"),
     "concat": lambda x: torch.cat([x, x * 2.0], 1),
     "elu": functional.elu,
+    "fft": lambda x: torch.fft.irfft(torch.fft.rfft(x), n=x.shape[3]),
+    "fft2": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[2:]),
+    "fftn": _fftn,
+    "fold": lambda x: functional.fold(functional.unfold(x, 2, stride=2), SIDE, 2, stride=2),
     "gelu": functional.gelu,
+    "grid_sample": _grid_sample,
     "group_norm": nn.GroupNorm(4, CHANNELS),
     "hard_sigmoid": lambda x: functional.hardsigmoid(x) * x,
     "hard_swish": functional.hardswish,
@@ -58,9 +82,12 @@ OPERATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     ),
     "layer_norm": lambda x: functional.layer_norm(x, x.shape[1:]),
     "leaky_relu": functional.leaky_relu,
+    "log_softmax": lambda x: torch.log_softmax(x, 1),
     "matmul": _attention,
     "max_pool": lambda x: functional.max_pool2d(x, 2),
+    "max_unpool": _max_unpool,
     "mish": functional.mish,
+    "permute": lambda x: x.permute(0, 2, 3, 1),
     "pixel_shuffle": lambda x: functional.pixel_shuffle(x, 2),
     "prelu": nn.PReLU(CHANNELS),
     "sigmoid": lambda x: torch.sigmoid(x) * x,
@@ -68,6 +95,7 @@ OPERATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda x: torch.softmax(x, 1),
     "tanh": torch.tanh,
     "transposed_conv": nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, 2),
+    "unfold": lambda x: functional.unfold(x, 2, stride=2).reshape(1, -1, SIDE // 2, SIDE // 2),
 }
 
 

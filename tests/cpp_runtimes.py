@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 NPM_PACKAGE, NPM_SHA256 = (
@@ -52,7 +53,8 @@ def _link_library(folder: Path) -> None:
         (folder / "lib" / name).symlink_to(found)
 
 
-def _checked(file: Path, sha256: str) -> Path:
+def checked(file: Path, sha256: str) -> Path:
+    """A file that was fetched, when its digest is the pinned one; the end of the program otherwise."""
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != sha256:
         raise SystemExit(f"{file.name} must have the digest {sha256}, but has {found}")
@@ -63,7 +65,7 @@ def fetch_tflite(scratch: Path) -> None:
     """The C library of TensorFlow Lite 2.9."""
     subprocess.run(["npm", "pack", "--silent", NPM_PACKAGE], cwd=scratch, check=True, timeout=300)
     (file,) = scratch.glob("*.tgz")
-    with tarfile.open(_checked(file, NPM_SHA256)) as archive:
+    with tarfile.open(checked(file, NPM_SHA256)) as archive:
         wanted = ("package/cc_deps/include/", "package/cc_deps/linux_amd64/libtensorflowlite_c.so")
         for member in archive.getmembers():
             if member.isfile() and member.name.startswith(wanted):
@@ -78,23 +80,36 @@ def fetch_tflite(scratch: Path) -> None:
 
 def fetch_onnxruntime(scratch: Path) -> None:
     """The headers of onnxruntime 1.21, from the next Debian release than bookworm; nothing is installed."""
-    mirror = _debian_mirror()
-    (scratch / "trixie.list").write_text(f"deb {mirror} trixie main\n")
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (scratch / folder).mkdir(parents=True)
+    unpacked = unpack_deb(DEB_PACKAGE, DEB_SHA256, ("trixie",), scratch)
+    (scratch / "onnxruntime").mkdir()
+    shutil.move(unpacked / "usr" / "include", scratch / "onnxruntime" / "include")
+    shutil.move(scratch / "onnxruntime", home() / "onnxruntime")
+
+
+def unpack_deb(package: str, sha256: str, suites: Sequence[str], scratch: Path) -> Path:
+    """The folder with the files of a Debian package (``name=version``) from the first of these suites that has it; nothing is installed."""
+    for suite in suites:
+        apt = _apt_of(suite, scratch / suite)
+        words = ["update", "-qq"], ["download", "-qq", package]
+        runs = (subprocess.run([*apt, *w], cwd=scratch / suite, timeout=300) for w in words)
+        if all(done.returncode == 0 for done in runs):
+            (file,) = (scratch / suite).glob("*.deb")
+            subprocess.run(["dpkg", "-x", checked(file, sha256), scratch / "deb"], check=True)
+            return scratch / "deb"
+    raise SystemExit(f"{package} is not in {', '.join(suites)}")
+
+
+def _apt_of(suite: str, folder: Path) -> list[str]:
+    """An apt-get with lists of its own, of one suite."""
+    for name in ("lists/partial", "cache/archives/partial"):
+        (folder / name).mkdir(parents=True)
+    (folder / "suite.list").write_text(f"deb {_debian_mirror()} {suite} main\n")
     options = [
-        f"Dir::Etc::sourcelist={scratch}/trixie.list", "Dir::Etc::sourceparts=/dev/null",
-        f"Dir::State::lists={scratch}/lists", f"Dir::Cache={scratch}/cache",
+        f"Dir::Etc::sourcelist={folder}/suite.list", "Dir::Etc::sourceparts=/dev/null",
+        f"Dir::State::lists={folder}/lists", f"Dir::Cache={folder}/cache",
         "APT::Sandbox::User=root",
     ]  # fmt: skip
-    flags = [part for option in options for part in ("-o", option)]
-    for words in (["update", "-qq"], ["download", "-qq", DEB_PACKAGE]):
-        subprocess.run(["apt-get", *flags, *words], cwd=scratch, check=True, timeout=300)
-    (file,) = scratch.glob("*.deb")
-    subprocess.run(["dpkg", "-x", _checked(file, DEB_SHA256), scratch / "deb"], check=True)
-    (scratch / "onnxruntime").mkdir()
-    shutil.move(scratch / "deb" / "usr" / "include", scratch / "onnxruntime" / "include")
-    shutil.move(scratch / "onnxruntime", home() / "onnxruntime")
+    return ["apt-get", *(part for option in options for part in ("-o", option))]
 
 
 def _debian_mirror() -> str:
@@ -104,7 +119,7 @@ def _debian_mirror() -> str:
     found = re.search(r"https?://\S+/debian/?(?=\s)", text)
     if found is None:
         raise SystemExit(
-            "no Debian mirror in /etc/apt: the headers of onnxruntime cannot be fetched"
+            "no Debian mirror in /etc/apt: packages of other releases cannot be fetched"
         )
     return found[0]
 

@@ -1,13 +1,11 @@
 """The Android sample of a bundle on a desktop JVM: it feeds the model as the host does, and judges its answers rightly.
 
-``EDGEPRUNE_KOTLIN_JARS`` is a folder with the jars of a Kotlin compiler and its library (the wheel of ``kotlin-jupyter-kernel`` on PyPI has
-them); ``EDGEPRUNE_ORG_JSON`` is the jar of Android's ``org.json`` (Debian's ``libandroid-json-org-java``). The sample is compiled with the
-stand-ins for Android and ExecuTorch in ``tests/android_run``: no phone, no Android SDK, no ExecuTorch.
+The sample is compiled with the stand-ins for Android and ExecuTorch in ``tests/android_run`` and with Android's own ``org.json``; what that
+takes is fetched by ``tests/kotlin_tools.py``: no phone, no ExecuTorch.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import struct
@@ -15,6 +13,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import kotlin_tools
 import numpy as np
 import pytest
 from bundle_fixture import make_bundle
@@ -26,7 +25,6 @@ from edgeprune.bundle.manifest import MANIFEST, GoldenFile, Manifest
 REPO = Path(__file__).parents[1]
 FOLDER = REPO / "edgeprune/bundle/samples/android"
 SAMPLE = FOLDER / "EdgepruneModel.kt"
-COMPILE_S = 400
 
 
 def keys_in(plain: object) -> set[str]:
@@ -53,21 +51,14 @@ def test_every_file_and_key_that_the_sample_reads_is_in_a_bundle(tmp_path):
 @pytest.fixture(scope="module")
 def classpath(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The compiled sample with all that it needs to run on a desktop JVM."""
-    jars, json_jar = os.environ.get("EDGEPRUNE_KOTLIN_JARS"), os.environ.get("EDGEPRUNE_ORG_JSON")
-    if jars is None or json_jar is None or shutil.which("java") is None:
-        pytest.skip("needs java, EDGEPRUNE_KOTLIN_JARS and EDGEPRUNE_ORG_JSON")
-    every = ":".join(map(str, sorted(Path(jars).glob("*.jar"))))
-    library = [str(path) for path in Path(jars).glob("kotlin-stdlib*.jar")]
-    needed = ":".join([*library, json_jar])
+    if reason := kotlin_tools.missing():
+        pytest.skip(reason)
     out = tmp_path_factory.mktemp("kotlin")
-    sources = [str(path) for path in sorted((REPO / "tests/android_run").glob("*.kt"))]
-    done = subprocess.run(
-        ["java", "-cp", every, "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib", "-no-reflect",
-         "-jvm-target", "1.8", "-cp", needed, "-d", str(out), str(SAMPLE), *sources],
-        capture_output=True, text=True, timeout=COMPILE_S,
-    )  # fmt: skip
+    needed = [kotlin_tools.org_json()]
+    sources = [SAMPLE, REPO / "tests/android_run"]
+    done = kotlin_tools.compile_kotlin(sources, needed, out, "-jvm-target", "1.8")
     assert done.returncode == 0, done.stdout + done.stderr
-    return f"{out}:{needed}"
+    return ":".join(map(str, [out, kotlin_tools.library(), *needed]))
 
 
 class App:

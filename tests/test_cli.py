@@ -129,6 +129,7 @@ def test_profiles_are_listed(tmp_path):
 )
 def test_what_is_shown_can_be_written_to_a_file_of_ones_own(tmp_path, group, name, record):
     text = printed(tmp_path, group, "show", name)
+    assert "null" not in text
     (tmp_path / group).mkdir()
     own = tmp_path / group / "mine.yaml"
     own.write_text(yaml.safe_dump({**yaml.safe_load(text), "name": "mine"}))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import ClassVar
+
 import pytest
 import tinynet
 import torch
 import yaml
 from torch import nn
+from torch.nn import functional
 
 from edgeprune import catalog
 from edgeprune.conversion import traced
@@ -17,6 +23,31 @@ from edgeprune.records import parse
 from edgeprune.specs import Profile
 
 SAID = {"cost": "runs on the CPU", "source": "a data sheet, page 4", "read_on": "2026-11-29"}
+
+
+SPECTRAL = """
+import torch
+from torch import nn
+
+
+class Mix(nn.Module):
+    def forward(self, x):
+        return torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[2:])
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(1, 16, 3), Mix()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.mix(self.stem(x)).mean((2, 3)))
+
+
+def build():
+    return Net()
+"""
 
 
 class Mixed(nn.Module):
@@ -39,7 +70,10 @@ def program():
 
 
 def profile(**lists: object) -> Profile:
-    plain = catalog.profile("cortex-a72").model_dump(mode="json") | {"avoid_ops": []}
+    plain = catalog.profile("cortex-a72").model_dump(mode="json") | {
+        "avoid_ops": [],
+        "forbidden_ops": [],
+    }
     return parse(Profile, plain | lists, where="mine.yaml")
 
 
@@ -57,10 +91,13 @@ def test_every_traced_name_has_one_word():
         (nn.Softmax(1), "softmax"), (nn.LayerNorm(8), "layer_norm"), (nn.Upsample(scale_factor=2), "interpolate"),
         (nn.Upsample(scale_factor=2, mode="bilinear"), "interpolate"), (nn.Sigmoid(), "sigmoid"),
         (nn.ConvTranspose2d(3, 4, 2), "transposed_conv"), (nn.GroupNorm(1, 3), "group_norm"),
+        (nn.Upsample(scale_factor=2, mode="bicubic"), "bicubic"), (nn.Fold(4, 2, stride=2), "fold"),
+        (nn.Unfold(2), "unfold"), (nn.AdaptiveMaxPool2d(2), "adaptive_max_pool"),
     ],
 )  # fmt: skip
 def test_a_layer_is_found_by_its_word(module, word):
-    found = places(traced(nn.Sequential(module).eval(), torch.zeros(1, 3, 8, 8).numpy()))
+    shape = (1, 12, 4) if word == "fold" else (1, 3, 8, 8)
+    found = places(traced(nn.Sequential(module).eval(), torch.zeros(shape).numpy()))
     assert word in found
     assert found[word] == ("0",)
 
@@ -101,8 +138,60 @@ def test_an_operator_is_either_avoided_or_forbidden():
         profile(avoid_ops=[entry], forbidden_ops=[entry])
 
 
-def test_the_shipped_profiles_agree_with_the_words():
-    assert all(catalog.profile(name) for name in catalog.profiles())
+def _max_unpool(x: torch.Tensor) -> torch.Tensor:
+    return functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), 2)
+
+
+class Doing(nn.Module):
+    """One operation of a shipped profile's list, as a layer."""
+
+    OPERATIONS: ClassVar[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+        "bicubic": lambda x: functional.interpolate(x, scale_factor=2.0, mode="bicubic"),
+        "adaptive_max_pool": lambda x: functional.adaptive_max_pool2d(x, 1),
+        "fft": lambda x: torch.fft.irfft(torch.fft.rfft(x), n=x.shape[3]),
+        "fft2": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[2:]),
+        "fftn": lambda x: torch.fft.irfftn(torch.fft.rfftn(x, dim=(2, 3)), dim=(2, 3)),
+        "fold": lambda x: functional.fold(functional.unfold(x, 2, stride=2), 8, 2, stride=2),
+        "mish": functional.mish,
+        "max_unpool": _max_unpool,
+    }
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.operation = self.OPERATIONS[word]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.operation(x)
+
+
+TARGETS = {name: catalog.target(name) for name in catalog.targets()}
+FORBIDDEN = [
+    (target.name, form, fact.op)
+    for target in TARGETS.values()
+    for form in (target.format, *(other.format for other in target.formats))
+    for fact in catalog.profile(target.profile).forbidden_ops
+]
+
+
+@pytest.mark.parametrize(("name", "form", "word"), FORBIDDEN)
+def test_what_a_shipped_profile_forbids_is_refused_with_its_layer_and_source(name, form, word):
+    profile = catalog.profile(TARGETS[name].profile)
+    model = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 3, 1), odd=Doing(word)))
+    program = traced(model.eval(), torch.zeros(1, 3, 8, 8).numpy())
+    (fact,) = (f for f in profile.forbidden_ops if f.op == word)
+    if form in fact.decomposed_by:
+        check(program, profile, form)
+        return
+    said = rf"{profile.name} cannot run, but has {word} in odd: .*\({re.escape(fact.source)}"
+    with pytest.raises(ModelError, match=said) as caught:
+        check(program, profile, form)
+    assert "\n" not in str(caught.value)
+    assert "choose a target with another profile" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted({target.profile for target in TARGETS.values()}))
+def test_every_shipped_profile_says_what_cannot_run(name):
+    assert catalog.profile(name).forbidden_ops
 
 
 def test_a_run_stops_before_any_work_with_one_line(tmp_path):
@@ -117,3 +206,13 @@ def test_a_run_stops_before_any_work_with_one_line(tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert (done.returncode, len(errors)) == (3, 1)
     assert "adaptive_avg_pool in 9: runs on the CPU" in errors[0]
+
+
+def test_a_run_for_a_shipped_target_stops_at_what_its_accelerator_lacks(tmp_path):
+    home = tinynet.project(tmp_path / "home", weights=None, labels=None)
+    (home / "net.py").write_text(SPECTRAL)
+    done = tinynet.edgeprune_here(home, "deploy", "--target", "jetson-orin-nano", "--dry-run")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert (done.returncode, len(errors)) == (3, 1), done.stderr
+    assert "jetson-orin cannot run, but has fft2 in mix: is not read by TensorRT's" in errors[0]
+    assert not list(home.rglob("*.onnx"))

@@ -13,10 +13,8 @@ from edgeprune import formats
 from edgeprune.datasets import to_layout
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.errors import FormatError
-from edgeprune.formats import Inspectable, QuantizeOptions, _tflite_versions
+from edgeprune.formats import Inspectable, QuantizeOptions
 from edgeprune.formats._ranges import Spread, ends, saturation, spreads
-from edgeprune.formats._tflite_graph import read_model, write_model
-from edgeprune.formats._tflite_inspect import check_versions
 
 RUNTIME = {"tflite": "litert", "onnx": "onnxruntime"}
 
@@ -171,36 +169,3 @@ def test_usual_nets_have_no_transpose_inside(tmp_path, name):
     model, x = zoo.make(zoo.ZOO[name])
     found = formats.load("tflite").export(model, x.numpy()[:1], tmp_path / "x.tflite")
     assert "TRANSPOSE" not in found.op_counts
-
-
-def test_an_operator_newer_than_the_oldest_runtime_is_refused_by_name_and_version(tmp_path):
-    model, x = zoo.make(zoo.ZOO["plain"])
-    path = tmp_path / "x.tflite"
-    formats.load("tflite").export(model, x.numpy()[:1], path)
-    check_versions(path.read_bytes(), "tflite-runtime")
-    tree = read_model(path.read_bytes())
-    for code in tree.operatorCodes:
-        if code.builtinCode == 3:
-            code.version = 8
-    newer = write_model(tree)
-    check_versions(newer, "litert")
-    with pytest.raises(
-        FormatError, match=r"CONV_2D version 8 .* tflite-runtime 2\.14 .* version 7"
-    ):
-        check_versions(newer, "tflite-runtime")
-
-
-def test_a_newer_schema_is_refused(tmp_path):
-    model, x = zoo.make(zoo.ZOO["plain"])
-    path = tmp_path / "x.tflite"
-    formats.load("tflite").export(model, x.numpy()[:1], path)
-    tree = read_model(path.read_bytes())
-    tree.version = 4
-    with pytest.raises(FormatError, match="schema version 4"):
-        check_versions(write_model(tree), "tflite-runtime")
-
-
-def test_the_table_of_versions_knows_the_usual_operators():
-    known = _tflite_versions.MOST["tflite-runtime"]
-    assert known["CONV_2D"] >= 5
-    assert known["QUANTIZE"] >= 2

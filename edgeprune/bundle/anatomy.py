@@ -36,13 +36,16 @@ class Layer:
 class Anatomy:
     """Operators by name, tensors by storage type, and the operators with weights.
 
-    ``names`` is false where operators are known by number alone.
+    ``names`` is false where operators are known by number alone. ``schema_version`` and ``versions`` (each operator's own) are those of a
+    ``.tflite`` file.
     """
 
     operators: Counter[str]
     tensors: Counter[str]
     layers: tuple[Layer, ...]
     names: bool = True
+    schema_version: int = 0
+    versions: tuple[tuple[str, int], ...] = ()
 
     @property
     def weighted(self) -> int:
@@ -77,8 +80,13 @@ def anatomy(format_name: str, content: bytes) -> Anatomy | None:
 
 def _tflite(content: bytes) -> Anatomy:
     model, graph, filled = tflite_graph(content)
-    codes = [max(c.scalar(0, "<b"), c.scalar(3, "<i")) for c in model.tables(1)]
     known = _tflite_names()
+    codes: list[str] = []
+    versions: list[tuple[str, int]] = []
+    for entry in model.tables(1):
+        code = max(entry.scalar(0, "<b"), entry.scalar(3, "<i"))
+        codes.append(known.get(code, f"OP_{code}"))
+        versions.append((codes[-1], entry.scalar(2, "<i") or 1))  # absent is version 1
     kinds: list[str] = []
     is_constant: list[bool] = []
     has_weights: list[bool] = []
@@ -97,8 +105,7 @@ def _tflite(content: bytes) -> Anatomy:
     for number, op in enumerate(graph.tables(3)):
         if number >= _MAX_OPS:
             raise ValueError(f"it has more than {_MAX_OPS} operators")
-        code = codes[op.scalar(0, "<I")]
-        operators[known.get(code, f"OP_{code}")] += 1
+        operators[codes[op.scalar(0, "<I")]] += 1
         read = [index for index in op.integers(1, most=_MAX_INPUTS) if index >= 0]
         made = [index for index in op.integers(2, most=_MAX_INPUTS) if index >= 0]
         weights = [index for index in read if has_weights[index]]
@@ -108,7 +115,10 @@ def _tflite(content: bytes) -> Anatomy:
             name = _tflite_layer([texts[i] for i in weights], [texts[i] for i in made])
             stored = tuple((str(i), kinds[i], sizes[i]) for i in weights)
             layers.append(Layer(name, is_eight_bit, stored))
-    return Anatomy(operators, Counter(kinds), tuple(layers), bool(known))
+    schema_version = model.scalar(0, "<I")
+    return Anatomy(
+        operators, Counter(kinds), tuple(layers), bool(known), schema_version, tuple(versions)
+    )
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -10,8 +10,9 @@ from edgeprune.bundle.eight_bits import file_kind, layers_line
 from edgeprune.bundle.integrity import labels_text
 from edgeprune.bundle.manifest import Manifest, identity
 from edgeprune.bundle.write import model_texts
-from edgeprune.errors import IntegrityError
+from edgeprune.errors import FormatError, IntegrityError
 from edgeprune.formats._metadata import carrier
+from edgeprune.formats._tflite_versions import oldest
 from edgeprune.records import sha256_bytes
 
 _OWN_TEXTS = {
@@ -125,3 +126,26 @@ def _anatomy(manifest: Manifest, content: bytes) -> Anatomy:
 def layer_sizes(found: Anatomy) -> list[int]:
     """Elements of the weights of each operator that has some, sorted."""
     return sorted(sum(elements for _, _, elements in layer.weights) for layer in found.layers)
+
+
+def versions_check(manifest: Manifest, content: bytes) -> Check | None:
+    """Whether the oldest version of the manifest's runtime that edgeprune knows loads every operator; ``None`` where it keeps no table.
+
+    Raises:
+        IntegrityError: it does not; names the operator, its version and the runtime's.
+    """
+    table, found = oldest(manifest.runtime.name), anatomy(file_kind(manifest.model), content)
+    if table is None or found is None:
+        return None
+    if not found.names:
+        return Check(
+            name="versions",
+            status="not-run",
+            detail="without ai-edge-litert operators are known by number alone",
+        )
+    try:
+        table.check(found.schema_version, found.versions)
+    except FormatError as error:
+        raise IntegrityError(str(error)) from error
+    detail = f"{table.name} loads every operator in its version"
+    return Check(name="versions", status="passed", detail=detail)

@@ -135,7 +135,8 @@ def _android_text(manifest: Manifest) -> str:
 3. Add `samples/android/EdgepruneModel.kt` to the sources: `EdgepruneModel(context).classify(bitmap)` gives labels with scores, and
    `goldenCheck()` says whether the phone answers as this bundle says.
 
-The sample was not compiled for Android by the maker of this bundle, and nothing here was run on a phone unless the stamp below says so.
+The tests of edgeprune compile the sample against Android's API level 23 and declarations of ExecuTorch's API, and run its golden check on a
+desktop JVM with a stand-in for the model. Nobody built it into an app, and nothing here was run on a phone unless the stamp below says so.
 `golden/` also holds the model with its samples inside, for ExecuTorch's own `executor_runner` built with bundled programs.
 On a computer with Python, `pip install numpy pillow executorch` and `python samples/python/predict.py --check` run the same file.
 """

@@ -4,7 +4,7 @@
 0     structure   safe names, no links, capped sizes, a manifest that follows its schema
 1     hashes      every file is listed and is what its digest says
 2     signature   the manifest is signed by the key that the user gave
-3     model       texts, operators and tensors as in the manifest; an INT8 file stores and computes INT8, its float model neither
+3     model       texts, operators and tensors as in the manifest; an INT8 file is INT8, a float model not; the oldest runtime loads it
 4     golden      the golden samples on this machine's runtime, in a child process
 5     golden      golden samples, latency and delegate on each board that was asked for
 ====  ==========  =========================================================================
@@ -25,7 +25,12 @@ from edgeprune.bundle.behaviour import (
 )
 from edgeprune.bundle.eight_bits import weights_line
 from edgeprune.bundle.golden import judge, read_golden
-from edgeprune.bundle.inside import float_check, metadata_check, operators_check
+from edgeprune.bundle.inside import (
+    float_check,
+    metadata_check,
+    operators_check,
+    versions_check,
+)
 from edgeprune.bundle.integrity import (
     check_hashes,
     check_small_files,
@@ -255,7 +260,9 @@ class _Subject:
         read_golden(self._folder, manifest)
         content = read_model(self._folder, manifest)
         stored = weights_line(manifest.model, content, manifest.float_layers)
-        checks = [operators_check(manifest, content), metadata_check(manifest, content)]
+        found = operators_check(manifest, content), versions_check(manifest, content)
+        checks = [check for check in found if check is not None]
+        checks.append(metadata_check(manifest, content))
         twin = manifest.of_float()
         if twin is not None:
             read_golden(self._folder, twin)

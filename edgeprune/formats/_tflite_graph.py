@@ -100,7 +100,11 @@ def write_model(model: Any) -> bytes:
 
 def op_name(model: Any, operator: Any) -> str:
     """The built-in operator's name, such as ``CONV_2D``."""
-    code = model.operatorCodes[operator.opcodeIndex]
+    return code_name(model.operatorCodes[operator.opcodeIndex])
+
+
+def code_name(code: Any) -> str:
+    """The name of the built-in operator that a code of a file stands for."""
     builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
     names = {v: k for k, v in vars(schema().BuiltinOperator).items() if isinstance(v, int)}
     return str(names.get(builtin, f"OP_{builtin}"))

@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import FormatError, MissingTool
+from edgeprune.errors import MissingTool
 from edgeprune.formats._tflite_graph import (
     DTYPES,
     WEIGHT,
+    code_name,
     is_constant,
     is_quantized,
     op_name,
     read_model,
     text,
 )
-from edgeprune.formats._tflite_versions import MOST, OLDEST, SCHEMA_VERSION
+from edgeprune.formats._tflite_versions import oldest
 
 FLOAT, INT8 = 0, 9
 
@@ -93,25 +94,15 @@ def check_versions(content: bytes, runtime: str) -> None:
 
     Args:
         content: a ``.tflite`` file.
-        runtime: its name in a target; one whose oldest version is the one that edgeprune installs needs no check.
+        runtime: its name in a target; one without a table needs no check.
 
     Raises:
         FormatError: the file's schema, or an operator in its version, is newer; names both.
     """
-    if runtime not in MOST:
+    table = oldest(runtime)
+    if table is None:
         return
-    model, known = read_model(content), MOST[runtime]
-    name = f"{runtime} {OLDEST[runtime]}"
-    if model.version != SCHEMA_VERSION:
-        raise FormatError(
-            f"the file has schema version {model.version}; {name} reads version {SCHEMA_VERSION}"
-        )
-    for op in model.subgraphs[0].operators:
-        operator, version = op_name(model, op), int(model.operatorCodes[op.opcodeIndex].version)
-        most = known.get(operator, 0)
-        if version > most:
-            has = f"knows it up to version {most}" if most else "does not know it"
-            raise FormatError(
-                f"{operator} version {version} is in the file, but {name} {has}",
-                hint="replace that operation, or use a target with the runtime litert",
-            )
+    model = read_model(content)
+    # A runtime looks up every code of the file, used or not.
+    codes = [(code_name(code), int(code.version)) for code in model.operatorCodes]
+    table.check(model.version, codes)

@@ -1,5 +1,5 @@
-// The model of this bundle in an Android app, by org.pytorch:executorch-android. Not compiled here for Android: a Kotlin compiler
-// took it with declarations in place of the Android SDK and of ExecuTorch, and it never ran on a phone.
+// The model of this bundle in an Android app, by org.pytorch:executorch-android. edgeprune's tests compile it against Android's API level
+// 23 and declarations of ExecuTorch's API, and run its golden check on a desktop JVM with a stand-in for the model. Never built into an app.
 // Copy these files of the bundle into app/src/main/assets/edgeprune/, with their folders: models/, golden/, preprocess.json, labels.txt
 //
 //   val model = EdgepruneModel(context)

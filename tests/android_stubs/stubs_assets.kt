@@ -1,5 +1,0 @@
-package android.content.res
-
-class AssetManager {
-    fun open(name: String): java.io.InputStream = TODO(name)
-}
