@@ -94,7 +94,22 @@ class Basis:
             for name, grid in model.grids.items()
         }
         even = {g.name: g.channels for g in self.groups} if self.scope == "local" else None
-        return Problem(grids=model.grids, cost_nats=curves, model=model, even=even)
+        return Problem(model.grids, curves, model, even, self.together)
+
+    @property
+    def together(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of each block that goes as a whole: they have width 0 all or none. The first bears what that costs."""
+        found = dict.fromkeys(g.removed_with() for g in self.groups if g.block is not None)
+        return tuple(names for names in found if all(self.model.grids[n][0] == 0 for n in names))
+
+    def without(self, group: ChannelGroup, width: int) -> dict[str, int]:
+        """This width of a group, and at width 0 that of all that go with it."""
+        return {group.name: width} if width else dict.fromkeys(group.removed_with(), 0)
+
+    def blocks_removed(self, widths: Mapping[str, int]) -> int:
+        """How many blocks a structure lacks."""
+        with_others = {name for _, *others in self.together for name in others}
+        return sum(not w for name, w in widths.items() if name not in with_others)
 
     def kept(self, widths: Mapping[str, int]) -> Kept:
         """The channels of a structure."""
@@ -168,12 +183,12 @@ def given_plan(
     """The plan that somebody gives, measured like any other; whether it fits the budget is judged at the end, and said now.
 
     Raises:
-        SpecError: a group or a width that does not exist.
+        SpecError: a group or a width that does not exist, or width 0 of some groups of a block only.
     """
     model, nets = basis.model, basis.nets
-    check_widths(widths, model.grids)
     full = {g.name: g.channels for g in basis.groups}
     chosen = {**full, **widths}
+    check_widths(chosen, model.grids, basis.together)
     cost = sum(basis.cost_nats(name, width) for name, width in chosen.items())
     solution = Solution(chosen, model.predict(chosen), cost)
     limit_ms = budget.limit_ms(nets.dense_ms)
@@ -185,8 +200,12 @@ def given_plan(
     return _result(_plan(checks[0], basis, stand, limit_ms), checks, basis)
 
 
-def check_widths(widths: Mapping[str, int], grids: Mapping[str, Sequence[int]]) -> None:
-    """Nothing, when every group exists and may have its width.
+def check_widths(
+    widths: Mapping[str, int],
+    grids: Mapping[str, Sequence[int]],
+    together: Sequence[Sequence[str]] = (),
+) -> None:
+    """Nothing, when every group exists and may have its width; groups in one set of ``together`` have width 0 all or none.
 
     Raises:
         SpecError: otherwise; names what there is.
@@ -199,6 +218,13 @@ def check_widths(widths: Mapping[str, int], grids: Mapping[str, Sequence[int]]) 
             raise SpecError(
                 f"the width of {name} must be one of {', '.join(map(str, sorted(near)))} ..., but the plan has {width}",
                 hint="other widths are not faster than the next larger one; admissible_widths of plan.json has them all",
+            )
+    for names in together:
+        if len({bool(widths[name]) for name in names}) > 1:
+            raise SpecError(
+                "groups of one residual block must have width 0 all or none, but the plan has "
+                + ", ".join(f"{name}: {widths[name]}" for name in names),
+                hint="0 for all of them removes the block",
             )
 
 
@@ -220,24 +246,24 @@ def _result(plan: PruningPlan, checks: Sequence[PlanCheck], basis: Basis) -> Pla
             ParetoPoint(predicted_ms=s.predicted_ms, cost_nats=s.cost_nats, widths=s.widths)
             for _, s in sorted(found.items(), key=lambda e: e[0])
         ),
-        curves=tuple(
-            _curve(group, basis.model, basis.curves[group.name]) for group in basis.groups
-        ),
+        curves=tuple(_curve(group, basis) for group in basis.groups),
     )
 
 
-def _curve(group: ChannelGroup, model: LatencyModel, cost_nats: np.ndarray) -> GroupCurve:
-    dense_ms = model.predict({})
+def _curve(group: ChannelGroup, basis: Basis) -> GroupCurve:
+    """Each width of a group; width 0 is that of its whole block."""
+    dense_ms = basis.model.predict({})
+    choices = [basis.without(group, width) for width in basis.model.grids[group.name]]
     return GroupCurve(
         group=group.name,
         channels=group.channels,
         choices=tuple(
             WidthChoice(
-                width=width,
-                saved_ms=max(0.0, dense_ms - model.predict({group.name: width})),
-                cost_nats=float(cost),
+                width=widths[group.name],
+                saved_ms=max(0.0, dense_ms - basis.model.predict(widths)),
+                cost_nats=sum(basis.cost_nats(name, width) for name, width in widths.items()),
             )
-            for width, cost in zip(model.grids[group.name], cost_nats, strict=True)
+            for widths in choices
         ),
     )
 
@@ -290,7 +316,7 @@ def _promising(
             known[_structure(option.widths)] = basis.loss(basis.kept(option.widths))
     losses = [known[_structure(s.widths)] for s in options]
     order = sorted(range(len(options)), key=lambda i: (losses[i], i))
-    removed = [sum(not w for w in options[i].widths.values()) for i in order]
+    removed = [basis.blocks_removed(options[i].widths) for i in order]
     kinds = {i for n, i in enumerate(order) if removed.index(removed[n]) == n}
     chosen = [i for n, i in enumerate(order) if n < MEASURED or i in kinds]
     return [options[i] for i in chosen], [losses[i] for i in chosen]
@@ -301,7 +327,7 @@ def _with_trials(basis: Basis, checks: list[PlanCheck], progress: Progress) -> l
     fitting = sorted((c for c in checks if c.within_budget), key=_loss)
     best: dict[int, PlanCheck] = {}
     for check in fitting:
-        best.setdefault(sum(not w for w in check.widths.values()), check)
+        best.setdefault(basis.blocks_removed(check.widths), check)
     finalists = list(best.values())[:FINALISTS]
     if basis.trial is None or len(finalists) < 2:
         return checks
@@ -442,12 +468,14 @@ def _smallest_if_it_fits(
 
 def _plan(chosen: PlanCheck, basis: Basis, stand: Stand, limit_ms: float) -> PruningPlan:
     model = basis.model
-    predicted = model.predict(chosen.widths)
+    predicted, full = model.predict(chosen.widths), {g.name: g.channels for g in basis.groups}
     entries = []
     for group in basis.groups:
         width = chosen.widths[group.name]
-        # What the cut of this group saves, all other cuts being made.
-        back = model.predict({**chosen.widths, group.name: group.channels}) - predicted
+        # What the cut of this group saves, all other cuts being made; what a block saves counts once, with its first group.
+        whole = {n: full[n] for n in basis.without(group, width)}
+        is_counted = width or group.name == group.removed_with()[0]
+        back = model.predict({**chosen.widths, **whole}) - predicted if is_counted else 0.0
         entries.append(
             GroupPlan(
                 name=group.name,
