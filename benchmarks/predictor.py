@@ -76,7 +76,7 @@ def measure_held_out(
 ) -> list[tuple[dict[str, int], float, float]]:
     """Structures, each with its measured share of the dense latency and half of that share's 99 % interval."""
     dense, found = file.resized({}), []
-    nets = sample_nets(grids, count, HELD_OUT_SEED)
+    nets = sample_nets(grids, count, HELD_OUT_SEED, planning.removed_together(file, grids))
     for start in range(0, count, CHUNK):
         part = nets[start : start + CHUNK]
         files = {"dense": dense, **{str(i): file.resized(w) for i, w in enumerate(part)}}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from edgeprune import search
+from edgeprune.basis import Basis
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.compress.importance import kept_channels
 from edgeprune.devices.measure import compare
@@ -18,19 +17,16 @@ from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.formats import Resizable
 from edgeprune.latency.predictor import LatencyModel, correct
 from edgeprune.plan_results import (
-    FrozenGroup,
     GroupPlan,
-    LatencyModelQuality,
     PlanCheck,
     PruningPlan,
-    Scope,
 )
 from edgeprune.planning import Stand
 from edgeprune.progress import Progress
 from edgeprune.search import Problem, Solution
 from edgeprune.search_results import SHARES, GroupCurve, ParetoPoint, WidthChoice
 from edgeprune.specs import Budget
-from edgeprune.stage_records import MeasuredNets, PlanResult
+from edgeprune.stage_records import PlanResult
 
 CHECK_ROUNDS = 6
 # A plan must fit into this much of the budget: the last measurement is another session.
@@ -46,63 +42,9 @@ EVENNESS = (10.0, 40.0, 1e4)
 RIVAL = 1.25
 MEASURED = 3  # structures of a round that are timed: those that lose least after their repair
 FINALISTS = 3  # healed for a while, to choose between structures with and without removed blocks
-Kept = Mapping[str, tuple[int, ...]]
 Structure = tuple[
     tuple[str, int], ...
 ]  # widths by group, sorted: what a dictionary can be asked for
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What a plan is made from: the groups, what their widths cost in ms and nats, and in which order their channels go.
-
-    ``model`` predicts ms and is ``quality`` good; ``nets`` are the whole nets that it was fitted on. ``curves[group][i]`` is the cost in
-    nats of keeping ``model.grids[group][i]`` channels; ``orders[group]`` has the least important channel first. ``at_least`` and
-    ``at_most`` bound the widths of the groups that they name: what is gone does not come back. With the ``scope`` local all groups keep the
-    same share of their channels. ``loss`` says what a structure, given as the
-    channels that stay of each group, really loses after its repair, which the sum of its groups' costs only estimates; ``trial`` what it
-    still loses after a short healing.
-    """
-
-    groups: Sequence[ChannelGroup]
-    frozen: Sequence[FrozenGroup]
-    model: LatencyModel
-    nets: MeasuredNets
-    quality: LatencyModelQuality
-    curves: Mapping[str, np.ndarray]
-    orders: Mapping[str, np.ndarray]
-    importance: str
-    scope: Scope = "global"
-    at_least: Mapping[str, int] = field(default_factory=dict)
-    at_most: Mapping[str, int] = field(default_factory=dict)
-    loss: Callable[[Kept], float] | None = None
-    trial: Callable[[Kept], float] | None = None
-
-    def problem(self, *, removal_charge: float = 1.0) -> Problem:
-        """What the solver is asked; the removal of a block is charged so many times its cost, with ``inf`` there is none."""
-        least = dict(self.at_least)
-        if math.isinf(removal_charge):
-            for name, grid in self.model.grids.items():
-                smallest = grid[1] if grid[0] == 0 and len(grid) > 1 else grid[0]
-                if self.at_most.get(name, smallest) >= smallest:  # else it has gone already
-                    least[name] = max(least.get(name, 0), smallest)
-        model = self.model.between(least, self.at_most)
-        curves = {
-            name: np.asarray(
-                [self.cost_nats(name, w) * (1 if w else min(removal_charge, 1e6)) for w in grid]
-            )
-            for name, grid in model.grids.items()
-        }
-        even = {g.name: g.channels for g in self.groups} if self.scope == "local" else None
-        return Problem(grids=model.grids, cost_nats=curves, model=model, even=even)
-
-    def kept(self, widths: Mapping[str, int]) -> Kept:
-        """The channels of a structure."""
-        return {n: kept_channels(self.orders[n], w) for n, w in widths.items()}
-
-    def cost_nats(self, group: str, width: int) -> float:
-        """Cost of keeping a width that is on the group's grid."""
-        return float(self.curves[group][self.model.grids[group].index(width)])
 
 
 def make_plan(
@@ -171,12 +113,12 @@ def given_plan(
     """The plan that somebody gives, measured like any other; whether it fits the budget is judged at the end, and said now.
 
     Raises:
-        SpecError: a group or a width that does not exist.
+        SpecError: a group or a width that does not exist, or width 0 of some groups of a block only.
     """
     model, nets = basis.model, basis.nets
-    check_widths(widths, model.grids)
     full = {g.name: g.channels for g in basis.groups}
     chosen = {**full, **widths}
+    check_widths(chosen, model.grids, basis.together)
     cost = sum(basis.cost_nats(name, width) for name, width in chosen.items())
     solution = Solution(chosen, model.predict(chosen), cost)
     limit_ms = budget.limit_ms(nets.dense_ms)
@@ -188,8 +130,12 @@ def given_plan(
     return _result(_plan(checks[0], basis, stand, limit_ms), checks, basis)
 
 
-def check_widths(widths: Mapping[str, int], grids: Mapping[str, Sequence[int]]) -> None:
-    """Nothing, when every group exists and may have its width.
+def check_widths(
+    widths: Mapping[str, int],
+    grids: Mapping[str, Sequence[int]],
+    together: Sequence[Sequence[str]] = (),
+) -> None:
+    """Nothing, when every group exists and may have its width; groups in one set of ``together`` have width 0 all or none.
 
     Raises:
         SpecError: otherwise; names what there is.
@@ -202,6 +148,13 @@ def check_widths(widths: Mapping[str, int], grids: Mapping[str, Sequence[int]]) 
             raise SpecError(
                 f"the width of {name} must be one of {', '.join(map(str, sorted(near)))} ..., but the plan has {width}",
                 hint="other widths are not faster than the next larger one; admissible_widths of plan.json has them all",
+            )
+    for names in together:
+        if len({bool(widths[name]) for name in names}) > 1:
+            raise SpecError(
+                "groups of one residual block must have width 0 all or none, but the plan has "
+                + ", ".join(f"{name}: {widths[name]}" for name in names),
+                hint="0 for all of them removes the block",
             )
 
 
@@ -223,24 +176,24 @@ def _result(plan: PruningPlan, checks: Sequence[PlanCheck], basis: Basis) -> Pla
             ParetoPoint(predicted_ms=s.predicted_ms, cost_nats=s.cost_nats, widths=s.widths)
             for _, s in sorted(found.items(), key=lambda e: e[0])
         ),
-        curves=tuple(
-            _curve(group, basis.model, basis.curves[group.name]) for group in basis.groups
-        ),
+        curves=tuple(_curve(group, basis) for group in basis.groups),
     )
 
 
-def _curve(group: ChannelGroup, model: LatencyModel, cost_nats: np.ndarray) -> GroupCurve:
-    dense_ms = model.predict({})
+def _curve(group: ChannelGroup, basis: Basis) -> GroupCurve:
+    """Each width of a group; width 0 is that of its whole block."""
+    dense_ms = basis.model.predict({})
+    choices = [basis.without(group, width) for width in basis.model.grids[group.name]]
     return GroupCurve(
         group=group.name,
         channels=group.channels,
         choices=tuple(
             WidthChoice(
-                width=width,
-                saved_ms=max(0.0, dense_ms - model.predict({group.name: width})),
-                cost_nats=float(cost),
+                width=widths[group.name],
+                saved_ms=max(0.0, dense_ms - basis.model.predict(widths)),
+                cost_nats=sum(basis.cost_nats(name, width) for name, width in widths.items()),
             )
-            for width, cost in zip(model.grids[group.name], cost_nats, strict=True)
+            for widths in choices
         ),
     )
 
@@ -309,7 +262,7 @@ def _promising(
             known[_structure(option.widths)] = basis.loss(basis.kept(option.widths))
     losses = [known[_structure(s.widths)] for s in options]
     order = sorted(range(len(options)), key=lambda i: (losses[i], i))
-    removed = [sum(not w for w in options[i].widths.values()) for i in order]
+    removed = [basis.blocks_removed(options[i].widths) for i in order]
     kinds = {i for n, i in enumerate(order) if removed.index(removed[n]) == n}
     chosen = [i for n, i in enumerate(order) if n < MEASURED or i in kinds or i < at_least]
     return [options[i] for i in chosen], [losses[i] for i in chosen]
@@ -320,7 +273,7 @@ def _with_trials(basis: Basis, checks: list[PlanCheck], progress: Progress) -> l
     fitting = sorted((c for c in checks if c.within_budget), key=_loss)
     best: dict[int, PlanCheck] = {}
     for check in fitting:
-        best.setdefault(sum(not w for w in check.widths.values()), check)
+        best.setdefault(basis.blocks_removed(check.widths), check)
     finalists = list(best.values())[:FINALISTS]
     if basis.trial is None or len(finalists) < 2:
         return checks
@@ -470,12 +423,14 @@ def _smallest_if_it_fits(
 
 def _plan(chosen: PlanCheck, basis: Basis, stand: Stand, limit_ms: float) -> PruningPlan:
     model = basis.model
-    predicted = model.predict(chosen.widths)
+    predicted, full = model.predict(chosen.widths), {g.name: g.channels for g in basis.groups}
     entries = []
     for group in basis.groups:
         width = chosen.widths[group.name]
-        # What the cut of this group saves, all other cuts being made.
-        back = model.predict({**chosen.widths, group.name: group.channels}) - predicted
+        # What the cut of this group saves, all other cuts being made; what a block saves counts once, with its first group.
+        whole = {n: full[n] for n in basis.without(group, width)}
+        is_counted = width or group.name == group.removed_with()[0]
+        back = model.predict({**chosen.widths, **whole}) - predicted if is_counted else 0.0
         entries.append(
             GroupPlan(
                 name=group.name,

@@ -11,7 +11,10 @@ Scope: TypeAlias = Literal["global", "local"]  # of importance: compared between
 
 
 class GroupPlan(Record):
-    """One channel group: what it couples and which channels stay. ``kept`` is sorted; without any, the group's block is removed."""
+    """One channel group: what it couples and which channels stay. ``kept`` is sorted; without any, the group's block is removed.
+
+    What removing a block saves and costs counts once, with the first of its groups.
+    """
 
     name: str
     channels: int

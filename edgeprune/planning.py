@@ -7,7 +7,7 @@ file's own leading channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,8 +183,30 @@ def _with_removal(
     grids: Mapping[str, tuple[int, ...]], groups: Sequence[ChannelGroup], file: Resizable
 ) -> dict[str, tuple[int, ...]]:
     """The grids, with width 0 in front where both the model and the file can do without the group's block; it is timed in whole nets."""
-    removable = {g.name for g in groups if g.block is not None} & file.blocks.keys()
+    in_file = _groups_by_block(file, [g.name for g in groups])
+    removable = {
+        g.name
+        for g in groups
+        if g.block is not None and set(in_file.get(g.name, ())) == set(g.removed_with())
+    }
     return {g: (0, *widths) if g in removable else widths for g, widths in grids.items()}
+
+
+def _groups_by_block(file: Resizable, groups: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """For each of these groups that lies in a block of the file: those of them that do, itself among them."""
+    found: dict[frozenset[int], list[str]] = {}
+    for name in groups:
+        if name in file.blocks:
+            found.setdefault(file.blocks[name], []).append(name)
+    return {name: tuple(together) for together in found.values() for name in together}
+
+
+def removed_together(
+    file: Resizable, grids: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[str, ...], ...]:
+    """Groups that have width 0 together or not at all, as they lie in one block; a group that is alone in one is a set of its own."""
+    removable = [name for name, grid in grids.items() if grid[0] == 0]
+    return tuple(dict.fromkeys(_groups_by_block(file, removable).values()))
 
 
 def _class_of(kernel: Kernel, full: Mapping[str, int]) -> str:
@@ -293,15 +315,19 @@ def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, in
     """The uncorrected model: the sum of the kernels' fitted tables over the admissible grid.
 
     The bytes of their weights are in it too, and count nothing until whole nets show that they do.
-    Where a group's width is 0, the kernels of its block take no time, those included whose shape does not follow the group.
+    Where a group's width is 0, the kernels of its block take no time, those included whose shape does not follow the group. Of a block
+    with several groups this is true of all its kernels only where all groups have width 0.
     """
+    removable = removed_together(file, measured.grids)
     factors, constant_ms = [], 0.0
     for kernel in file.kernels:
         table = measured.table.kernel(_class_of(kernel, full))
+        inside = [together for together in removable if kernel.index in file.blocks[together[0]]]
+        # One group of the block says whether it is there: one that the kernel's shape follows anyway, so that tables stay small.
         blocks = [
             g
-            for g, inside in file.blocks.items()
-            if kernel.index in inside and 0 in measured.grids[g]
+            for together in inside
+            for g in [v for v in kernel.variables if v in together] or together[:1]
         ]
         timed = [[w for w in measured.grids[v] if w] for v in kernel.variables]
         parts = [
@@ -357,7 +383,8 @@ def measure_nets(
     The times are ratios to the dense net of the same round, times the dense median: regime changes of the board cancel.
     """
     smallest = {g: widths[0] for g, widths in grids.items()}
-    nets = [smallest, *sample_nets(grids, NETS_FITTED + NETS_HELD_OUT, seed)]
+    together = removed_together(file, grids)
+    nets = [smallest, *sample_nets(grids, NETS_FITTED + NETS_HELD_OUT, seed, together)]
     found = stand.measure(
         {"dense": file.resized({}), **{str(i): file.resized(w) for i, w in enumerate(nets)}},
         "nets",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from edgeprune import search, stages
+from edgeprune.basis import Basis
 from edgeprune.closing import Planned
 from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
 from edgeprune.compress.evaluate import logits
@@ -29,7 +30,6 @@ from edgeprune.compress.surgery import cut, narrowed_groups
 from edgeprune.context import Context
 from edgeprune.errors import BudgetError
 from edgeprune.feasibility import say_plan
-from edgeprune.guarantee import Basis
 from edgeprune.records import sha256_file
 from edgeprune.results import LedgerEntry
 from edgeprune.runfolder import RunFolder, Stage

@@ -20,6 +20,7 @@ from edgeprune.errors import BudgetError
 from edgeprune.latency.graph import FactorGraph
 from edgeprune.latency.predictor import LatencyModel
 from edgeprune.latency.repair import Neighbourhood
+from edgeprune.latency.together import untied
 
 MOST_TURNS = 80  # of the multiplier; about ten are usual
 
@@ -31,24 +32,39 @@ class Problem:
     ``grids`` are the widths of every group, ascending, the full one last; they are the model's. ``cost_nats[group][i]`` is the cost of
     keeping ``grids[group][i]`` channels: never rising with width, and 0 at the full width. Where ``even`` is given, it says how many
     channels each group has when nothing is cut, and only :func:`even_structures` are looked at.
+
+    The groups of each set in ``together`` have width 0 all or none. That is one decision, which costs the sum of their costs at width 0;
+    what one of them costs there says nothing alone, and may lie below its cost at the next width.
     """
 
     grids: Mapping[str, tuple[int, ...]]
     cost_nats: Mapping[str, np.ndarray]
     model: LatencyModel
     even: Mapping[str, int] | None = None
+    together: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if set(self.grids) != set(self.cost_nats) or dict(self.grids) != dict(self.model.grids):
             raise ValueError(
                 "grids, costs and the latency model must have the same groups and widths"
             )
+        for names in self.together:
+            if len({(self.grids[n][0] == 0, len(self.grids[n]) > 1) for n in names}) > 1:
+                raise ValueError(f"all of {names} must have width 0 and others, or none")
+        tied = {name for names in self.tied() for name in names}
         for name, grid in self.grids.items():
             cost = self.cost_nats[name]
             if cost.shape != (len(grid),) or not np.isfinite(cost).all():
                 raise ValueError(f"{name} must have one finite cost for each of {grid}, not {cost}")
+            cost = cost[1:] if name in tied else cost
             if (np.diff(cost) > 1e-9 * (1 + abs(cost[0]))).any() or abs(cost[-1]) > 1e-9:
                 raise ValueError(f"the cost of {name} must fall to 0 at full width, but is {cost}")
+
+    def tied(self) -> list[tuple[str, ...]]:
+        """The sets of several groups that have a choice between width 0 and others."""
+        several = [names for names in self.together if len(names) > 1]
+        grids = [self.grids[names[0]] for names in several]
+        return [n for n, g in zip(several, grids, strict=True) if g[0] == 0 and len(g) > 1]
 
 
 @dataclass(frozen=True)
@@ -248,6 +264,9 @@ class _Search:
     """A problem as numbered variables: only groups that have a choice take part. A *point* is (latency in ms, cost in nats).
 
     Latencies and limits are those of the model without its bend, which does not change their order: see :meth:`LatencyModel.bent`.
+
+    Of groups that have width 0 together only the first has that choice, and bears what it costs. The widths of the others then change no
+    latency, so that the full one, which costs nothing, is the best of them: the coupling needs no table of its own, and stays exact.
     """
 
     grids: Mapping[str, tuple[int, ...]]
@@ -255,13 +274,21 @@ class _Search:
     costs: list[np.ndarray]
     graph: FactorGraph
     model: LatencyModel
+    together: Sequence[Sequence[str]] = ()
 
     @classmethod
     def of(cls, problem: Problem) -> _Search:
         """The search for a problem."""
-        names = [name for name, grid in problem.grids.items() if len(grid) > 1]
+        together = problem.tied()
+        model = untied(problem.model, together)
+        curves = {name: np.asarray(cost, dtype=float) for name, cost in problem.cost_nats.items()}
+        for first, *others in together:
+            curves[first] = curves[first].copy()
+            curves[first][0] += sum(float(curves[name][0]) for name in others)
+            curves.update((name, curves[name][1:]) for name in others)
+        names = [name for name, grid in model.grids.items() if len(grid) > 1]
         number = {name: i for i, name in enumerate(names)}
-        constant, factors = problem.model.merged()
+        constant, factors = model.merged()
         tables: dict[tuple[int, ...], np.ndarray] = {}
         for factor in factors:
             free = [number[name] for name in factor.variables if name in number]
@@ -270,9 +297,9 @@ class _Search:
             table = np.transpose(factor.cost_ms.squeeze(), [free.index(v) for v in scope])
             tables[scope] = tables[scope] + table if scope in tables else table
         constant += float(tables.pop((), np.zeros(())))
-        costs = [np.asarray(problem.cost_nats[name], dtype=float) for name in names]
+        costs = [curves[name] for name in names]
         graph = FactorGraph([len(c) for c in costs], tables, constant)
-        return cls(problem.grids, names, costs, graph, problem.model)
+        return cls(model.grids, names, costs, graph, model, together)
 
     def straightened(self, limit_ms: float) -> float:
         """The limit without the bend; what is predicted to take exactly the limit is within it in spite of rounding."""
@@ -286,11 +313,33 @@ class _Search:
 
     def solution(self, state: np.ndarray) -> Solution:
         """The state in words."""
+        state = self._settled(state)
+        time, cost = self.point(state)
+        return Solution(self._widths(state), time, cost)
+
+    def _widths(self, state: np.ndarray) -> dict[str, int]:
         widths = {name: grid[-1] for name, grid in self.grids.items()}
         for name, choice in zip(self.names, state, strict=True):
             widths[name] = self.grids[name][choice]
-        time, cost = self.point(state)
-        return Solution(widths, self.model.bent(time), cost)
+        for first, *others in self.together:
+            if widths[first] == 0:
+                widths.update(dict.fromkeys(others, 0))
+        return widths
+
+    def _settled(self, state: np.ndarray) -> np.ndarray:
+        """The state in which all that has no width costs nothing of its own."""
+        state = state.copy()
+        for variable in self._without_choice(state):
+            state[variable] = self.graph.sizes[variable] - 1
+        return state
+
+    def _without_choice(self, state: np.ndarray) -> set[int]:
+        """Variables of groups that have width 0 because the first of their set has."""
+        if not self.together:
+            return set()
+        place = {name: i for i, name in enumerate(self.names)}
+        gone = [others for first, *others in self.together if state[place[first]] == 0]
+        return {place[name] for others in gone for name in others if name in place}
 
     def point(self, state: np.ndarray) -> tuple[float, float]:
         """Latency and cost of a state."""
@@ -370,15 +419,22 @@ class _Search:
         for charge in np.geomspace(1e-3, 1e2, 11) * typical:
             costs = [cost.copy() for cost in self.costs]
             for other in others:
-                for cost, choice in zip(costs, other, strict=True):
-                    cost[choice] += charge
+                free = self._without_choice(other)
+                for variable, choice in enumerate(other):
+                    if variable not in free:
+                        costs[variable][choice] += charge
             try:
                 state, _ = replace(self, costs=costs).solve(limit_ms, kicks=False)
             except BudgetError:  # at the edge of what is feasible the charge can tip a tie over it
                 return None
-            if all((state != other).sum() >= min_changes for other in others):
+            if all(self._changes(state, other) >= min_changes for other in others):
                 return state
         return None
+
+    def _changes(self, state: np.ndarray, other: np.ndarray) -> int:
+        """How many groups have another width."""
+        mine, theirs = self._widths(state), self._widths(other)
+        return sum(mine[name] != theirs[name] for name in mine)
 
     def _typical_ms(self) -> float:
         state = np.array([n - 1 for n in self.graph.sizes], dtype=int)

@@ -22,7 +22,7 @@ SHARES = (
 
 
 class WidthChoice(Record):
-    """What it is predicted to save and to cost, in nats before healing, to cut one group alone to this width."""
+    """What it is predicted to save and to cost, in nats before healing, to cut one group alone to this width; 0 is its whole block."""
 
     width: int
     saved_ms: float
@@ -49,7 +49,8 @@ class PlanFile(Record):
     """``plan.json``: the widths of a search, to be read, edited, and given to ``deploy --plan``.
 
     There ``target`` is compared and ``widths`` are taken; the rest is for whoever reads the file. ``predicted_ms`` is that of the plan.
-    Width 0 removes the residual block that the group lies in; it is among a group's ``admissible_widths`` where that can be done.
+    Width 0 removes the residual block that the group lies in, and all groups of a block have it or none; it is among a group's
+    ``admissible_widths`` where that can be done.
     """
 
     schema_version: Literal[1] = 1

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from edgeprune import guarantee, planning, records
+from edgeprune.basis import Basis
 from edgeprune.compress import importance as importances
 from edgeprune.compress.divergence import AfterHealing, AfterRepair, trial_settings
 from edgeprune.compress.evaluate import logits, quality
@@ -112,7 +113,7 @@ def plan_basis(
     measured: MeasuredTable,
     nets: MeasuredNets,
     scores: ScoresResult,
-) -> guarantee.Basis:
+) -> Basis:
     """What a plan of the dense model is made from."""
     groups, frozen = context.groups
     model = planning.kernel_model(file, measured, context.full)
@@ -121,7 +122,7 @@ def plan_basis(
     )
     arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
     loss = structure_loss(context, context.model, groups)
-    return guarantee.Basis(
+    return Basis(
         groups=groups,
         frozen=frozen,
         model=model,
@@ -166,7 +167,7 @@ def structure_trial(context: Context, loss: AfterRepair) -> AfterHealing | None:
 
 
 def plan_structure(
-    context: Context, stand: planning.Stand, file: Resizable, basis: guarantee.Basis
+    context: Context, stand: planning.Stand, file: Resizable, basis: Basis
 ) -> PlanResult:
     """Solve for the budget and check the solution on the device until it fits; a plan that is given is only checked."""
     budget, widths, progress = context.job.budget, context.job.widths, context.progress

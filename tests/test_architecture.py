@@ -49,6 +49,7 @@ LAYERS = {
     "initialise": 5,
     "profiling": 5,
     "planning": 5,
+    "basis": 5,
     "guarantee": 5,
     "explaining": 5,
     "apps": 5,

@@ -11,6 +11,7 @@ import pytest
 from test_planning import FULL, Clock, Net, basis_of, table_of
 
 from edgeprune import guarantee, planning
+from edgeprune.basis import Basis
 from edgeprune.progress import Silent
 from edgeprune.specs import parse_budget
 
@@ -21,7 +22,7 @@ class RemovableNet(Net):
     blocks: Mapping[str, frozenset[int]] = {"a": frozenset({0, 1})}
 
 
-def removable_basis(clock: Clock) -> guarantee.Basis:
+def removable_basis(clock: Clock) -> Basis:
     """A basis in which group ``a`` may go as a whole, and by its own cost should."""
     file, table = RemovableNet(), table_of(clock)
     table = table.model_copy(update={"grids": {**table.grids, "a": (0, *table.grids["a"])}})

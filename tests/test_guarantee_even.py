@@ -11,6 +11,7 @@ import pytest
 from test_planning import FULL, Clock, Net, basis_of, table_of
 
 from edgeprune import guarantee, planning, search
+from edgeprune.basis import Basis
 from edgeprune.errors import BudgetError
 from edgeprune.plan_results import PlanCheck
 from edgeprune.progress import Silent
@@ -18,7 +19,7 @@ from edgeprune.specs import parse_budget
 
 
 @pytest.fixture
-def basis() -> guarantee.Basis:
+def basis() -> Basis:
     """A basis whose costs say that nothing of group ``c`` is worth its time."""
     clock, file = Clock(noise_ratio=0.0), Net()
     table = table_of(clock)
@@ -33,7 +34,7 @@ def unevenness(widths: Mapping[str, int]) -> float:
     return float(np.std([math.log(width / FULL[group]) for group, width in widths.items()]))
 
 
-def plan_of(basis: guarantee.Basis) -> dict[str, int]:
+def plan_of(basis: Basis) -> dict[str, int]:
     found = guarantee.make_plan(
         Clock(noise_ratio=0.001),  # type: ignore[arg-type]
         Net(),

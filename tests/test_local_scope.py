@@ -18,6 +18,7 @@ from test_search_command import found as search_result
 from test_walltime_benchmark import small
 
 from edgeprune import api, guarantee, pipeline, planning, records
+from edgeprune.basis import Basis
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.options import Options, check_names, chosen_scope
 from edgeprune.plan_results import PruningPlan
@@ -98,7 +99,7 @@ def test_the_front_is_of_structures_of_one_share_too() -> None:
     assert (few[0], few[-1]) == (front[0], front[-1])
 
 
-def local_basis(clock: Clock, file: Net | None = None) -> guarantee.Basis:
+def local_basis(clock: Clock, file: Net | None = None) -> Basis:
     table = table_of(clock)
     nets = planning.measure_nets(clock, file or Net(), table.grids, seed=0)  # type: ignore[arg-type]
     model, quality = planning.fit(planning.kernel_model(Net(), table, FULL), nets, 1)
@@ -107,9 +108,7 @@ def local_basis(clock: Clock, file: Net | None = None) -> guarantee.Basis:
     return replace(basis, curves={**basis.curves, "c": basis.curves["c"] * 1e-6})
 
 
-def plan_of(
-    basis: guarantee.Basis, clock: Clock, budget: str, file: Net | None = None
-) -> PlanResult:
+def plan_of(basis: Basis, clock: Clock, budget: str, file: Net | None = None) -> PlanResult:
     return guarantee.make_plan(
         clock,  # type: ignore[arg-type]
         file or Net(),

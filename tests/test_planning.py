@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune import guarantee, planning
+from edgeprune.basis import Basis
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.devices.decide import Decision
 from edgeprune.errors import BudgetError, SpecError, UnknownName
@@ -159,9 +160,9 @@ def table_of(clock: Clock) -> MeasuredTable:
 
 def basis_of(
     table: MeasuredTable, nets: MeasuredNets, model: LatencyModel, quality: LatencyModelQuality
-) -> guarantee.Basis:
+) -> Basis:
     """What a plan is made from, with a cost of each channel that grows as the group narrows."""
-    return guarantee.Basis(
+    return Basis(
         groups=groups(), frozen=(), model=model, nets=nets, quality=quality,
         curves={g: (1 - np.array(grid) / grid[-1]) ** 2 for g, grid in table.grids.items()},
         orders={g: np.arange(n) for g, n in FULL.items()}, importance="fisher",

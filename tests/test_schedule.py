@@ -19,6 +19,7 @@ from torch import nn
 from zoo import ZOO, make
 
 from edgeprune import api, formats, pipeline, records, schedule, stages
+from edgeprune.basis import Basis
 from edgeprune.cli_options import schedule_settings
 from edgeprune.compress.divergence import trial_settings
 from edgeprune.compress.groups import find_groups, remove_channels
@@ -28,7 +29,6 @@ from edgeprune.compress.sparsity import without_pattern
 from edgeprune.compress.surgery import narrowed_groups
 from edgeprune.context import Context
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.guarantee import Basis
 from edgeprune.latency.predictor import Factor, LatencyModel
 from edgeprune.options import Options
 from edgeprune.plan_results import LatencyModelQuality

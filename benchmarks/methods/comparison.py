@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from edgeprune import guarantee, planning, records, search, stages
+from edgeprune.basis import Basis
 from edgeprune.closing import Prepared
 from edgeprune.compress import importance as importances
 from edgeprune.context import Context
 from edgeprune.datasets import model_input
 from edgeprune.formats import Kernel
-from edgeprune.guarantee import Basis
 from edgeprune.latency.predictor import LatencyModel
 from edgeprune.plan_results import LatencyModelQuality, PruningPlan
 from edgeprune.search import Problem
@@ -117,25 +117,33 @@ class Comparison:
         macs = mac_model(self.context.model, cut.groups, grids, self.example)
         raw = {g: np.asarray(s) for g, s in self.scores.scores.items()}
         random = self._scores("random")
-        whole = without_removal(basis.model)
+        whole, together = without_removal(basis.model), basis.together
         problems = {
             "edgeprune-minus-blocks": (
                 Problem(whole.grids, for_grids(curves, whole.grids), whole),
                 basis.orders,
             ),
-            "edgeprune-minus-evenness": (Problem(grids, curves, basis.model), basis.orders),
-            "edgeprune-mac-budget": (Problem(grids, curves, macs), basis.orders),
+            "edgeprune-minus-evenness": (
+                Problem(grids, curves, basis.model, together=together),
+                basis.orders,
+            ),
+            "edgeprune-mac-budget": (Problem(grids, curves, macs, together=together), basis.orders),
             "edgeprune-minus-bilinear": (
-                Problem(grids, curves, additive(basis.model)),
+                Problem(grids, curves, additive(basis.model), together=together),
                 basis.orders,
             ),
             "edgeprune-minus-tiles": (unaligned(basis.model, curves), basis.orders),
             "edgeprune-minus-calibration": (
-                Problem(grids, sums(raw, grids), basis.model),
+                Problem(grids, sums(raw, grids), basis.model, together=together),
                 basis.orders,
             ),
             "edgeprune-random-importance": (
-                Problem(grids, {g: np.asarray(c) for g, c in random.curves.items()}, basis.model),
+                Problem(
+                    grids,
+                    {g: np.asarray(c) for g, c in random.curves.items()},
+                    basis.model,
+                    together=together,
+                ),
                 importances.removal_order({g: np.asarray(s) for g, s in random.scores.items()}),
             ),
         }
@@ -224,6 +232,7 @@ class Comparison:
 
     def unverified(self, ratio: float) -> Candidate:
         """The first solution of the uncorrected kernel sums, as a table without whole nets would have it; nothing is checked."""
-        problem = Problem(self.basis.model.grids, dict(self.basis.curves), self.raw)
+        basis = self.basis
+        problem = Problem(basis.model.grids, dict(basis.curves), self.raw, together=basis.together)
         found = search.solve(problem, ratio * self.raw.predict({}))
         return self.cutter.candidate(found.widths, self.basis.orders, repaired=True)

@@ -1,7 +1,8 @@
 """Residual blocks whose skip is an identity: which branches can be removed as a whole, found in the trace and proven by execution.
 
-A branch is offered only where nothing outside it reads what it computes, and where exactly one channel group lies in it: that group's
-width 0 then means "the block is removed". Whatever is not understood keeps at least its narrowest width.
+A branch is offered only where nothing outside it reads what it computes. Width 0 of the channel groups in it then means "the block is
+removed": of the only one (basic blocks, inverted ones, MLPs), or of all of them together (bottlenecks, squeeze-excite). Whatever is not
+understood keeps at least its narrowest width.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _VIEWS = ("Permute", "Transpose", "View", "UnsafeView", "ReshapeAlias", "T")
 def with_blocks(
     groups: Sequence[ChannelGroup], graph: Any, names: Mapping[Any, str]
 ) -> list[ChannelGroup]:
-    """The groups, each with the smallest identity block that it lies in alone, where there is one.
+    """The groups, each with the smallest identity block that it lies in, where there is one.
+
+    A block is left out where one of its groups lies in a smaller one.
 
     Args:
         groups: channel groups of the model.
@@ -32,9 +35,10 @@ def with_blocks(
     found: dict[str, Block] = {}
     for block in sorted(_blocks(graph, names), key=lambda b: len(b.layers)):
         inside = set(block.layers)
-        alone = [g for g in groups if set(g.layers()) <= inside]
-        if len(alone) == 1:
-            found.setdefault(alone[0].name, block)
+        names_inside = tuple(g.name for g in groups if inside.issuperset(g.layers()))
+        if found.keys().isdisjoint(names_inside):
+            together = names_inside if len(names_inside) > 1 else ()
+            found.update(dict.fromkeys(names_inside, replace(block, groups=together)))
     return [replace(g, block=found.get(g.name)) for g in groups]
 
 

@@ -70,7 +70,7 @@ def find_groups(
         else:
             groups.append(group)
     groups, refused = _keep_proven(model, groups, example)
-    groups = [_proven_block(model, g, example) for g in with_blocks(groups, graph, names)]
+    groups = _proven_blocks(model, with_blocks(groups, graph, names), example)
     frozen.extend(refused)
     frozen.extend(_unseen(model, groups, frozen))
     if not groups:
@@ -193,15 +193,18 @@ def _problem_together(
     )
 
 
-def _proven_block(model: nn.Module, group: ChannelGroup, example: torch.Tensor) -> ChannelGroup:
-    """The group, without its block where removing that is not the same as adding zeros."""
-    if group.block is None:
-        return group
-    everything = {group.name: range(group.channels)}
-    for x in (example, _noise(example)):
-        if mask_identity(model, [group], everything, x) is not None:
-            return dataclasses.replace(group, block=None)
-    return group
+def _proven_blocks(
+    model: nn.Module, groups: Sequence[ChannelGroup], example: torch.Tensor
+) -> list[ChannelGroup]:
+    """The groups, without their block where removing that is not the same as adding zeros."""
+    by_name = {g.name: g for g in groups}
+    refused: set[str] = set()
+    for together in dict.fromkeys(g.removed_with() for g in groups if g.block is not None):
+        inside = [by_name[name] for name in together]
+        everything = {g.name: range(g.channels) for g in inside}
+        if any(mask_identity(model, inside, everything, x) for x in (example, _noise(example))):
+            refused.update(together)
+    return [dataclasses.replace(g, block=None) if g.name in refused else g for g in groups]
 
 
 def _noise(example: torch.Tensor) -> torch.Tensor:

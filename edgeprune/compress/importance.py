@@ -216,7 +216,8 @@ def cost_curves(
     both points (in between, the scale is interpolated over the logarithm of the raw cost).
 
     Width 0 (the group's block is removed) is a point of its own: the divergence with the branch bypassed and the layers behind it
-    repaired. A narrow branch can learn to add nothing, so no width is taken to cost more than that.
+    repaired. A narrow branch can learn to add nothing, so no width is taken to cost more than that. Where several groups go with the
+    block, the first of them bears its cost, and width 0 of the others costs nothing.
 
     Args:
         model: the dense model in eval mode; not changed.
@@ -227,9 +228,10 @@ def cost_curves(
         progress: where to show it.
 
     Returns:
-        Group -> ``float64 [len(grid)]``, non-increasing, 0 at full width.
+        Group -> ``float64 [len(grid)]``, non-increasing, 0 at full width; at width 0 as said above.
     """
     divergence = AfterRepair(model, groups, x)
+    bypasses: dict[str, float] = {}  # by the first group of the block
     curves: dict[str, np.ndarray] = {}
     with (progress or Silent()).bar("calibrating importance", len(groups)) as bar:
         for group in groups:
@@ -244,8 +246,13 @@ def cost_curves(
                 measured.append((cumulative[group.channels - width], found))
             curves[group.name] = _scaled(raw, measured)
             if 0 in grids[group.name]:
-                bypassed = divergence({group.name: ()})
-                curves[group.name] = _with_bypass(curves[group.name], bypassed)
+                together = group.removed_with()
+                first = together[0]
+                if first not in bypasses:
+                    bypasses[first] = divergence(dict.fromkeys(together, ()))
+                curves[group.name] = _with_bypass(curves[group.name], bypasses[first])
+                if group.name != first:
+                    curves[group.name][0] = 0.0
             bar.advance(1, group.name)
     return curves
 

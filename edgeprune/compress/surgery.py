@@ -35,10 +35,12 @@ class Block:
     """The branch of a residual block ``y = x + branch(x)`` whose skip hands ``x`` on as it is: without the branch, ``y = x``.
 
     ``layers`` are all its layers that have weights or statistics, in the order of the model; ``end`` is the one whose output is added.
+    ``groups`` names the channel groups that lie in the branch where there are several: they lose all their channels together or not at all.
     """
 
     layers: tuple[str, ...]
     end: str
+    groups: tuple[str, ...] = ()
 
 
 class Removed(nn.Module):
@@ -55,8 +57,8 @@ class ChannelGroup:
 
     ``channels`` counts what can go on its own: where channels are tied, each of the group's channels is several of the layer's.
     ``root`` is the first layer that writes them; ``step``: widths must be multiples of it; ``kind`` is ``spine`` where several layers
-    write the same channels (residual additions), else ``inner``. ``block`` is the residual branch that the group lies in alone, where
-    removing all its channels means to remove that branch; ``None`` where at least one channel has to stay.
+    write the same channels (residual additions), else ``inner``. ``block`` is the residual branch that the group lies in, where removing
+    all channels of all groups in it means to remove that branch; ``None`` where at least one channel has to stay.
     """
 
     name: str
@@ -75,6 +77,10 @@ class ChannelGroup:
     def producers(self) -> tuple[str, ...]:
         """Layers whose output channels the group is."""
         return tuple(dict.fromkeys(c.layer for c in self.couplings if c.side == "out"))
+
+    def removed_with(self) -> tuple[str, ...]:
+        """Names of the groups that lose all their channels when this one does; itself among them."""
+        return (self.block.groups if self.block else ()) or (self.name,)
 
     def consumers(self) -> tuple[Coupling, ...]:
         """Layers that read the group's channels."""
@@ -147,7 +153,7 @@ def zero_channels(
 ) -> nn.Module:
     """A copy of the model in which nothing reads the removed channels: their input weights are zero.
 
-    Where all channels of a group with a block are removed, what the block's branch adds is zero instead.
+    Where all channels of all groups of a block are removed, what the block's branch adds is zero instead.
 
     Args:
         model: not changed.
@@ -158,7 +164,7 @@ def zero_channels(
     layers = dict(masked.named_modules())
     with torch.no_grad():
         for name, channels in removed.items():
-            if block := _whole_block(groups[name], channels):
+            if block := _whole_block(name, groups, removed):
                 layers[block.end].register_forward_hook(_silence)
                 continue
             for consumer in groups[name].consumers():
@@ -173,9 +179,22 @@ def _silence(layer: nn.Module, given: object, output: torch.Tensor) -> torch.Ten
     return torch.zeros_like(output)
 
 
-def _whole_block(group: ChannelGroup, channels: Sequence[int]) -> Block | None:
-    """The block that goes when these channels go."""
-    return group.block if len({int(c) for c in channels}) == group.channels else None
+def _whole_block(
+    name: str, groups: Mapping[str, ChannelGroup], removed: Mapping[str, Sequence[int]]
+) -> Block | None:
+    """The block of a group, if it goes with these channels."""
+    return None if _left_over(name, groups, removed) else groups[name].block
+
+
+def _left_over(
+    name: str, groups: Mapping[str, ChannelGroup], removed: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """Groups of the same block, or only this one where it has none, that keep a channel."""
+    return [
+        n
+        for n in groups[name].removed_with()
+        if n not in groups or len({int(c) for c in removed.get(n, ())}) < groups[n].channels
+    ]
 
 
 def remove_block(model: nn.Module, layers: Sequence[str]) -> None:
@@ -206,24 +225,30 @@ def remove_channels(
         example: one input ``[1, ...]``; the result is run on it once.
 
     Raises:
-        ModelError: a channel does not exist, none would be left, or the result does not run.
+        ModelError: a channel does not exist, none would be left (and the group lies in no block that goes as a whole), or the result does
+            not run.
     """
     smaller = copy.deepcopy(model).eval()
     gone: dict[tuple[str, str], set[int]] = defaultdict(set)
-    blocks: list[str] = []
+    blocks: dict[str, None] = {}
     for name, channels in removed.items():
         group = groups[name]
         chosen = {int(c) for c in channels}
-        if block := _whole_block(group, channels):
-            blocks.extend(block.layers)
+        if block := _whole_block(name, groups, removed):
+            blocks.update(dict.fromkeys(block.layers))
             continue
+        if group.block is not None and len(chosen) == group.channels:
+            left = ", ".join(_left_over(name, groups, removed))
+            raise ModelError(
+                f"{name!r} can lose all its channels only together with {left}: they lie in one residual block"
+            )
         if not chosen <= set(range(group.channels)) or len(chosen) == group.channels:
             raise ModelError(
                 f"channels to remove from {name!r} must be some of its {group.channels}, but are {sorted(chosen)[:8]}"
             )
         for coupling in group.couplings:
             gone[coupling.layer, coupling.side] |= {i for c in chosen for i in coupling.indices[c]}
-    remove_block(smaller, blocks)
+    remove_block(smaller, tuple(blocks))
     layers = dict(smaller.named_modules())
     # A convolution that lost inputs, now or earlier, may look as if it moved whole groups; one that does has no inputs of its own.
     reading = {c.layer for group in groups.values() for c in group.consumers()}

@@ -93,7 +93,8 @@ class Resizable(Protocol):
     """
 
     kernels: tuple[Kernel, ...]
-    # Group -> kernels that are not there at width 0 of it, for each group that is alone in a residual block with an identity skip.
+    # Group -> kernels that are not there at width 0 of it, for each group that lies in a residual block with an identity skip. Groups of
+    # one block have the same kernels, and width 0 together or not at all.
     blocks: Mapping[str, frozenset[int]]
 
     def resized(self, widths: Mapping[str, int]) -> bytes:

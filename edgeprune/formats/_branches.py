@@ -48,10 +48,10 @@ class Bypass(Generic[Name]):
 
     @classmethod
     def of(cls, bypasses: Mapping[str, Bypass[Name]], widths: Mapping[str, int]) -> Bypass[Name]:
-        """All branches out whose groups have width 0.
+        """All branches out whose groups have width 0; groups of one branch share one bypass.
 
         Raises:
-            FormatError: a group of width 0 lies in no block that can be left out.
+            FormatError: a group of width 0 lies in no block that can be left out, or another group of its block is still there.
         """
         joined: Bypass[Name] = cls()
         for group, width in widths.items():
@@ -59,6 +59,11 @@ class Bypass(Generic[Name]):
                 continue
             if group not in bypasses:
                 raise FormatError(f"group {group} is no block that could be left out of the file")
+            left = [g for g, b in bypasses.items() if b is bypasses[group] and widths.get(g, 1)]
+            if left:
+                raise FormatError(
+                    f"the block of group {group} can only be left out of the file if {', '.join(left)} of the same block have width 0 too"
+                )
             joined.gone |= bypasses[group].gone
             joined.instead.update(bypasses[group].instead)
             joined.changed.update(bypasses[group].changed)

@@ -12,7 +12,7 @@ from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, GraphView, onnx_
 def find_bypasses(
     view: GraphView, touched: Mapping[str, Collection[int]]
 ) -> dict[str, Bypass[str]]:
-    """For each channel group whose operators all lie in one residual branch: how to leave the branch out.
+    """For each channel group whose operators all lie in one residual branch: how to leave the branch out; one bypass a branch.
 
     The quantised sum is read as the quantised skip: right for timing, while its scale is the sum's. A Relu behind the sum goes too where
     the skip comes out of a Relu, for then it changes nothing.
@@ -31,13 +31,11 @@ def find_bypasses(
     plain = {n.output[0]: n.input[0] for n in view.nodes if n.op_type == DEQUANTIZE}
     branches = graph.branches(adds, plain)
     found = {group: branch_of(branches, {*nodes} - fixed) for group, nodes in touched.items()}
-    bypasses = {
-        g: _bypass(view, graph, branch) for g, branch in found.items() if branch is not None
-    }
-    for bypass in bypasses.values():
+    made = {b: _bypass(view, graph, b) for b in dict.fromkeys(found.values()) if b is not None}
+    for bypass in made.values():
         read = {n for i in bypass.gone for n in view.nodes[i].input}
         bypass.gone |= {i for i in fixed if read.issuperset(view.nodes[i].output)}
-    return bypasses
+    return {group: made[branch] for group, branch in found.items() if branch is not None}
 
 
 def _constant_nodes(view: GraphView) -> tuple[set[int], set[str]]:

@@ -65,7 +65,7 @@ class _Net:
 
 
 def find_bypasses(model: Any, touched: Mapping[str, Collection[int]]) -> dict[str, Bypass[int]]:
-    """For each channel group whose operators all lie in one residual branch: how to leave the branch out.
+    """For each channel group whose operators all lie in one residual branch: how to leave the branch out; one bypass a branch.
 
     An activation that the addition ends with stays as an operator, unless the skip comes out of the same one. Where an int8 sum is read
     by something that keeps scales (pooling, a reshape), a QUANTIZE takes the addition's place.
@@ -76,13 +76,10 @@ def find_bypasses(model: Any, touched: Mapping[str, Collection[int]]) -> dict[st
     """
     net = _Net(model)
     branches = net.graph.branches({i for i, name in enumerate(net.names) if name == "ADD"})
-    found = {}
-    for group, ops in touched.items():
-        branch = branch_of(branches, ops)
-        bypass = None if branch is None else _bypass(net, branch)
-        if bypass is not None:
-            found[group] = bypass
-    return found
+    around = {group: branch_of(branches, ops) for group, ops in touched.items()}
+    made = {b: _bypass(net, b) for b in dict.fromkeys(around.values()) if b is not None}
+    found = {group: made[branch] for group, branch in around.items() if branch is not None}
+    return {group: bypass for group, bypass in found.items() if bypass is not None}
 
 
 def _bypass(net: _Net, branch: Branch[int]) -> Bypass[int] | None:

@@ -214,7 +214,10 @@ def smallest_net(grids: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def sample_nets(
-    grids: Mapping[str, tuple[int, ...]], count: int, seed: int
+    grids: Mapping[str, tuple[int, ...]],
+    count: int,
+    seed: int,
+    together: Sequence[Sequence[str]] = (),
 ) -> list[dict[str, int]]:
     """Random structures whose overall size spans the whole range; any first few of them span it too.
 
@@ -225,6 +228,7 @@ def sample_nets(
         grids: of every group.
         count: number of structures.
         seed: of the widths.
+        together: groups that have width 0 together or not at all; the first of each set decides.
     """
     draw = random.Random(seed)
     golden = (5**0.5 - 1) / 2
@@ -235,6 +239,9 @@ def sample_nets(
         for name, grid in grids.items():
             share = min(1.0, max(0.0, size + draw.uniform(-0.3, 0.3)))
             net[name] = grid[round(share * (len(grid) - 1))]
+        for first, *others in together:
+            for name in others:
+                net[name] = (net[name] or grids[name][1]) if net[first] else 0
         nets.append(net)
     return nets
 
