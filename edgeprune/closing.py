@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import conversion, records, report, stages, verdict
+from edgeprune import records, report, shipping, stages, verdict
 from edgeprune.apps import WorkedOut, bundle_name, float_twin, labels_of, worked_out
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed, created_text
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
@@ -124,8 +124,9 @@ class Closing:
             metric=quality.result.metric,
             artifacts={name: artifact for name, (_, artifact) in self.four.items()},
         )
-        choice = self._choice(measured)
-        self._require_int8(choice.precision)
+        choice = shipping.choose(context, self.files, measured, quality.result)
+        if choice.refused:
+            context.progress.say(f"      note: {choice.refused}")
         shipped = f"pruned-{choice.precision}"
         measured = replace(measured, sustained=self._sustained(shipped))
         test = self.run.stage(
@@ -138,11 +139,7 @@ class Closing:
         gates: tuple[Gate, ...] = (
             verdict.latency_gate(measured, job.budget, choice.precision),
             verdict.quality_gate(measured, job.max_drop, choice.precision),
-            verdict.numerics_gate(
-                quality.result.device_agreement[choice.precision],
-                self.files.result.built_in_agreement if choice.precision == "int8" else 1.0,
-                not_run="" if context.runs_ship else context.notes[0],
-            ),
+            shipping.numerics(context, self.files.result, quality.result, choice.precision),
         )
         if not context.runs_ship:
             gates = tuple(verdict.of_twin(g, context.form.info.name) for g in gates)
@@ -159,27 +156,6 @@ class Closing:
         found = found.model_copy(update={"stages": tuple(self.run.costs)})
         self._write_reports(found)
         return Outcome(found, self.run.path)
-
-    def _choice(self, measured: verdict.Measured) -> verdict.Choice:
-        """What ships. Where times cannot rank the precisions, INT8, unless it alone misses the accuracy gate."""
-        job = self.context.job
-        comparable = self.context.precisions(job.target.precisions)
-        if comparable != job.target.precisions:
-            (only,) = comparable
-            if verdict.quality_gate(measured, job.max_drop, only).met:
-                runtime = self.context.runtime_on(self.context.board).name
-                reason = f"{runtime} on this machine stands in for the target, so its times do not rank the precisions"
-                return verdict.Choice(only, reason)
-        return verdict.choose(measured, job.budget, job.max_drop, job.target.precisions)
-
-    def _require_int8(self, precision: Precision) -> None:
-        """Nothing, unless a file would ship as INT8 that a reader of the bundle would refuse."""
-        if precision == "int8":
-            artifact, floats = (
-                self.files.result.shipped("int8"),
-                self.files.result.float_layers("int8"),
-            )
-            conversion.require_int8(artifact, self.files.path(artifact.path), floats)
 
     def _write_source(self) -> None:
         """The pruned net as plain PyTorch, where its forward pass can be traced."""
@@ -244,6 +220,7 @@ class Closing:
             ),
             shipped=choice.precision,
             shipped_reason=choice.reason,
+            why_fp32=choice.refused or None,
             gates=gates,
             passed=all(g.met for g in gates),
             headline=verdict.headline(measured, choice.precision, gates),
@@ -353,6 +330,7 @@ class Closing:
             license=job.loaded.workload.license,
             sparsity=found.sparsity,
             float_layers=self.files.result.float_layers(found.shipped),
+            why_fp32=found.why_fp32,
             failed_gates=tuple(g.name for g in found.gates if g.missed),
             not_run=tuple(g.name for g in found.gates if g.not_run),
             golden_source=source,

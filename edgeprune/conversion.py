@@ -22,7 +22,8 @@ from edgeprune.compress.silent import rescue_silent
 from edgeprune.compress.sparsity import has_pattern, weighted
 from edgeprune.context import Context
 from edgeprune.converted import Converted
-from edgeprune.errors import FormatError, IntegrityError, ModelError
+from edgeprune.devices.frames import Refusal
+from edgeprune.errors import EdgepruneError, FormatError, IntegrityError, MissingTool, ModelError
 from edgeprune.folders import model_bytes
 from edgeprune.formats import Format, QuantizeOptions, Resizable, ShowsSparsity, check_runtime
 from edgeprune.formats._resize import distinct_widths
@@ -38,6 +39,7 @@ from edgeprune.stage_records import (
 
 PARITY_SAMPLES = 64
 PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another order
+MAX_REASON = 500  # characters of why a file was refused: a line of the manifest holds twice as many
 VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
 
 
@@ -78,9 +80,10 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         chosen = int8_types.choose(context, fp32_path, int8_path)
         files["int8"], notes = chosen.artifact, (*notes, chosen.note())
     shown = files.get("cuttable", files)["fp32"].path
+    refused = _not_int8(context, files.get("shipping", files)["int8"], folder)
     doubts = (
         *int8_warnings(context.form, folder / shown, context.calibration, program),
-        *_not_int8(context, files.get("shipping", files)["int8"], folder),
+        *(f"{line}; the plan is made for FP32" for line in refused),
     )
     for line in doubts:
         context.progress.say(f"      warning: {line}")
@@ -100,6 +103,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
         int8_types="" if chosen is None else chosen.types.name,
         types=() if chosen is None else chosen.rows,
+        int8_refused="; ".join(refused),
     )
 
 
@@ -125,9 +129,13 @@ def _shipped_notes(context: Context, files: Mapping[str, Any], name: str) -> tup
     shipped: Mapping[str, Artifact] = files.get("shipping") or {
         p: files[p] for p in ("fp32", "int8")
     }
-    for artifact in shipped.values():
-        _check_operators(context, artifact)
-    return tuple(f"{name} {p}: {note}" for p, a in shipped.items() for note in a.notes)
+    return tuple(note for p, a in shipped.items() for note in _notes_of(context, a, f"{name} {p}"))
+
+
+def _notes_of(context: Context, artifact: Artifact, name: str) -> tuple[str, ...]:
+    """As :func:`_shipped_notes`, of one file."""
+    _check_operators(context, artifact)
+    return tuple(f"{name}: {note}" for note in artifact.notes)
 
 
 def _check_operators(context: Context, artifact: Artifact) -> None:
@@ -146,27 +154,33 @@ def _check_operators(context: Context, artifact: Artifact) -> None:
 
 
 def _both(
+    context: Context, form: Format, model: nn.Module, folder: Path, name: str
+) -> dict[str, Artifact]:
+    """A net in one format and both precisions."""
+    fp32 = form.export(model, context.example, folder / f"{name}.fp32{form.info.suffix}")
+    found = {"fp32": fp32, "int8": _int8_file(context, form, model, folder, name)}
+    if form is context.whole:
+        for artifact in found.values():
+            check_runtime(form, folder / artifact.path, context.job.shipped_runtime)
+    return found
+
+
+def _int8_file(
     context: Context,
     form: Format,
     model: nn.Module,
     folder: Path,
     name: str,
     quantised: nn.Module | None = None,
-) -> dict[str, Artifact]:
-    """A net in one format and both precisions; the INT8 file is of the module ``quantised`` where that is another."""
+) -> Artifact:
+    """The INT8 file beside the FP32 file of a net; of the module ``quantised`` where that is another."""
     suffix = form.info.suffix
-    fp32_path, int8_path = folder / f"{name}.fp32{suffix}", folder / f"{name}.int8{suffix}"
-    fp32 = form.export(model, context.example, fp32_path)
-    source, weights = fp32_path, model
+    source, weights = folder / f"{name}.fp32{suffix}", model
     if quantised is not None and quantised is not model:
         source, weights = folder / f"{name}.int8-source{suffix}", quantised
         form.export(weights, context.example, source)
-    io = QuantizeOptions(io=context.job.int8.io)
-    int8 = form.quantize(source, context.calibration, int8_path, model=weights, options=io)
-    if form is context.whole:
-        for path in (fp32_path, int8_path):
-            check_runtime(form, path, context.job.shipped_runtime)
-    return {"fp32": fp32, "int8": int8}
+    path, io = folder / f"{name}.int8{suffix}", QuantizeOptions(io=context.job.int8.io)
+    return form.quantize(source, context.calibration, path, model=weights, options=io)
 
 
 def _built_in_agreement(context: Context, file: Path, x: np.ndarray) -> float | None:
@@ -233,34 +247,85 @@ def resizable(
 def pruned_files(
     context: Context, model: nn.Module, folder: Path, *, limit_ms: float
 ) -> PrunedFiles:
-    """Export and quantise the healed model; ``limit_ms`` bounds what layers of the INT8 file may cost in float."""
+    """Export and quantise the healed model; ``limit_ms`` bounds what layers of the INT8 file may cost in float.
+
+    Where the target allows FP32, an INT8 file that is refused is left out, and the record says why.
+
+    Raises:
+        FormatError: the FP32 file is refused, or the INT8 file of a target that allows nothing else.
+    """
     audible, notes = rescue_silent(model, torch.from_numpy(context.calibration))
-    suffix = context.whole.info.suffix
-    fp32_path, int8_path = folder / f"pruned.fp32{suffix}", folder / f"pruned.int8{suffix}"
-    files: dict[str, Any] = {"fp32": context.whole.export(audible, context.example, fp32_path)}
-    quantised = best_int8(context, audible, fp32_path, int8_path, limit_ms=limit_ms)
-    files["int8"] = quantised.artifact
+    fp32_path = folder / f"pruned.fp32{context.whole.info.suffix}"
+    fp32 = context.whole.export(audible, context.example, fp32_path)
+    told = check_runtime(context.whole, fp32_path, context.job.shipped_runtime)
+    shipping: dict[Precision, Artifact] = {}
+    if context.ship is not context.whole:
+        path = folder / f"pruned.fp32{context.ship.info.suffix}"
+        shipping["fp32"] = context.ship.export(audible, context.example, path)
+    shipped = shipping.get("fp32", fp32)
+    found = PrunedFiles(
+        fp32=fp32,
+        shipping=shipping,
+        built_in_agreement=None,
+        notes=(*notes, *told, *_notes_of(context, shipped, "pruned fp32")),
+        sparse=_sparse_counts(context, model, "fp32", folder / shipped.path),
+    )
+    try:
+        return _with_int8(context, model, audible, found, folder, limit_ms)
+    except (FormatError, Refusal) as error:
+        return found.model_copy(update={"int8_refused": refusal(context, error)})
+
+
+def _with_int8(
+    context: Context,
+    model: nn.Module,
+    audible: nn.Module,
+    files: PrunedFiles,
+    folder: Path,
+    limit_ms: float,
+) -> PrunedFiles:
+    """The FP32 files of a net and the INT8 ones beside them."""
+    path = folder / f"pruned.int8{context.whole.info.suffix}"
+    quantised = best_int8(context, audible, folder / files.fp32.path, path, limit_ms=limit_ms)
+    shipping = dict(files.shipping)
     if context.ship is not context.whole:
         # What was judged is the twin's file of that module, so no other weights may ship.
-        files["shipping"] = _both(context, context.ship, audible, folder, "pruned", quantised.model)
-    files["notes"] = _shipped_notes(context, files, "pruned")
-    told = [
-        line
-        for path in (fp32_path, int8_path)
-        for line in check_runtime(context.whole, path, context.job.shipped_runtime)
-    ]
-    shipped = files.get("shipping") or {p: files[p] for p in ("fp32", "int8")}
+        shipping["int8"] = _int8_file(
+            context, context.ship, audible, folder, "pruned", quantised.model
+        )
+    shipped = shipping.get("int8", quantised.artifact)
+    told = check_runtime(context.whole, path, context.job.shipped_runtime)
+    notes = (*told, *quantised.report.lines(), *_notes_of(context, shipped, "pruned int8"))
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
-    return PrunedFiles(
-        **{**files, "notes": (*notes, *told, *quantised.report.lines(), *files["notes"])},
-        built_in_agreement=_built_in_agreement(context, int8_path, x),
-        quantised=quantised.report,
-        sparse={
-            p: counts
-            for p, a in shipped.items()
-            if (counts := _sparse(context, model, folder / a.path))
-        },
+    return files.model_copy(
+        update={
+            "int8": quantised.artifact,
+            "shipping": shipping,
+            "built_in_agreement": _built_in_agreement(context, path, x),
+            "notes": (*files.notes, *notes),
+            "quantised": quantised.report,
+            "sparse": {
+                **files.sparse,
+                **_sparse_counts(context, model, "int8", folder / shipped.path),
+            },
+        }
     )
+
+
+def refusal(context: Context, error: EdgepruneError) -> str:
+    """Why an INT8 file was refused, in one line, where the target allows FP32 in its place; said to the user too.
+
+    Raises:
+        EdgepruneError: the error itself, where the target allows nothing else or the file is not what is wrong.
+    """
+    is_of_file = isinstance(error, FormatError) and not isinstance(error, MissingTool)
+    if isinstance(error, Refusal):
+        is_of_file = error.kind == "load"
+    if not is_of_file or "fp32" not in context.job.target.precisions:
+        raise error
+    why = "".join(c for c in " ".join(error.message.split()) if c.isprintable())[:MAX_REASON]
+    context.progress.say(f"      warning: INT8 was refused: {why}")
+    return why
 
 
 def require_int8(artifact: Artifact, file: Path, float_layers: tuple[str, ...] = ()) -> None:
@@ -299,6 +364,14 @@ def _not_int8(context: Context, artifact: Artifact, folder: Path) -> tuple[str, 
             raise
         return (error.message,)
     return ()
+
+
+def _sparse_counts(
+    context: Context, model: nn.Module, precision: Precision, file: Path
+) -> dict[Precision, tuple[int, int]]:
+    """What :func:`_sparse` counts, by precision; empty where that was not asked for."""
+    counts = _sparse(context, model, file)
+    return {} if counts is None else {precision: counts}
 
 
 def _sparse(context: Context, model: nn.Module, file: Path) -> tuple[int, int] | None:

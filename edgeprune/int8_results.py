@@ -30,6 +30,11 @@ class LayerFallback(Record):
     extra_ms: float | None = None
     in_float: bool = False
 
+    @property
+    def nats_per_ms(self) -> float | None:
+        """What a millisecond in this layer brings; ``None`` where it was not timed or costs no time."""
+        return self.gain_nats / self.extra_ms if self.extra_ms else None
+
 
 class CalibrationReport(Record):
     """How well the calibration samples stand for the data.

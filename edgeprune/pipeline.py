@@ -311,8 +311,9 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
             planned.dense.result.int8,
         ),
         "pruned-fp32": (files.path(files.result.fp32.path), files.result.fp32),
-        "pruned-int8": (files.path(files.result.int8.path), files.result.int8),
     }
+    if files.result.int8 is not None:
+        four["pruned-int8"] = (files.path(files.result.int8.path), files.result.int8)
     final = run.stage(
         "final-latency",
         "measuring",

@@ -456,6 +456,7 @@ class Report(Record):
     limit_ms: float
     shipped: Precision
     shipped_reason: str
+    why_fp32: str | None = None  # where it ships in place of an INT8 file that was refused
     gates: tuple[Gate, ...]
     passed: bool
     headline: str

@@ -35,7 +35,7 @@ class _NetFiles(Record):
     """
 
     fp32: Artifact
-    int8: Artifact
+    int8: Artifact | None
     cuttable: dict[Precision, Artifact] = {}
     shipping: dict[Precision, Artifact] = {}
     built_in_agreement: float | None
@@ -43,7 +43,11 @@ class _NetFiles(Record):
 
     def whole(self, precision: Precision) -> Artifact:
         """The file that is timed and asked."""
-        return self.int8 if precision == "int8" else self.fp32
+        if precision == "fp32":
+            return self.fp32
+        if self.int8 is None:
+            raise ValueError("the INT8 file was refused: there is none")
+        return self.int8
 
     def cut_from(self, precision: Precision) -> Artifact:
         """The file that kernels are cut from."""
@@ -55,8 +59,13 @@ class _NetFiles(Record):
 
 
 class DenseFiles(_NetFiles):
-    """The dense model as files, checked against torch. ``int8_types`` are those that were chosen of ``types``, where there was a choice."""
+    """The dense model as files, checked against torch. ``int8_types`` are those that were chosen of ``types``, where there was a choice.
 
+    ``int8_refused`` says why the net cannot ship as INT8, where that is known already; empty where it can.
+    """
+
+    int8: Artifact
+    int8_refused: str = ""
     parity_error_ratio: float
     int8_types: str = ""
     types: tuple[TypesRow, ...] = ()
@@ -111,8 +120,13 @@ class RecoveredResult(Record):
 
 
 class PrunedFiles(_NetFiles):
-    """The pruned model as files. ``sparse`` counts layers with sparse weights, and all with weights, where a pattern was asked for."""
+    """The pruned model as files. ``sparse`` counts layers with sparse weights, and all with weights, where a pattern was asked for.
 
+    ``int8`` is ``None`` where the INT8 file was refused; ``int8_refused`` says why.
+    """
+
+    int8: Artifact | None = None
+    int8_refused: str = ""
     quantised: Int8Report | None = None
     sparse: dict[Precision, tuple[int, int]] = {}
 
@@ -124,7 +138,7 @@ class PrunedFiles(_NetFiles):
 
 
 class FinalLatency(Record):
-    """The four files measured in the same rounds."""
+    """The four files measured in the same rounds; without ``pruned-int8`` where that was refused."""
 
     measurements: dict[str, Measurement]
     comparisons: tuple[Comparison, ...]

@@ -69,6 +69,10 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
         )
     )
     allowed: list[Precision] = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
+    if files.int8_refused:
+        allowed = [
+            "fp32"
+        ]  # a refusal is only kept where FP32 may ship: the plan is made for what will
     faster = min(context.precisions(allowed), key=lambda p: found[p].median_ms)
     fingerprint = context.fingerprint(runtime)
     return DenseLatency.model_validate(
@@ -238,7 +242,7 @@ def heal(
 def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) -> FinalLatency:
     """All four files interleaved in the same rounds of several sessions, dense beside pruned in the same precision.
 
-    The files are ``dense-fp32``, ``dense-int8``, ``pruned-fp32`` and ``pruned-int8``.
+    The files are ``dense-fp32``, ``dense-int8``, ``pruned-fp32`` and, unless it was refused, ``pruned-int8``.
     """
     runtime = context.runtime_on(context.board)
     models = [context.model_file(name, path, artifact) for name, (path, artifact) in files.items()]
@@ -260,7 +264,7 @@ def final_latency(context: Context, files: Mapping[str, tuple[Path, Artifact]]) 
     ]
     return FinalLatency(
         measurements=found,
-        comparisons=tuple(compare(found[a], found[b]) for a, b in pairs),
+        comparisons=tuple(compare(found[a], found[b]) for a, b in pairs if a in found),
     )
 
 
@@ -293,6 +297,8 @@ def final_quality(
     entries: list[LedgerEntry] = []
     agreement: dict[str, float] = {}
     for precision in context.job.target.precisions:
+        if f"pruned-{precision}" not in files:
+            continue  # its INT8 file was refused
         path, _ = files[f"pruned-{precision}"]
         host = found[f"pruned-{precision}"]
         if precision == "int8" and context.whole.info.built_in_kernels:

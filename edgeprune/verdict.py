@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgeprune.errors import FormatError
 from edgeprune.results import Artifact, Comparison, Gate, Measurement, SustainedRun, VariantRow
 from edgeprune.specs import Budget, Precision
 
@@ -39,10 +40,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """The precision that ships and the sentence that says why."""
+    """The precision that ships and the sentence that says why; ``refused`` says why INT8 does not, where FP32 ships in its place."""
 
     precision: Precision
     reason: str
+    refused: str = ""
 
 
 def latency_gate(measured: Measured, budget: Budget, precision: Precision) -> Gate:
@@ -121,10 +123,46 @@ def choose(
     pace = f"{ms[chosen]:.4g} ms against {ms[other]:.4g} ms in {other}"
     if len(passing) == 2:
         return Choice(chosen, f"both precisions meet the gates and {chosen} is faster: {pace}")
+    if passing == ["fp32"] and not met["int8"][1]:
+        lost = 100 * measured.drop("pruned-int8")
+        why = f"{measured.metric} dropped {lost:.2f} points, {100 * max_drop:.2f} are allowed"
+        return Choice(chosen, f"{refused_line(why)}: {pace}", refused_line(why))
+    names = ("latency", measured.metric)
+    missed = {
+        p: " and ".join(n for n, is_met in zip(names, met[p], strict=True) if not is_met)
+        for p in precisions
+    }
     if passing:
-        missed = "latency" if not met[other][0] else measured.metric
-        return Choice(chosen, f"only {chosen} meets the gates ({other} misses {missed}): {pace}")
-    return Choice(chosen, f"no precision meets every gate; {chosen} comes closest: {pace}")
+        reason = f"only {chosen} meets the gates ({other} misses {missed[other]}): {pace}"
+        return Choice(chosen, reason)
+    both = ", ".join(f"{p} misses {missed[p]}" for p in (chosen, other))
+    reason = f"no precision meets every gate; {chosen} comes closest: {pace} ({both})"
+    return Choice(chosen, reason)
+
+
+def refused_line(why: str) -> str:
+    """What the report, the terminal and the manifest say where FP32 ships because INT8 may not."""
+    return f"INT8 was refused: {why}; FP32 ships"
+
+
+def in_place_of_int8(measured: Measured, budget: Budget, why: str) -> Choice:
+    """FP32, where INT8 was refused and the FP32 file was measured within the budget.
+
+    Args:
+        measured: the files, with or without ``pruned-int8``.
+        budget: the latency promise.
+        why: what refused INT8, in one line.
+
+    Raises:
+        FormatError: the FP32 file is over the budget.
+    """
+    gate = latency_gate(measured, budget, "fp32")
+    if not gate.met:
+        raise FormatError(
+            f"INT8 was refused: {why}; FP32 misses the budget: {gate.value:.4g} {gate.unit}, the budget {gate.limit:.4g}",
+            hint="give a larger budget, or set precisions: [fp32] in the target, which plans for FP32",
+        )
+    return Choice("fp32", refused_line(why), refused_line(why))
 
 
 def numerics_gate(
@@ -162,7 +200,7 @@ def numerics_gate(
 
 
 def rows(measured: Measured, sizes: Mapping[str, tuple[int, int]]) -> tuple[VariantRow, ...]:
-    """The four rows that are always shown together.
+    """The four rows that are always shown together; three where the pruned INT8 file was refused.
 
     Args:
         measured: all four files.
@@ -172,6 +210,8 @@ def rows(measured: Measured, sizes: Mapping[str, tuple[int, int]]) -> tuple[Vari
     for variant in ("dense", "pruned"):
         for precision in ("fp32", "int8"):
             name = f"{variant}-{precision}"
+            if name not in measured.measurements:
+                continue  # an INT8 file that was refused
             m = measured.measurements[name]
             found.append(
                 VariantRow.model_validate(

@@ -57,6 +57,7 @@ LAYERS = {
     "stage_records": 2,
     "feasibility": 5,
     "closing": 5,
+    "shipping": 5,
     "options": 5,
     "pipeline": 5,
     "stages": 5,

@@ -21,7 +21,6 @@ from edgeprune.bundle import verify
 from edgeprune.bundle.anatomy import anatomy
 from edgeprune.bundle.eight_bits import layers_line, require_eight_bits
 from edgeprune.bundle.write import Payload, write_bundle
-from edgeprune.closing import Closing
 from edgeprune.conversion import _not_int8, require_int8
 from edgeprune.datasets import model_input, to_layout
 from edgeprune.devices.agent.runtimes import infer, open_model
@@ -30,6 +29,8 @@ from edgeprune.folders import packed
 from edgeprune.formats import QuantizeOptions
 from edgeprune.int8_results import Int8Report, Int8Try, LayerFallback
 from edgeprune.results import Artifact
+from edgeprune.runfolder import Stage
+from edgeprune.shipping import _require_int8
 from edgeprune.stage_records import PrunedFiles
 
 RUNTIME = {"tflite": "litert", "onnx": "onnxruntime"}
@@ -159,29 +160,26 @@ def files_of(made: Made, artifact: Artifact, *float_layers: str) -> PrunedFiles:
     return PrunedFiles(fp32=made.fp32, int8=artifact, built_in_agreement=None, quantised=report)
 
 
-def closing(made: Made, files: PrunedFiles) -> SimpleNamespace:
-    return SimpleNamespace(
-        files=SimpleNamespace(result=files, path=lambda name: made.folder / name)
-    )
+def stage(made: Made, files: PrunedFiles) -> Stage[PrunedFiles]:
+    return Stage(made.folder, "d", files)
 
 
 def test_deploy_refuses_a_float_file_that_is_named_int8(made):
     with pytest.raises(FormatError, match="cannot ship as INT8") as error:
-        Closing._require_int8(closing(made, files_of(made, made.fp32)), "int8")
+        _require_int8(stage(made, files_of(made, made.fp32)))
     assert "stores 0%" in error.value.message
     assert "\n" not in str(error.value)
     assert "precisions: [fp32]" in (error.value.hint or "")
-    Closing._require_int8(closing(made, files_of(made, made.fp32)), "fp32")
 
 
 def test_deploy_takes_the_layers_that_the_search_left_in_float_and_no_others(made):
     files = files_of(made, made.mixed, *reversed(FLOATS))
     assert files.float_layers("int8") == FLOATS
     assert files.float_layers("fp32") == ()
-    Closing._require_int8(closing(made, files), "int8")
-    Closing._require_int8(closing(made, files_of(made, made.int8)), "int8")
+    _require_int8(stage(made, files))
+    _require_int8(stage(made, files_of(made, made.int8)))
     with pytest.raises(FormatError, match="cannot ship as INT8"):
-        Closing._require_int8(closing(made, files_of(made, made.mixed)), "int8")
+        _require_int8(stage(made, files_of(made, made.mixed)))
 
 
 def test_files_that_are_converted_and_not_searched_have_no_layers_in_float(made):

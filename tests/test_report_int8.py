@@ -8,7 +8,7 @@ from report_fixture import make_report
 from edgeprune.int8_results import CalibrationReport, Int8Report, Int8Try, LayerFallback
 from edgeprune.report.figures import NONE
 from edgeprune.report.html import render_html
-from edgeprune.report.int8_table import calibration, cells
+from edgeprune.report.int8_table import calibration, cells, layer_cells
 from edgeprune.report.terminal import render_terminal
 
 FOUND = Int8Report(
@@ -52,6 +52,26 @@ def test_the_calibration_counts_samples_classes_and_what_the_ranges_leave_out():
     }
 
 
+def test_a_layer_in_float_is_shown_with_what_a_millisecond_brings():
+    free = LayerFallback(layer="free", gain_nats=0.2, extra_ms=0.0)
+    rows = layer_cells(FOUND.model_copy(update={"layers": (*FOUND.layers, free)}))
+    assert rows == [
+        ("stem", "0.0100", "0.250", "0.0400", "stays in float"),
+        ("head", "0.00100", "not timed", NONE, "INT8"),
+        ("free", "0.200", "0", NONE, "INT8"),
+    ]
+
+
+def test_three_variants_are_not_called_four():
+    three = tuple(r for r in make_report().variants if r.measurement != "pruned-int8")
+    why = "INT8 was refused: too coarse; FP32 ships"
+    report = make_report(variants=three, shipped="fp32", shipped_reason=why, why_fp32=why)
+    for text in (render_html(report).decode(), render_terminal(report, width=200)):
+        assert "The variants" in text
+        assert "The four variants" not in text
+        assert why in text
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_both_reports_have_the_section_where_an_int8_file_was_made(is_there):
     report = make_report(int8=FOUND if is_there else None)
@@ -63,5 +83,7 @@ def test_both_reports_have_the_section_where_an_int8_file_was_made(is_there):
         assert "&lt;b&gt;slower&lt;/b&gt;" in page
         assert "<b>slower" not in page
         assert "stays in float" in text
+        assert "0.04" in text.partition("stem")[2].splitlines()[0]  # nats for a millisecond
+        assert "nats less per ms" in page
         assert "head" not in text.partition("stem")[2].splitlines()[0]
         assert "classes without a sample: 3, 7" in " ".join(text.split())

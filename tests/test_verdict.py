@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from edgeprune import verdict
 from edgeprune.context import Context
+from edgeprune.errors import FormatError
 from edgeprune.results import Artifact, Block, Comparison, Measurement, Telemetry
 from edgeprune.specs import Precision, parse_budget
 from edgeprune.verdict import Measured
@@ -122,21 +124,26 @@ def test_a_slower_precision_ships_when_the_faster_one_loses_too_much():
     seen = found(quality=(0.90, 0.89, 0.90, 0.70))
     choice = verdict.choose(seen, parse_budget("60%"), 0.01, BOTH)
     assert choice.precision == "fp32"
-    assert "only fp32 meets the gates (int8 misses accuracy)" in choice.reason
+    refused = "INT8 was refused: accuracy dropped 20.00 points, 1.00 are allowed; FP32 ships"
+    assert (choice.refused, choice.reason) == (refused, f"{refused}: 6 ms against 4 ms in int8")
 
 
 def test_a_precision_over_the_budget_does_not_ship_even_if_it_is_faster():
     seen = found(ms=(10, 5, 5.9, 4))  # int8 is at 80 % of dense int8
     choice = verdict.choose(seen, parse_budget("60%"), 0.02, BOTH)
     assert choice.precision == "fp32"
-    assert "int8 misses latency" in choice.reason
+    assert "only fp32 meets the gates (int8 misses latency)" in choice.reason
+    assert choice.refused == ""  # nothing is wrong with the file
 
 
 def test_when_none_passes_the_one_that_meets_more_ships_and_it_is_said():
     seen = found(ms=(10, 5, 9, 4), quality=(0.90, 0.89, 0.90, 0.50))
     choice = verdict.choose(seen, parse_budget("60%"), 0.01, BOTH)
     assert choice.precision == "fp32"  # misses latency alone; int8 misses both
-    assert choice.reason.startswith("no precision meets every gate; fp32 comes closest")
+    assert choice.reason == (
+        "no precision meets every gate; fp32 comes closest: 9 ms against 4 ms in int8"
+        " (fp32 misses latency, int8 misses latency and accuracy)"
+    )
 
 
 def test_among_equal_misses_the_faster_one_ships():
@@ -147,6 +154,19 @@ def test_among_equal_misses_the_faster_one_ships():
 def test_a_target_of_one_precision_ships_that():
     choice = verdict.choose(found(), parse_budget("10%"), 0.0, ("fp32",))
     assert (choice.precision, choice.reason) == ("fp32", "the target allows only fp32")
+
+
+def test_fp32_ships_in_place_of_an_int8_file_that_was_refused_where_it_keeps_to_the_budget():
+    choice = verdict.in_place_of_int8(found(), parse_budget("60%"), "it stores 0%")
+    line = "INT8 was refused: it stores 0%; FP32 ships"
+    assert choice == verdict.Choice("fp32", line, line)
+    with pytest.raises(FormatError) as error:
+        verdict.in_place_of_int8(found(), parse_budget("59%"), "it stores 0%")
+    assert error.value.message == (
+        "INT8 was refused: it stores 0%; FP32 misses the budget: 0.6 of dense fp32, the budget 0.59"
+    )
+    with pytest.raises(FormatError, match=r"FP32 misses the budget: 6 ms, the budget 5\.9"):
+        verdict.in_place_of_int8(found(), parse_budget("5.9ms"), "it stores 0%")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +195,12 @@ def test_the_four_rows_say_what_was_measured():
     assert [r.macs for r in rows] == [9000, 9000, 5000, 5000]
     assert [r.size_bytes for r in rows] == [1000, 1001, 1002, 1003]
     assert [r.measurement for r in rows] == list(NAMES)
+
+
+def test_without_an_int8_file_there_are_three_rows():
+    three = {n: measurement(n, t) for n, t in zip(NAMES[:3], (10, 8, 6), strict=True)}
+    rows = verdict.rows(replace(found(), measurements=three), SIZES)
+    assert [r.measurement for r in rows] == list(NAMES[:3])
 
 
 def test_the_headline_names_the_gain_the_cost_and_the_verdict():

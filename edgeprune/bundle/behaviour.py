@@ -74,12 +74,12 @@ def delegate_check(board: Board, manifest: Manifest, loaded: Loaded, *, must: bo
 
 
 def _executorch_check(manifest: Manifest) -> Check:
-    """The conversion fixed what XNNPACK runs, so that its counts hold on every board; the runtime does not tell."""
+    """The conversion fixed what XNNPACK runs, so that its counts hold on every board; level 3 compared them with the file."""
     counts = manifest.model.op_counts
     if not counts.get("macs") or "macs:xnnpack" not in counts:
         return _not_run("delegate", "the manifest does not count the multiply-accumulates")
     share = counts["macs:xnnpack"] / counts["macs"]
-    detail = f"XNNPACK runs {share:.0%} of the multiply-accumulates, as the manifest counts them"
+    detail = f"XNNPACK runs {share:.0%} of the multiply-accumulates, as counted in the file"
     return Check(name="delegate", status=_status(share, MIN_DELEGATED_RATIO), detail=detail)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from edgeprune.bundle.anatomy import Anatomy, anatomy
@@ -12,8 +14,10 @@ from edgeprune.bundle.manifest import Manifest, identity
 from edgeprune.bundle.write import model_texts
 from edgeprune.errors import FormatError, IntegrityError
 from edgeprune.formats._metadata import carrier
+from edgeprune.formats._pte import read_program
 from edgeprune.formats._tflite_versions import oldest
 from edgeprune.records import sha256_bytes
+from edgeprune.results import Artifact
 
 _OWN_TEXTS = {
     "coreml": "the package carries texts of its own (description, author, license, keys), which are not compared here",
@@ -64,9 +68,13 @@ def _texts_check(manifest: Manifest, content: bytes) -> Check:
 def operators_check(manifest: Manifest, content: bytes) -> Check:
     """Whether the operators are those of the manifest, and those of an INT8 file compute in 8 bits, but for its ``float_layers``.
 
+    Of a ``.pte``, what XNNPACK was given and its share of the multiply-accumulates are compared too.
+
     Raises:
         IntegrityError: they are not.
     """
+    if file_kind(manifest.model) == "executorch":
+        return _program_check(manifest.model, content)
     found = anatomy(file_kind(manifest.model), content)
     if found is None:
         return Check(
@@ -75,15 +83,8 @@ def operators_check(manifest: Manifest, content: bytes) -> Check:
             detail=f"{manifest.model.format} files are not read here",
         )
     wanted = {op: n for op, n in manifest.model.op_counts.items() if ":" not in op}
-    if wanted and found.names and wanted != dict(found.operators):
-        differ = sorted(
-            op
-            for op in {*wanted, *found.operators}
-            if wanted.get(op, 0) != found.operators.get(op, 0)
-        )
-        raise IntegrityError(
-            f"the model must have {wanted.get(differ[0], 0)} {differ[0]}, but has {found.operators.get(differ[0], 0)}"
-        )
+    if wanted and found.names:
+        _check_counts(wanted, found.operators)
     detail = layers_line(manifest.model, found, manifest.float_layers)
     return Check(name="operators", status="passed", detail=detail)
 
@@ -149,3 +150,37 @@ def versions_check(manifest: Manifest, content: bytes) -> Check | None:
         raise IntegrityError(str(error)) from error
     detail = f"{table.name} loads every operator in its version"
     return Check(name="versions", status="passed", detail=detail)
+
+
+def _check_counts(wanted: Mapping[str, int], found: Mapping[str, int]) -> None:
+    """Nothing, when a file has as many of everything as its manifest says.
+
+    Raises:
+        IntegrityError: it has not; names the first that differs.
+    """
+    differ = sorted(op for op in {*wanted, *found} if wanted.get(op, 0) != found.get(op, 0))
+    if differ:
+        raise IntegrityError(
+            f"the model must have {wanted.get(differ[0], 0)} {differ[0]}, but has {found.get(differ[0], 0)}"
+        )
+
+
+def _program_check(model: Artifact, content: bytes) -> Check:
+    """Whether an ExecuTorch program has all that its record counts; the conversion fixed who computes what, so that it is in the file."""
+    try:
+        program = read_program(content)
+    except (struct.error, IndexError, KeyError, ValueError) as error:
+        raise IntegrityError(f"the model is not a sound executorch file: {error}") from error
+    _check_counts(model.op_counts, program.op_counts())
+    if program.operators != model.operators:
+        needed, named = (", ".join(ops) or "none" for ops in (program.operators, model.operators))
+        raise IntegrityError(
+            f"the model needs the runtime's operators {needed}, but the manifest names {named}"
+        )
+    nodes, every = len(program.nodes), len(program.nodes) + len(program.calls)
+    macs = max(1, program.macs)
+    detail = (
+        f"XNNPACK has {nodes} of {every} operations and {program.delegated_macs / macs:.0%} of the multiply-accumulates,"
+        f" {program.int8_macs / macs:.0%} are in 8 bits"
+    )
+    return Check(name="operators", status="passed", detail=detail)

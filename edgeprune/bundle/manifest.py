@@ -204,7 +204,7 @@ class Facts(Record):
     ``failed_gates`` were judged and missed. ``not_run`` could not be judged, because nothing that the maker had runs the file.
     The golden answers are then ``worked-out`` from the operations in the file, or those of a ``twin`` of another format.
     ``sparsity`` says which pattern of zeros its weights have, where they have one. ``float_layers`` names the layers of an INT8 file that
-    were left in float on purpose.
+    were left in float on purpose. ``why_fp32`` says what refused INT8, where FP32 ships in its place.
     """
 
     name: Name
@@ -227,6 +227,7 @@ class Facts(Record):
     provenance: Provenance
     sparsity: SparseWeights | None = None
     float_layers: tuple[Line, ...] = ()
+    why_fp32: Line | None = None
 
 
 class Recipe(Record):
@@ -370,6 +371,8 @@ def identity(facts: Facts, source_sha256: str) -> str:
         del stated["sparsity"]  # so that bundles from before it was stated keep their identity
     if not stated["float_layers"]:
         del stated["float_layers"]  # and here
+    if stated["why_fp32"] is None:
+        del stated["why_fp32"]  # and here
     return sha256_bytes(to_json_text([stated, source_sha256]))
 
 

@@ -42,6 +42,7 @@ def readme_text(manifest: Manifest) -> bytes:
         ),
         *([("sparsity", manifest.sparsity.line())] if manifest.sparsity else []),
         *([("left in float", ", ".join(manifest.float_layers))] if manifest.float_layers else []),
+        *([("why FP32", manifest.why_fp32)] if manifest.why_fp32 else []),
         *_not_run(manifest),
         ("latency stamp", f"{STAMPS[latency.stamp]} ({latency.device})"),
         ("made by", f"edgeprune {manifest.edgeprune_version}, {manifest.created}"),

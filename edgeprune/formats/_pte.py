@@ -7,6 +7,7 @@ Source: ``schema/program.fbs`` and ``scalar_type.fbs`` (file identifier ET12), t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,10 @@ _CONVOLUTIONS = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d")
 _PRODUCTS = (*_CONVOLUTIONS, "FullyConnected", "BatchMatrixMultiply")
 _TENSOR, _KERNEL_CALL = 5, 1  # members of the unions KernelTypes and InstructionArguments
 _QUANTIZED_VALUE = 2  # member of XValueUnion
+_MAX_DELEGATES, _MAX_OPERATIONS = (
+    1000,
+    100_000,
+)  # delegates may share their data, so that a small file could take hours
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,20 @@ class Program:
         """Those that run in XNNPACK on 8-bit integers."""
         return sum(o.macs for o in self.nodes if o.int8)
 
+    def op_counts(self) -> dict[str, int]:
+        """Nodes as ``xnnpack:Conv2d``, those on 8-bit integers also as ``int8:Conv2d``, operators of the runtime by name.
+
+        Beside them weights by type, and multiply-accumulates: ``macs``, ``macs:xnnpack``, ``macs:int8``.
+        """
+        counts = Counter(call.name for call in self.calls)
+        counts.update(f"xnnpack:{node.name}" for node in self.nodes)
+        counts.update(f"int8:{node.name}" for node in self.nodes if node.int8)
+        counts.update(f"weights:{dtype}" for dtype, shape in self.weights if len(shape) >= 2)
+        counts["macs"] = self.macs
+        counts["macs:xnnpack"] = self.delegated_macs
+        counts["macs:int8"] = self.int8_macs
+        return dict(sorted(counts.items()))
+
 
 def read_program(content: bytes) -> Program:
     """Parse a file.
@@ -113,11 +132,15 @@ def read_program(content: bytes) -> Program:
     backends = [d.text(0) for d in delegates]
     nodes: list[Operation] = []
     weights = [(v.dtype, v.shape) for v in values if v is not None and v.constant]
+    if len(delegates) > _MAX_DELEGATES:
+        raise ValueError(f"it has more than {_MAX_DELEGATES} delegates")
     for delegate, name in zip(delegates, backends, strict=True):
         if name == XNNPACK:
             found, constants = _graph(_blob(content, program, delegate))
             nodes += found
             weights += constants
+        if len(calls) + len(nodes) > _MAX_OPERATIONS:
+            raise ValueError(f"it has more than {_MAX_OPERATIONS} operations")
     return Program(
         inputs=_tensors(plan.integers(3, most=MAX_ENTRIES), values),
         outputs=_tensors(plan.integers(4, most=MAX_ENTRIES), values),

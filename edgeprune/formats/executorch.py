@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,8 +193,7 @@ class ExecutorchFormat:
     def describe(self, path: Path) -> Artifact:
         """The record of a file.
 
-        ``op_counts`` counts XNNPACK nodes as ``xnnpack:Conv2d``, those of them on 8-bit integers as ``int8:Conv2d``, operators of the
-        runtime by name, weights by type, and multiply-accumulates: ``macs``, ``macs:xnnpack``, ``macs:int8``.
+        What ``op_counts`` counts stands at :meth:`edgeprune.formats._pte.Program.op_counts`.
 
         Raises:
             FormatError: it is no ExecuTorch program.
@@ -215,7 +213,7 @@ class ExecutorchFormat:
             size_bytes=len(content),
             inputs=_specs("input", program.inputs),
             outputs=_specs("output", program.outputs),
-            op_counts=_counts(program),
+            op_counts=program.op_counts(),
             operators=program.operators,
         )
 
@@ -427,17 +425,6 @@ def _notes(
             named = f", in float: {', '.join(floats)}" if floats else ""
             notes.append(f"warning: {share:.0%} of the multiply-accumulates are INT8{named}")
     return tuple(notes)
-
-
-def _counts(program: Program) -> dict[str, int]:
-    counts = Counter(call.name for call in program.calls)
-    counts.update(f"xnnpack:{node.name}" for node in program.nodes)
-    counts.update(f"int8:{node.name}" for node in program.nodes if node.int8)
-    counts.update(f"weights:{dtype}" for dtype, shape in program.weights if len(shape) >= 2)
-    counts["macs"] = program.macs
-    counts["macs:xnnpack"] = program.delegated_macs
-    counts["macs:int8"] = program.int8_macs
-    return dict(sorted(counts.items()))
 
 
 def _specs(name: str, tensors: Iterable[Any]) -> tuple[TensorSpec, ...]:

@@ -96,6 +96,11 @@ def variant(report: Report, name: str, precision: Precision) -> VariantRow | Non
     return next(found, None)
 
 
+def variants_title(report: Report) -> str:
+    """What stands over the variants; they are three where the pruned INT8 file was refused."""
+    return "The four variants" if len(report.variants) in (0, 4) else "The variants"
+
+
 def outcome(report: Report) -> Outcome | None:
     """The shipped variant and what it is compared with; ``None`` when it was not timed."""
     row = variant(report, "pruned", report.shipped)

@@ -9,7 +9,7 @@ from edgeprune.report.sections import note, section
 from edgeprune.results import Report
 
 HEAD = ("recipe", "quality", "points lost", "KL, nats", "verdict")
-LAYER_HEAD = ("layer", "nats less in float", "ms more in float", "verdict")
+LAYER_HEAD = ("layer", "nats less in float", "ms more in float", "nats less per ms", "verdict")
 
 
 def title(found: Int8Report) -> str:
@@ -41,6 +41,7 @@ def layer_cells(found: Int8Report) -> list[tuple[str, ...]]:
             layer.layer,
             significant(layer.gain_nats),
             "not timed" if layer.extra_ms is None else significant(layer.extra_ms),
+            NONE if layer.nats_per_ms is None else significant(layer.nats_per_ms),
             "stays in float" if layer.in_float else "INT8",
         )
         for layer in found.layers

@@ -109,7 +109,7 @@ def _verdict(gate: Gate) -> Markup:
 def variants(report: Report) -> Markup:
     """The four files; every ratio is against the dense model in the same precision."""
     if not report.variants:
-        return section("variants", "The four variants", note("No variant was timed."))
+        return section("variants", facts.variants_title(report), note("No variant was timed."))
     unit = time_unit([r.p90_ms for r in report.variants])
     columns = [
         Column("variant"),
@@ -130,7 +130,7 @@ def variants(report: Report) -> Markup:
     ]
     return section(
         "variants",
-        "The four variants",
+        facts.variants_title(report),
         table(
             f"Dense and pruned, FP32 and INT8 ({report.stamp} times)",
             columns,

@@ -198,7 +198,7 @@ def _variants(page: Page, report: Report) -> None:
         "parameters": [count_text(r.parameters) for r in report.variants],
         "MACs": [count_text(r.macs) for r in report.variants],
     }
-    page.title(f"The four variants ({report.stamp} times)")
+    page.title(f"{facts.variants_title(report)} ({report.stamp} times)")
     head = ("", *(charts.variant_name(r) for r in report.variants))
     page.table(head, [(name, *cells) for name, cells in lines.items()])
     page.say("* against dense in the same precision", "dim")
