@@ -89,7 +89,7 @@ def fetch_onnxruntime(scratch: Path) -> None:
 def unpack_deb(package: str, sha256: str, suites: Sequence[str], scratch: Path) -> Path:
     """The folder with the files of a Debian package (``name=version``) from the first of these suites that has it; nothing is installed."""
     for suite in suites:
-        apt = _apt_of(suite, scratch / suite)
+        apt = apt_of(suite, scratch / suite)
         words = ["update", "-qq"], ["download", "-qq", package]
         runs = (subprocess.run([*apt, *w], cwd=scratch / suite, timeout=300) for w in words)
         if all(done.returncode == 0 for done in runs):
@@ -99,7 +99,7 @@ def unpack_deb(package: str, sha256: str, suites: Sequence[str], scratch: Path) 
     raise SystemExit(f"{package} is not in {', '.join(suites)}")
 
 
-def _apt_of(suite: str, folder: Path) -> list[str]:
+def apt_of(suite: str, folder: Path) -> list[str]:
     """An apt-get with lists of its own, of one suite."""
     for name in ("lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,5 @@
-// Runs the golden samples of this bundle through its Core ML model, on the device the app runs on. Not compiled where it was written.
+// Runs the golden samples of this bundle through its Core ML model, on the device the app runs on. edgeprune's tests compile it on Linux,
+// against declarations of Core ML and Core Video, and run it with a stand-in for the model. Never built by Xcode, nor run with Core ML.
 // Add the .mlpackage, labels.txt, preprocess.json and golden/ to the app, then: print(try GoldenCheck(bundle: .main).run())
 import CoreML
 import CoreVideo
@@ -25,8 +26,7 @@ struct GoldenCheck {
         configuration.computeUnits = units
         self.bundle = bundle
         model = try MLModel(contentsOf: url, configuration: configuration)
-        let text = String(decoding: try GoldenCheck.data(bundle, "labels", "txt"), as: UTF8.self)
-        labels = text.split(separator: "\n").map(String.init)
+        labels = String(decoding: try GoldenCheck.data(bundle, "labels", "txt"), as: UTF8.self).split(separator: "\n").map(String.init)
         recipe = try JSONDecoder().decode(Recipe.self, from: try GoldenCheck.data(bundle, "preprocess", "json"))
     }
 
