@@ -315,7 +315,7 @@ class _Search:
         """The state in words."""
         state = self._settled(state)
         time, cost = self.point(state)
-        return Solution(self._widths(state), time, cost)
+        return Solution(self._widths(state), self.model.bent(time), cost)
 
     def _widths(self, state: np.ndarray) -> dict[str, int]:
         widths = {name: grid[-1] for name, grid in self.grids.items()}

@@ -442,7 +442,7 @@ def test_a_second_search_on_the_same_board_takes_the_times_of_the_first(
     second = tinynet.edgeprune(home, *args, "two")
     assert second.returncode == 0, second.stderr
     said = re.search(
-        r"(\d+) of (\d+) kernel times from an earlier search on this board, (\S+)", second.stderr
+        r"(\d+) of (\d+) kernel times from an earlier search on this board, ([-\d]+)", second.stderr
     )
     assert said is not None, second.stderr
     taken, measured = int(said[1]), int(said[2])
