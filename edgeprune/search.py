@@ -49,7 +49,8 @@ class Problem:
                 "grids, costs and the latency model must have the same groups and widths"
             )
         for names in self.together:
-            if len({(self.grids[n][0] == 0, len(self.grids[n]) > 1) for n in names}) > 1:
+            kinds = {(self.grids[n][0] == 0, len(self.grids[n]) > 1) for n in names}
+            if len(kinds) > 1 and any(has_zero for has_zero, _ in kinds):
                 raise ValueError(f"all of {names} must have width 0 and others, or none")
         tied = {name for names in self.tied() for name in names}
         for name, grid in self.grids.items():
