@@ -327,8 +327,11 @@ def _best(checks: Sequence[PlanCheck]) -> PlanCheck | None:
 
 
 def _contains(check: PlanCheck, other: PlanCheck) -> bool:
+    """Whether one has all channels of the other and more, of the same blocks: what a block is worth, trials tell."""
     wide, narrow = check.widths, other.widths
-    return wide != narrow and all(wide[n] >= w for n, w in narrow.items())
+    return wide != narrow and all(
+        wide[n] >= w and (not wide[n]) == (not w) for n, w in narrow.items()
+    )
 
 
 def _merit(check: PlanCheck) -> tuple[bool, float]:
