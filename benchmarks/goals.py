@@ -23,10 +23,10 @@ REASONS = {
     "points": "The line of ResNet-20-wide at two epochs has one seed; seeds of one line of the example lie up to 0.8 points apart.",
     "margin": "Where every pruned net heals to within a few images of dense, no pruner can be ahead of another: two epochs do not tell"
     " them apart on this net. A third of an epoch does.",
-    "predictor": "A kernel timed alone may find its weights in the cache where a whole net does not: the correction has one term for that,"
-    " and the middle of the range stays off. The search measures what it proposes, so an error costs a trial, not the budget.",
+    "predictor": "A kernel timed alone may find its weights in the cache where a whole net does not: the correction has a term for bytes"
+    " and a bend for that, and the smallest nets stay off. The search measures what it proposes, so an error costs a trial, not the budget.",
     "slack": "Admissible widths are steps of 8 and more, and of the structures within a budget the one that really loses least"
-    " ships, even where another uses more of it.",
+    " ships; what still fits is added to it.",
     "fp32": "Depthwise layers gain less from INT8 on this processor than dense ones, so less than 4x is left to a net of them at 2x.",
 }
 
