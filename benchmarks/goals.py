@@ -24,7 +24,7 @@ REASONS = {
     "margin": "Where every pruned net heals to within a few images of dense, no pruner can be ahead of another: two epochs do not tell"
     " them apart on this net. A third of an epoch does.",
     "predictor": "A kernel timed alone may find its weights in the cache where a whole net does not: the correction has a term for bytes"
-    " and a bend for that, and the smallest nets stay off. The search measures what it proposes, so an error costs a trial, not the budget.",
+    " and a bend for that, and the smallest nets stay off. The search measures what it proposes: an error costs a trial, not the budget.",
     "slack": "Admissible widths are steps of 8 and more, and of the structures within a budget the one that really loses least"
     " ships; what still fits is added to it.",
     "fp32": "Depthwise layers gain less from INT8 on this processor than dense ones, so less than 4x is left to a net of them at 2x.",
