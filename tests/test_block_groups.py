@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_blocks import found_in, random_statistics, run, without
+from blockfiles import BlockFiles, run
+from test_blocks import found_in, random_statistics, without
 from test_planning import CHAIN, FULL, Clock, Net, basis_of, groups, kernel_ns, table_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ from edgeprune.compress.source import model_source
 from edgeprune.compress.structure import layer_widths
 from edgeprune.compress.surgery import Block, Removed
 from edgeprune.errors import FormatError, ModelError, SpecError
-from edgeprune.formats import Format, Resizable
+from edgeprune.formats import Format
 from edgeprune.formats._resize import distinct_widths
 from edgeprune.progress import Silent
 from edgeprune.specs import parse_budget
@@ -250,7 +251,7 @@ def test_the_first_group_bears_what_the_block_costs_and_no_width_costs_more(monk
 # Files
 
 
-class Files:
+class Files(BlockFiles):
     """The net as files of one format: dense, at other widths, without one block, and without any."""
 
     def __init__(self, form: Format, folder: Path) -> None:
@@ -269,19 +270,6 @@ class Files:
         for name, net in self.nets.items():
             form.export(net, self.x[:1].numpy(), self.path(name, "fp32"))
             form.quantize(self.path(name, "fp32"), samples, self.path(name, "int8"))
-
-    def path(self, name: str, precision: str) -> Path:
-        return self.folder / f"{name}.{precision}{self.form.info.suffix}"
-
-    def resizable(self, precision: str) -> Resizable:
-        dense, variant = self.path("dense", precision), self.path("variant", precision)
-        return self.form.resizable(dense, variant, self.full, self.changed, self.model)
-
-    def counts(self, path: Path) -> dict[str, int]:
-        """Operators, without what only changes a number's form."""
-        counts = self.form.describe(path).op_counts
-        skipped = ("weights:", "int8:", "Quantize", "Dequantize", "QUANTIZE")
-        return {op: n for op, n in counts.items() if not op.startswith(skipped)}
 
     def answers(self, content: bytes) -> np.ndarray:
         return run(content, self.form.info.name, self.x[:1].numpy())

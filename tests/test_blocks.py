@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blockfiles import BlockFiles, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO, conv_bn, head, make
@@ -22,7 +23,7 @@ from edgeprune.compress.source import model_source
 from edgeprune.compress.structure import layer_widths
 from edgeprune.compress.surgery import Block, Removed
 from edgeprune.errors import FormatError, IntegrityError, ModelError
-from edgeprune.formats import Format, Kernel, Resizable
+from edgeprune.formats import Format, Kernel
 from edgeprune.formats._branches import Graph, Step, branch_of
 from edgeprune.formats._resize import distinct_widths
 from edgeprune.latency.table import LatencyTable, tabulate
@@ -248,7 +249,7 @@ def test_layers_behind_a_removed_block_are_fitted_to_what_they_said_before() -> 
 # Files
 
 
-class Files:
+class Files(BlockFiles):
     """A net as files of one format: dense, at other widths, and exported without its blocks."""
 
     def __init__(self, form: Format, folder: Path) -> None:
@@ -270,19 +271,6 @@ class Files:
         samples = np.random.default_rng(0).random((4, 3, 12, 12), np.float32)
         self.form.quantize(fp32, samples, self.path(name, "int8"))
 
-    def path(self, name: str, precision: str) -> Path:
-        return self.folder / f"{name}.{precision}{self.form.info.suffix}"
-
-    def resizable(self, precision: str) -> Resizable:
-        dense, variant = self.path("dense", precision), self.path("variant", precision)
-        return self.form.resizable(dense, variant, self.full, self.changed, self.model)
-
-    def counts(self, path: Path) -> dict[str, int]:
-        """Operators, without what only changes a number's form."""
-        counts = self.form.describe(path).op_counts
-        skipped = ("weights:", "int8:", "Quantize", "Dequantize", "QUANTIZE")
-        return {op: n for op, n in counts.items() if not op.startswith(skipped)}
-
 
 class TwoBlocks(nn.Module):
     """Two identity blocks in a row, plain and depthwise, with an activation behind the first."""
@@ -302,27 +290,6 @@ class TwoBlocks(nn.Module):
         x = self.stem(x)
         x = F.relu(self.a2(self.a1(x)) + x)
         return self.head(self.last(x + self.b3(self.b2(self.b1(x)))))
-
-
-def run(content: bytes, form: str, x: np.ndarray) -> np.ndarray:
-    """One input through a file; int8 inputs and outputs are scaled."""
-    if form == "onnx":
-        ort = pytest.importorskip("onnxruntime")
-        session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-        return np.asarray(session.run(None, {"input": x})[0])
-    interpreters = pytest.importorskip("ai_edge_litert.interpreter")
-    net = interpreters.Interpreter(model_content=content)
-    net.allocate_tensors()
-    (given,), (made,) = net.get_input_details(), net.get_output_details()
-    value = x.transpose(0, 2, 3, 1)
-    if given["dtype"] == np.int8:
-        scale, zero = given["quantization"]
-        value = np.clip(np.round(value / scale + zero), -128, 127).astype(np.int8)
-    net.set_tensor(given["index"], value)
-    net.invoke()
-    out = net.get_tensor(made["index"])
-    scale, zero = made["quantization"]
-    return (out.astype(np.float32) - zero) * scale if out.dtype == np.int8 else out
 
 
 @pytest.fixture(scope="module", params=["onnx", pytest.param("tflite", marks=pytest.mark.slow)])
