@@ -20,7 +20,8 @@ from edgeprune.report.figures import share_text, signed
 R = TypeVar("R", bound=Record)
 # Why a quantity may miss what was asked or aimed at. Shown only while it does.
 REASONS = {
-    "points": "The line of ResNet-20-wide at two epochs has one seed; seeds of one line of the example lie up to 0.8 points apart.",
+    "points": "The lines of ResNet-20-wide at two epochs and of MobileNetV2 have one seed; seeds of one line of the example lie up to 0.8"
+    " points apart.",
     "margin": "Where every pruned net heals to within a few images of dense, no pruner can be ahead of another: two epochs do not tell"
     " them apart on this net. A third of an epoch does.",
     "predictor": "A kernel timed alone may find its weights in the cache where a whole net does not: the correction has a term for bytes"

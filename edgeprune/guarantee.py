@@ -76,7 +76,7 @@ def make_plan(
             others = _untried(
                 _options(basis, aim_ms), tried | {_structure(s.widths) for s in wider}
             )
-            options, losses = _promising(basis, [*wider, *others], known, at_least=len(wider))
+            options, losses = _promising(basis, [*wider, *others], known, always=len(wider))
             found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
             found = [
                 c.model_copy(update={"loss_nats": n}) for c, n in zip(found, losses, strict=True)
@@ -248,11 +248,11 @@ def _widened(
 
 
 def _promising(
-    basis: Basis, options: Sequence[Solution], known: dict[Structure, float], *, at_least: int = 0
+    basis: Basis, options: Sequence[Solution], known: dict[Structure, float], *, always: int = 0
 ) -> tuple[list[Solution], list[float | None]]:
     """The structures that are worth the device's time, with what they lose after the repair.
 
-    Those are the first ``at_least``, the best :data:`MEASURED` of a round, and the best with each number of removed blocks. What a
+    Those are the first ``always``, the best :data:`MEASURED` of a round, and the best with each number of removed blocks. What a
     structure loses is put into ``known``, since the next round may ask for one again that was not timed.
     """
     if basis.loss is None:
@@ -264,7 +264,7 @@ def _promising(
     order = sorted(range(len(options)), key=lambda i: (losses[i], i))
     removed = [basis.blocks_removed(options[i].widths) for i in order]
     kinds = {i for n, i in enumerate(order) if removed.index(removed[n]) == n}
-    chosen = [i for n, i in enumerate(order) if n < MEASURED or i in kinds or i < at_least]
+    chosen = [i for n, i in enumerate(order) if n < MEASURED or i in kinds or i < always]
     return [options[i] for i in chosen], [losses[i] for i in chosen]
 
 

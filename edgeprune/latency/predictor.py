@@ -31,7 +31,7 @@ REWEIGHTINGS = 4
 BENDS = (
     0.1,
     0.25,
-)  # times the slowest net: tried where a straight line does not do; measured nets of this project lie at 0.06 to 0.27
+)  # times the slowest net: tried where a straight line does not do
 MOST_ERROR_RATIO = 0.15  # what one net counts at most when fits are compared
 PRIOR_SPREAD = 0.5  # standard deviation of a scale, relative to what it is expected to be
 NS_PER_BYTE = (
