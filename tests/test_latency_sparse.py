@@ -112,8 +112,10 @@ class Clock:
         return len(self.times) >= self.most
 
 
-def probed(clock: Clock) -> SparseTable:
-    return sparse.probe(residual_net(), FULL, dict.fromkeys(FULL, 1), clock)
+def probed(clock: Clock, *, prior: int = 1) -> SparseTable:
+    return sparse.probe(
+        residual_net(), FULL, dict.fromkeys(FULL, 1), clock, prior=dict.fromkeys(FULL, prior)
+    )
 
 
 def net_errors(found: SparseTable, cost: Cost, count: int = 40) -> list[float]:
@@ -151,6 +153,17 @@ def test_widths_are_multiples_of_what_a_kernel_gains_by_but_never_between_cliffs
     assert any(w % 16 for w in first.candidates["b"])
     assert not any(w % 16 for w in second.candidates["b"])
     assert second.candidates["a"] == first.candidates["a"]
+
+
+def test_where_a_prior_gives_the_step_no_other_widths_are_timed_and_coarser_tiles_are_still_found():
+    clock, free = Clock(device(TILES, bend=0.4)), Clock(device(TILES, bend=0.4))
+    found = probed(clock, prior=8)
+    probed(free)
+    assert {w % 8 for (_, point) in clock.times for w in point} == {0}
+    assert len(clock.times) < len(free.times)
+    steps = {slot: tile.step for slot, tile in found.tiles.items()}
+    assert steps["Conv 3x3", "out"] == steps["Depthwise 3x3", "both"] == 16
+    assert steps["Conv 3x3", "in"] == 8
 
 
 def test_padded_bilinear_costs_are_recovered_where_they_hold():

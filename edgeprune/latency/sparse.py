@@ -15,7 +15,7 @@ from typing import Protocol
 from edgeprune.latency.grid import candidate_widths
 from edgeprune.latency.probes import Point, predict_point
 from edgeprune.latency.table import KernelTable, tabulate
-from edgeprune.latency.tiles import FINEST_STEP, Tile, common_step, padded, read_tile, window
+from edgeprune.latency.tiles import FINEST_STEP, STEPS, Tile, common_step, padded, read_tile, window
 
 LEAST_WEIGHT = (
     0.01  # lighter ones are neither sniffed nor checked: all their error is less than this
@@ -89,16 +89,17 @@ def probe(
         channels: full width of every group.
         steps: the step that the network asks of every group.
         timer: its first request is every class at full width.
-        prior: a step of a group that its widths must be multiples of, whatever the tiles are: no others are timed, but to tell the tiles.
+        prior: a step of a group that its widths must be multiples of, whatever the tiles are; no others are timed.
     """
     timer.take([(c, c.full) for c in classes], "kernels-full")
     weights = _weights(classes, timer)
     classes = sorted(classes, key=lambda c: -weights[c.name])
-    tiles = _sniff(classes, weights, steps, timer)
+    given = {group: (prior or {}).get(group, 1) for group in channels}
+    tiles = _sniff(classes, weights, steps, given, timer)
     candidates = {}
     for group, n in channels.items():
         found = _tiles_of(classes, weights, group, tiles)
-        step = math.lcm(common_step(n, steps[group], found), (prior or {}).get(group, 1))
+        step = math.lcm(common_step(n, steps[group], found), given[group])
         candidates[group] = candidate_widths(n, step=step)
     grids = [Grid.of(c, candidates, tiles) for c in classes]
     timer.take([(g.kernels, p) for g in grids for p in g.corners()], "kernels-corners")
@@ -121,9 +122,13 @@ def _sniff(
     classes: Sequence[KernelClass],
     weights: Mapping[str, float],
     steps: Mapping[str, int],
+    given: Mapping[str, int],
     timer: Timer,
 ) -> dict[Slot, Tile]:
-    """The tile of every kind of kernel and role that weighs anything, each on one shape: the widest up to 64, then the heaviest."""
+    """The tile of every kind of kernel and role that weighs anything, each on one shape: the widest up to 64, then the heaviest.
+
+    ``given`` is the step of each group by a prior: of its slots only the multiples of it are timed, which tell the coarser tiles.
+    """
     share: dict[Slot, float] = {}
     chosen: dict[Slot, tuple[tuple[int, float], KernelClass, int]] = {}
     for one in classes:
@@ -135,10 +140,15 @@ def _sniff(
     asked: dict[Slot, _Sniff] = {}
     for key, (_, one, slot) in chosen.items():
         own = {steps[groups[slot]] for groups in one.members}
-        first, rest = window(one.full[slot]) if all(FINEST_STEP % s == 0 for s in own) else ((), ())
+        finest = math.gcd(*(math.lcm(FINEST_STEP, given[groups[slot]]) for groups in one.members))
+        first, rest = (
+            window(one.full[slot], finest)
+            if finest in STEPS and all(finest % s == 0 for s in own)
+            else ((), ())
+        )
         both_known = {(key[0], "in"), (key[0], "out")} <= chosen.keys()
         if first and share[key] >= LEAST_WEIGHT and not (key[1] == "square" and both_known):
-            asked[key] = _Sniff(one, slot, first, rest)
+            asked[key] = _Sniff(one, slot, finest, first, rest)
     order = sorted(asked, key=lambda k: -share[k])
     timer.take([p for k in order for p in asked[k].points(asked[k].first)], "kernels-tiles")
     found = {k: asked[k].read(_power(k[1]), timer) for k in order}
@@ -150,10 +160,11 @@ def _sniff(
 
 @dataclass(frozen=True)
 class _Sniff:
-    """One slot of one shape to tell the tile from: the widths to time first, and the others."""
+    """One slot of one shape to tell the tile from: the finest step that counts, the widths to time first, and the others."""
 
     one: KernelClass
     slot: int
+    finest: int
     first: tuple[int, ...]
     rest: tuple[int, ...]
 
@@ -164,7 +175,9 @@ class _Sniff:
         times, silent = timer.known(self.one), timer.silent(self.one)
         at = {w: _at(self.one.full, self.slot, w) for w in (*self.first, *self.rest)}
         return read_tile(
-            {w: times[p] for w, p in at.items() if p in times and p not in silent}, power=power
+            {w: times[p] for w, p in at.items() if p in times and p not in silent},
+            power=power,
+            steps=[s for s in STEPS if s >= self.finest],
         )
 
 
