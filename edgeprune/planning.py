@@ -20,7 +20,7 @@ from edgeprune.devices.plans import SEARCH, TimingPlan
 from edgeprune.devices.pool import Pool
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
-from edgeprune.latency import sparse, traffic
+from edgeprune.latency import calls, sparse, traffic
 from edgeprune.latency.grid import admissible, thin
 from edgeprune.latency.kernel_times import KernelKey, KernelTime
 from edgeprune.latency.predictor import Factor, LatencyModel, correct, evaluate, sample_nets
@@ -314,11 +314,12 @@ class Probes:
 def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, int]) -> LatencyModel:
     """The uncorrected model: the sum of the kernels' fitted tables over the admissible grid.
 
-    The bytes of their weights are in it too, and count nothing until whole nets show that they do.
+    The bytes of their weights and the calls of removed kernels are in it too, and count nothing until whole nets show that they do.
     Where a group's width is 0, the kernels of its block take no time, those included whose shape does not follow the group. Of a block
     with several groups this is true of all its kernels only where all groups have width 0.
     """
     removable = removed_together(file, measured.grids)
+    quickest_ms = calls.quickest_ms(measured.table)
     factors, constant_ms = [], 0.0
     for kernel in file.kernels:
         table = measured.table.kernel(_class_of(kernel, full))
@@ -335,18 +336,20 @@ def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, in
             for slots, ns in table.arrays(timed)
         ]
         for part in (*parts, *_traffic(file, kernel, timed)):
-            factor = part
-            for group in blocks:
-                factor = _removable(factor, group, len(measured.grids[group]))
+            factor = _removable(part, blocks, measured.grids)
             if factor.variables:
                 factors.append(factor)
             else:
                 constant_ms += float(factor.cost_ms)
+        if blocks:
+            there = Factor(parts[0].variables, np.ones_like(parts[0].cost_ms))
+            gone = _removable(there, blocks, measured.grids)
+            factors.append(Factor(gone.variables, (1 - gone.cost_ms) * quickest_ms, calls.OP))
     return LatencyModel(
         grids=measured.grids,
         factors=tuple(factors),
         constant_ms=constant_ms,
-        class_scales={traffic.OP: 0.0},
+        class_scales={traffic.OP: 0.0, calls.OP: 0.0},
     )
 
 
@@ -363,16 +366,18 @@ def _traffic(file: Resizable, kernel: Kernel, grids: Sequence[Sequence[int]]) ->
     return [] if found is None else [Factor(kernel.variables, found / 1e6, traffic.OP)]
 
 
-def _removable(factor: Factor, group: str, choices: int) -> Factor:
-    """The factor with one more choice of the group in front, at which it takes no time."""
-    if group not in factor.variables:
-        is_there = np.arange(choices) > 0
-        return Factor(
-            (group, *factor.variables), np.multiply.outer(is_there, factor.cost_ms), factor.op
-        )
-    axis = factor.variables.index(group)
-    front = [(int(i == axis), 0) for i in range(len(factor.variables))]
-    return Factor(factor.variables, np.pad(factor.cost_ms, front), factor.op)
+def _removable(factor: Factor, groups: Sequence[str], grids: Mapping[str, Sequence[int]]) -> Factor:
+    """The factor with one more choice of each of these groups in front, at which it takes no time."""
+    for group in groups:
+        if group in factor.variables:
+            axis = factor.variables.index(group)
+            front = [(int(i == axis), 0) for i in range(len(factor.variables))]
+            factor = Factor(factor.variables, np.pad(factor.cost_ms, front), factor.op)
+        else:
+            is_there = np.arange(len(grids[group])) > 0
+            cost = np.multiply.outer(is_there, factor.cost_ms)
+            factor = Factor((group, *factor.variables), cost, factor.op)
+    return factor
 
 
 def measure_nets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from edgeprune.errors import FormatError, IntegrityError, ModelError
 from edgeprune.formats import Format, Kernel
 from edgeprune.formats._branches import Graph, Step, branch_of
 from edgeprune.formats._resize import distinct_widths
+from edgeprune.latency import calls
 from edgeprune.latency.table import LatencyTable, tabulate
 from edgeprune.progress import Silent
 from edgeprune.search import Problem
@@ -471,6 +473,21 @@ def test_a_removed_block_takes_no_time_and_all_else_takes_what_it_took() -> None
     for widths in ({"s": 8, "i": 8}, {"i": 4}, {"s": 4}):
         assert model.predict(widths) == pytest.approx(plain.predict(widths))
     assert model.predict({"s": 8, "i": 0}) * 1e6 == pytest.approx((NS[0] + NS[4]) / 2)
+
+
+def test_the_call_of_each_kernel_that_goes_with_a_block_can_be_given_back_and_no_other() -> None:
+    measured = table_of(Block(("b",), "b"))
+    raw = planning.kernel_model(Chain(), measured, {"s": 16, "i": 16})
+    quickest_ms = min(p.ns for k in measured.table.kernels for p in k.points) / 1e6
+    assert calls.quickest_ms(measured.table) == quickest_ms > 0
+    assert "calls" not in str(
+        planning.kernel_model(Chain(), table_of(None), {"s": 16, "i": 16}).factors
+    )
+    model = dataclasses.replace(raw, class_scales={calls.OP: 0.5})
+    for widths in ({}, {"i": 8}, {"s": 8}):
+        assert model.predict(widths) == raw.predict(widths)
+    for widths in ({"i": 0}, {"s": 8, "i": 0}):
+        assert model.predict(widths) == pytest.approx(raw.predict(widths) + 3 * 0.5 * quickest_ms)
 
 
 def test_kernels_that_follow_no_group_go_with_their_block_too() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import SpecError
-from edgeprune.latency import traffic
+from edgeprune.latency import calls, traffic
 from edgeprune.latency.predictor import (
     Factor,
     LatencyModel,
@@ -240,6 +240,50 @@ def test_whole_nets_that_wait_for_their_weights_get_a_cost_for_each_byte() -> No
     probes = timed(truth, 20, seed=6)
     assert evaluate(corrected, probes)[0] < 0.025
     assert evaluate(correct(model(), nets), probes)[0] > 0.04
+
+
+CALL_MS = 0.09  # of a kernel alone; a net is called once
+REMOVABLE = {**GRIDS, "inner": (0, *GRIDS["inner"])}
+
+
+def model_with_calls() -> LatencyModel:
+    """Every kernel that touches ``inner`` can go with it; each was timed with a call of its own."""
+
+    def alone(kernel: Shape) -> np.ndarray:
+        shape = [len(REMOVABLE[v]) for v in kernel.variables]
+        points = itertools.product(*(REMOVABLE[v] for v in kernel.variables))
+        return np.array(
+            [0.0 if 0 in p else COSTS[kernel.signature](*p) / 1e6 + CALL_MS for p in points]
+        ).reshape(shape)
+
+    kernels = [k for k in KERNELS if k.variables and len(set(k.variables)) == len(k.variables)]
+    times = [Factor(k.variables, alone(k), k.op) for k in kernels]
+    gone = [Factor(f.variables, 0.1 * (f.cost_ms == 0), calls.OP) for f in times]
+    return LatencyModel(REMOVABLE, (*times, *gone), class_scales={calls.OP: 0.0})
+
+
+def in_one_call(net: Mapping[str, int]) -> float:
+    present = [
+        k for k in KERNELS
+        if k.variables and len(set(k.variables)) == len(k.variables) and 0 not in [net[v] for v in k.variables]
+    ]  # fmt: skip
+    return CALL_MS + sum(COSTS[k.signature](*(net[v] for v in k.variables)) / 1e6 for k in present)
+
+
+def test_a_kernel_that_goes_with_its_block_saves_no_call_of_its_own() -> None:
+    draws = [dense_net(REMOVABLE), smallest_net(REMOVABLE), *sample_nets(REMOVABLE, 8, seed=3)]
+    without = {**dense_net(REMOVABLE), "inner": 0}
+    nets = [(net, in_one_call(net), 1.0) for net in (*draws, without)]
+    probes = [(net, in_one_call(net)) for net in sample_nets(REMOVABLE, 24, seed=4)]
+    probes += [({**net, "inner": 0}, in_one_call({**net, "inner": 0})) for net, _ in probes]
+    corrected = correct(model_with_calls(), nets)
+    assert corrected.class_scales[calls.OP] > 0.5
+    error = evaluate(corrected, probes)[0]
+    assert error < 0.02
+    blind = replace(
+        model_with_calls(), factors=tuple(f for f in model_with_calls().factors if f.op != calls.OP)
+    )
+    assert evaluate(correct(blind, nets), probes)[0] > max(0.03, 2 * error)
 
 
 def test_predictions_stay_above_zero_whatever_the_nets_say() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from edgeprune.errors import SpecError
-from edgeprune.latency import traffic
+from edgeprune.latency import calls, traffic
 from edgeprune.latency.grid import admissible, thin
 from edgeprune.latency.leastsquares import nonnegative_least_squares
 from edgeprune.latency.table import KernelShape, KernelTable, LatencyTable
@@ -34,9 +34,8 @@ BENDS = (
 )  # times the slowest net: tried where a straight line does not do
 MOST_ERROR_RATIO = 0.15  # what one net counts at most when fits are compared
 PRIOR_SPREAD = 0.5  # standard deviation of a scale, relative to what it is expected to be
-NS_PER_BYTE = (
-    0.5  # standard deviation of what a byte of weights costs; it is expected to cost nothing
-)
+# Standard deviations of what a unit of these costs; they are expected to cost nothing.
+UNIT_SPREAD = {traffic.OP: 0.5, calls.OP: 0.5}
 
 
 class TimedNet(NamedTuple):
@@ -61,8 +60,8 @@ class LatencyModel:
     """Predicted latency of any structure on the grids.
 
     ``L = scale * sum of class_scales[op] * factor + offset_ms``, where ``constant_ms`` is one more factor, of the class ``""``, and
-    ``T = L + bend_per_ms * L^2``; a class without an entry has scale 1. The class of :mod:`edgeprune.latency.traffic` holds no times but
-    megabytes of weights, and has scale 0 until a correction gives it one.
+    ``T = L + bend_per_ms * L^2``; a class without an entry has scale 1. The classes of :mod:`edgeprune.latency.traffic` and
+    :mod:`edgeprune.latency.calls` hold no times, and have scale 0 until a correction gives them one.
     """
 
     grids: Mapping[str, tuple[int, ...]]
@@ -314,7 +313,25 @@ class _Correction(NamedTuple):
         return found
 
 
-_Fit: TypeAlias = Callable[[_Rows, np.ndarray], _Correction]  # the second: which classes are times
+_Fit: TypeAlias = Callable[[_Rows, "_Classes"], _Correction]
+
+
+class _Classes(NamedTuple):
+    """The columns of ``sums``: which of them are times, and the prior spread of those that are not (0 of times)."""
+
+    ops: tuple[str, ...]
+    is_time: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def of(cls, ops: Sequence[str]) -> _Classes:
+        """By their names."""
+        spread = np.array([UNIT_SPREAD.get(op, 0.0) for op in ops])
+        return cls(tuple(ops), spread == 0, spread)
+
+    def only(self, *names: str) -> np.ndarray:
+        """The places of these, where they are there."""
+        return np.array([i for i, op in enumerate(self.ops) if op in names], dtype=int)
 
 
 def correct(
@@ -322,6 +339,7 @@ def correct(
 ) -> LatencyModel:
     """The model refitted to whole nets: ``T = a S + c``, errors relative, with a weak prior at ``a = 1``, ``c = 0``.
 
+    Where blocks can be removed, ``c`` grows with the kernels that are gone: their calls save nothing (:mod:`edgeprune.latency.calls`).
     Whatever correction the model had is replaced. If nets left out of the fit are still missed by more than 1.5 % on average, richer forms
     are tried, and the one that misses least is kept: a cost of each byte of weights besides (:mod:`edgeprune.latency.traffic`), with it a
     scale of its own for every kernel class, with a prior at the common one, and each of these and the plain one with a bend. Times stay
@@ -339,9 +357,9 @@ def correct(
         raise ValueError("times and weights of timed nets must be above 0")
     raw = replace(model, scale=1.0, offset_ms=0.0, class_scales={}, bend_per_ms=0.0)
     ops = ["", *sorted({f.op for f in model.factors} - {""})]
-    rows, is_time = _rows(raw, timed, ops), np.array([op != traffic.OP for op in ops])
-    fit, rows = _choose(rows, is_time)
-    found = _robust(fit, rows, is_time)
+    rows, classes = _rows(raw, timed, ops), _Classes.of(ops)
+    fit, rows = _choose(rows, classes)
+    found = _robust(fit, rows, classes)
     scales = dict(zip(ops, found.relative.tolist(), strict=True))
     return _above_zero(
         replace(
@@ -363,28 +381,29 @@ def _rows(raw: LatencyModel, nets: Sequence[TimedNet], ops: Sequence[str]) -> _R
     )
 
 
-def _choose(rows: _Rows, is_time: np.ndarray) -> tuple[_Fit, _Rows]:
+def _choose(rows: _Rows, classes: _Classes) -> tuple[_Fit, _Rows]:
     """The simplest form of correction that does, or else the one that misses nets least that it was not shown; its bend is in the rows."""
     if len(rows.ms) < FEW:
         return _fit_common, rows
     best: tuple[_Fit, _Rows] = _fit_common, rows
-    error = _left_out_error(rows, is_time, _fit_common)
+    error = _left_out_error(rows, classes, _fit_common)
     if error <= CLASS_ERROR_RATIO:
         return best
+    has_traffic = len(classes.only(traffic.OP)) > 0
     forms: tuple[_Fit, ...] = (
-        _fit_common, *([] if is_time.all() else [_fit_traffic]), _fit_classes,
+        _fit_common, *([_fit_traffic] if has_traffic else []), _fit_classes,
     )  # fmt: skip
     bent_rows = [rows._replace(bend_per_ms=b / float(rows.ms.max())) for b in (0.0, *BENDS)]
     for form, tried in itertools.product(forms, bent_rows):
-        found = _left_out_error(tried, is_time, form)
+        found = _left_out_error(tried, classes, form)
         if found < error:
             best, error = (form, tried), found
     return best
 
 
-def _robust(fit: _Fit, rows: _Rows, is_time: np.ndarray) -> _Correction:
+def _robust(fit: _Fit, rows: _Rows, classes: _Classes) -> _Correction:
     """A fit in which nets that it misses by far count less: iteratively reweighted least squares with Huber's weights."""
-    found = fit(rows, is_time)
+    found = fit(rows, classes)
     if len(rows.ms) < FEW:
         return found
     for _ in range(REWEIGHTINGS):
@@ -392,40 +411,43 @@ def _robust(fit: _Fit, rows: _Rows, is_time: np.ndarray) -> _Correction:
         # 1.4826 makes the median of absolute values the standard deviation of normal errors.
         limit = OUTLIER * max(1.4826 * float(np.median(missed)), NOISE_RATIO)
         less = rows.weight * np.minimum(1.0, limit / missed)
-        found = fit(rows._replace(weight=np.where(rows.weight > 1, rows.weight, less)), is_time)
+        found = fit(rows._replace(weight=np.where(rows.weight > 1, rows.weight, less)), classes)
     return found
 
 
-def _left_out_error(rows: _Rows, is_time: np.ndarray, fit: _Fit) -> float:
+def _left_out_error(rows: _Rows, classes: _Classes, fit: _Fit) -> float:
     """Mean relative error at each net, predicted from all the others; no disturbed net decides it alone."""
     places = np.arange(len(rows.ms))
     errors = [
-        float(_robust(fit, rows.at(places != i), is_time).missed(rows.at(places == i))[0])
+        float(_robust(fit, rows.at(places != i), classes).missed(rows.at(places == i))[0])
         for i in places
     ]
     return sum(min(error, MOST_ERROR_RATIO) for error in errors) / len(errors)
 
 
-def _fit_common(rows: _Rows, is_time: np.ndarray) -> _Correction:
-    relative = is_time.astype(float)
-    sums = (rows.sums @ relative)[:, None]
-    scales, offset_ms = _map_fit(sums, rows, prior=np.ones(1), spread=np.full(1, PRIOR_SPREAD))
+def _fit_common(rows: _Rows, classes: _Classes) -> _Correction:
+    return _fit_with(rows, classes, classes.only(calls.OP))
+
+
+def _fit_traffic(rows: _Rows, classes: _Classes) -> _Correction:
+    return _fit_with(rows, classes, classes.only(calls.OP, traffic.OP))
+
+
+def _fit_with(rows: _Rows, classes: _Classes, extra: np.ndarray) -> _Correction:
+    """One scale for all times, and one for each of the ``extra`` classes, which are none."""
+    sums = np.hstack([(rows.sums @ classes.is_time)[:, None], rows.sums[:, extra]])
+    prior = np.eye(1, 1 + len(extra))[0]
+    spread = np.array([PRIOR_SPREAD, *classes.spread[extra]])
+    scales, offset_ms = _map_fit(sums, rows, prior=prior, spread=spread)
+    relative = classes.is_time.astype(float)
+    relative[extra] = scales[1:] / scales[0]
     return _Correction(float(scales[0]), relative, offset_ms)
 
 
-def _fit_traffic(rows: _Rows, is_time: np.ndarray) -> _Correction:
-    sums = np.stack([rows.sums @ is_time, rows.sums @ ~is_time], axis=1)
-    prior, spread = np.array([1.0, 0.0]), np.array([PRIOR_SPREAD, NS_PER_BYTE])
-    scales, offset_ms = _map_fit(sums, rows, prior=prior, spread=spread)
-    return _Correction(float(scales[0]), np.where(is_time, 1.0, scales[1] / scales[0]), offset_ms)
-
-
-def _fit_classes(rows: _Rows, is_time: np.ndarray) -> _Correction:
-    common = (
-        _fit_common(rows, is_time).scale if is_time.all() else _fit_traffic(rows, is_time).scale
-    )
-    prior = np.where(is_time, common, 0.0)
-    spread = np.where(is_time, PRIOR_SPREAD * common, NS_PER_BYTE)
+def _fit_classes(rows: _Rows, classes: _Classes) -> _Correction:
+    common = _fit_traffic(rows, classes).scale
+    prior = np.where(classes.is_time, common, 0.0)
+    spread = np.where(classes.is_time, PRIOR_SPREAD * common, classes.spread)
     scales, offset_ms = _map_fit(rows.sums, rows, prior=prior, spread=spread)
     return _Correction(common, scales / common, offset_ms)
 
