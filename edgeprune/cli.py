@@ -14,6 +14,7 @@ import click
 from edgeprune.cli_bundle import bundle, verify
 from edgeprune.cli_devices import devices
 from edgeprune.cli_options import (
+    AS_FLAGS,
     budget_options,
     formats_option,
     importance_options,
@@ -437,4 +438,5 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
     if int8 := int8_settings(flags):
         record["int8"] = {**record.get("int8", {}), **int8}
     # The file was checked when it was read.
-    return records.parse(Workload, {**record, **given}, where="the command line"), base
+    whole = {**record, **given}
+    return records.parse(Workload, whole, where="the command line", said=AS_FLAGS), base

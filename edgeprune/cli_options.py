@@ -9,6 +9,14 @@ from typing import Any
 
 import click
 
+SCHEDULE = (
+    "epochs",
+    "steps",
+    "start",
+    "rewind_weights",
+    "sparsity",
+)  # keys under ``recovery`` that have a flag
+
 Command = Callable[..., Any]
 
 
@@ -151,6 +159,14 @@ def formats_option(command: Command) -> Command:
     return click.option("--formats", help=text)(command)
 
 
+# The flags behind the keys of ``edgeprune.yaml``, for messages.
+AS_FLAGS = {
+    "model": "MODEL",
+    **{f"recovery.{key}": f"--{key.replace('_', '-')}" for key in SCHEDULE},
+    **{f"preprocess.{key}": f"--{key}" for key in ("mean", "std", "size", "color")},
+}
+
+
 def int8_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags say, as keys under ``int8``."""
     return {key: flags[key] for key in ("effort", "io") if flags.get(key) is not None}
@@ -158,8 +174,7 @@ def int8_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def schedule_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags say, as keys under ``recovery``; the record checks them."""
-    names = ("epochs", "steps", "start", "rewind_weights", "sparsity")
-    given = {key: flags[key] for key in names if flags.get(key) is not None}
+    given = {key: flags[key] for key in SCHEDULE if flags.get(key) is not None}
     if given.get("steps", "").isdecimal():
         given["steps"] = int(given["steps"])
     with contextlib.suppress(ValueError):

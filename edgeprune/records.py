@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,8 +98,14 @@ def _check_events(text: str, path: Path) -> None:
             raise SpecError(f"{path} must nest at most {MAX_YAML_DEPTH} levels deep")
 
 
-def parse(cls: type[R], value: Any, *, where: str) -> R:
+def parse(cls: type[R], value: Any, *, where: str, said: Mapping[str, str] | None = None) -> R:
     """A record from plain data, checked in strict JSON mode, so that YAML's ``no`` or ``1e-3`` never changes type.
+
+    Args:
+        cls: the kind of record.
+        value: plain data.
+        where: what messages call the source.
+        said: what messages call a key, by its dotted name, where ``where`` is not what the user wrote.
 
     Raises:
         UnknownName: a key that the record does not have; names the nearest one.
@@ -108,12 +114,14 @@ def parse(cls: type[R], value: Any, *, where: str) -> R:
     try:
         return cls.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        raise _spec_error(cls, error, where) from error
+        raise _spec_error(cls, error, where, said or {}) from error
     except (TypeError, ValueError) as error:
         raise SpecError(f"{where} must be plain data with text keys: {error}") from error
 
 
-def _spec_error(cls: type[Record], error: ValidationError, where: str) -> EdgepruneError:
+def _spec_error(
+    cls: type[Record], error: ValidationError, where: str, said: Mapping[str, str]
+) -> EdgepruneError:
     # A misspelt required key is both missing and unknown; the unknown key is what has to be told.
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
@@ -129,19 +137,32 @@ def _spec_error(cls: type[Record], error: ValidationError, where: str) -> Edgepr
         return SpecError(f"{name} in {where}: {message}")
     # Whoever writes a secret where a reference belongs must not find it in a log.
     value = "a hidden value" if name.endswith("_ref") else f"{first['input']!r:.200}"
-    return SpecError(f"{name} in {where}: {message}, but got {value}")
+    if first["type"] == "string_pattern_mismatch" and (form := _form(cls, location)):
+        message = f"it must be {form}"
+    return SpecError(f"{said.get(name, f'{name} in {where}')}: {message}, but got {value}")
 
 
 def _known_keys(cls: type[Record], path: list[str]) -> list[str]:
     """Keys of the record at a dotted path, prefixed so that suggestions read like the wrong key."""
+    prefix = "".join(f"{part}." for part in path)
+    return [prefix + key for key in _fields_at(cls, path)]
+
+
+def _form(cls: type[Record], location: list[str]) -> str | None:
+    """What a value has to look like, in words: the description of its field."""
+    field = _fields_at(cls, location[:-1]).get(location[-1])
+    return None if field is None else field.description
+
+
+def _fields_at(cls: type[Record], path: list[str]) -> dict[str, Any]:
+    """The fields of the record at a dotted path."""
     current: Any = cls
     for part in path:
         field = getattr(current, "model_fields", {}).get(part)
         found = [field.annotation] if field is not None else []
         nested = [a for f in found for a in (f, *getattr(f, "__args__", ()))]
         current = next((a for a in nested if hasattr(a, "model_fields")), current)
-    prefix = "".join(f"{part}." for part in path)
-    return [prefix + key for key in getattr(current, "model_fields", {})]
+    return dict(getattr(current, "model_fields", {}))
 
 
 def read_yaml(cls: type[R], path: Path) -> R:

@@ -412,6 +412,9 @@ class Recovery(Record):
         return plain
 
 
+_FACTORY = "FILE.py:FACTORY or MODULE:FACTORY, such as net.py:make"
+
+
 class Workload(Record):
     """``edgeprune.yaml``: the user's model, weights, data and defaults. Paths are relative to the file.
 
@@ -419,7 +422,7 @@ class Workload(Record):
     """
 
     schema_version: Literal[1] = 1
-    model: Annotated[str, Field(pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$")]
+    model: Annotated[str, Field(pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$", description=_FACTORY)]
     weights: str | None = None
     data: str
     preprocess: Preprocess = Preprocess()

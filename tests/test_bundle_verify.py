@@ -9,7 +9,7 @@ import pytest
 from bundle_fixture import expected, facts, images, make_bundle, onnx_file, tflite_file
 
 from edgeprune.bundle import golden, manifest, verify
-from edgeprune.bundle.integrity import sums_text
+from edgeprune.bundle.integrity import check_structure, sums_text
 from edgeprune.bundle.verify import Level, VerifyReport, require_ok
 from edgeprune.bundle.write import Payload, write_bundle, zip_path
 from edgeprune.errors import DeviceError, IntegrityError
@@ -296,3 +296,10 @@ def test_a_manifest_in_another_key_order_is_still_the_manifest(folder: Path) -> 
     )
     _resealed(folder)
     assert verify.verify(folder).ok
+
+
+def test_a_folder_that_is_given_as_a_dot_is_named(tmp_path, monkeypatch):
+    (tmp_path / "wrong").mkdir()
+    monkeypatch.chdir(tmp_path / "wrong")
+    with pytest.raises(IntegrityError, match=r"must hold manifest\.json, but wrong does not"):
+        check_structure(Path())

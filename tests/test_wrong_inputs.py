@@ -235,10 +235,16 @@ CASES = (
         ("below the fastest admissible latency", "of dense"),
         use_the_measured_stages,
     ),
-    Case("epochs in words", (*DEPLOY, "--epochs", "few"), 2, ("recovery.epochs", "got 'few'")),
+    Case("epochs in words", (*DEPLOY, "--epochs", "few"), 2, ("error: --epochs: ", "got 'few'")),
+    Case(
+        "a file without its factory",
+        ("deploy", "net.py", "--data", "digits.npz", "--target", "rpi4"),
+        2,
+        ("MODEL: it must be FILE.py:FACTORY", "got 'net.py'"),
+    ),
     Case("no steps", (*DEPLOY, "--steps", "0"), 2, ("steps", "1 to 5, or auto", "got 0")),
     Case("misspelt start", (*DEPLOY, "--start", "keept"), 2, ("'kept', 'rewound' or 'fresh'",)),
-    Case("nothing to rewind to", (*DEPLOY, "--start", "rewound"), 2, ("rewind_weights",)),
+    Case("nothing to rewind to", (*DEPLOY, "--start", "rewound"), 2, ("--rewind-weights",)),
     Case(
         "sparse weights for an accelerator without kernels for them",
         ("deploy", "--target", "rpi4", "--sparsity", "2:4"),

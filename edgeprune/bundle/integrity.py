@@ -57,7 +57,7 @@ def check_structure(folder: Path) -> Manifest:
         if name not in present:
             inside = folder / "bundle" / name
             raise IntegrityError(
-                f"the bundle must hold {name}, but {folder.name} does not",
+                f"the bundle must hold {name}, but {folder.resolve().name} does not",
                 hint=f"that is a run: give {inside.parent}" if inside.is_file() else None,
             )
         if (folder / name).stat().st_size > MAX_MANIFEST_BYTES:
