@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from edgeprune import conversion, int8_types, planning, stages
+from edgeprune import conversion, guarantee, int8_types, planning, stages
 from edgeprune.closing import Planned, Prepared, chance_note, versions
 from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
@@ -36,9 +36,12 @@ def prepare(context: Context, run: RunFolder) -> Prepared:
 
     Raises:
         DeviceError: the device is emulated in software, so that its times mean nothing.
+        SpecError: a plan was given that the model cannot have.
         ModelError, FormatError, DeviceError: see :mod:`edgeprune.stages`.
     """
     _check_times(context)
+    if context.job.widths is not None:
+        guarantee.check_given(context.job.widths, context.groups[0])
     dense = dense_stage(context, run)
     latency = _latency(context, run, dense)
     file, variant = _resizable(context, run, dense, latency)

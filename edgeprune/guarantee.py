@@ -33,7 +33,7 @@ CHECK_ROUNDS = 6
 PLAN_SHARE = 0.995
 TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %
 BLOCK_REMOVED = "block removed"
-CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
+CLOSE_ENOUGH = 0.98  # stop when the measured latency uses this much of the budget
 # How many times its own cost the removal of a block is charged in further structures to measure: removals add up to more than their sum.
 REMOVAL_CHARGES = (3.0, math.inf)
 # How many times the sum of costs the unevenness of the cuts weighs in further structures to measure, see `search.evened`.
@@ -128,6 +128,18 @@ def given_plan(
             f"      note: the given plan was measured at {checks[0].measured_ms:.4g} ms, and the budget is {limit_ms:.4g} ms"
         )
     return _result(_plan(checks[0], basis, stand, limit_ms), checks, basis)
+
+
+def check_given(widths: Mapping[str, int], groups: Sequence[ChannelGroup]) -> None:
+    """Nothing, when the model could have these widths, whatever the board says of them: found before anything is measured.
+
+    Raises:
+        SpecError: a group that does not exist, a width that it cannot have, or width 0 of some groups of a block only.
+    """
+    possible = {g.name: range(0 if g.block else 1, g.channels + 1) for g in groups}
+    together = dict.fromkeys(g.removed_with() for g in groups if g.block is not None)
+    full = {g.name: g.channels for g in groups}
+    check_widths({**full, **widths}, possible, tuple(together))
 
 
 def check_widths(

@@ -448,6 +448,23 @@ def test_a_given_plan_that_takes_half_a_block_out_is_refused(widths) -> None:
     assert "\n" not in no.value.message
 
 
+@pytest.mark.parametrize(
+    ("widths", "told"),
+    [
+        ({"a": 0, "b": 96}, "must have width 0 all or none, but the plan has a: 0, b: 96"),
+        ({"c": 0}, "the width of c must be one of 1, 2, 3, 4"),
+        ({"a": 1000}, "but the plan has 1000"),
+        ({"d": 8}, "unknown group 'd'"),
+    ],
+)
+def test_a_given_plan_that_the_model_cannot_have_is_refused_before_anything_is_timed(
+    widths, told
+) -> None:
+    with pytest.raises(SpecError, match=told):
+        guarantee.check_given(widths, tied_basis(Clock()).groups)
+    guarantee.check_given({"a": 0, "b": 0, "c": 5}, tied_basis(Clock()).groups)
+
+
 def test_a_block_that_went_in_an_earlier_step_stays_gone() -> None:
     basis = tied_basis(Clock())
     kept = {"a": (), "b": (), "c": tuple(range(128))}
