@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 from torch_pruning.dependency import index_mapping
 from zoo import ZOO, conv_bn, head, make
 
 from edgeprune.compress import coupling
+from edgeprune.compress import groups as groups_module
 from edgeprune.compress.groups import (
     ChannelGroup,
     find_groups,
@@ -268,7 +272,9 @@ def test_heads_that_the_library_has_read_off_wrongly_cannot_be_followed() -> Non
     # What it finds in a Hiera: heads of no channels, by which it divides.
     mapping = index_mapping._GQAIndexMapping(repeat=2, head_dim=0, reverse=True)
     dependency = SimpleNamespace(index_mapping=[mapping])
-    assert coupling._mapped(dependency, [0, 3]) == [(0, coupling.LOST), (3, coupling.LOST)]
+    here, there = coupling._mapped(dependency, np.array([0, 3]))
+    assert here.tolist() == [0, 3]
+    assert there.tolist() == [coupling.LOST] * 2
 
 
 @pytest.mark.slow
@@ -281,3 +287,86 @@ def test_nets_of_a_model_library_keep_the_identity(name: str) -> None:
     assert all("removing channels" not in f.reason for f in frozen)
     for seed in range(2):
         assert mask_identity(model, groups, drawn(groups, seed), x) is None
+
+
+class FactoredAttention(nn.Module):
+    """Attention by plain products of tensors that one layer wrote: on the way round, their channels land on ever new ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.qkv, self.out = (
+            nn.Conv2d(3, 16, 4, 4),
+            nn.Linear(16, 48),
+            nn.Linear(16, 16),
+        )
+        self.up, self.down, self.head = nn.Linear(16, 40), nn.Linear(40, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        n, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, tokens, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = q @ (k.softmax(dim=2).transpose(-1, -2) @ v)
+        x = x + self.out(mixed.transpose(1, 2).reshape(n, tokens, 16))
+        return self.head((x + self.down(functional.gelu(self.up(x)))).mean(1))
+
+
+@pytest.mark.timeout(60)
+def test_channels_that_go_in_circles_are_kept_and_the_search_for_groups_ends() -> None:
+    torch.manual_seed(0)
+    groups, frozen = find_groups(FactoredAttention().eval(), torch.randn(1, 3, 12, 12))
+    assert [g.name for g in groups] == ["patch", "up"]
+    reasons = {layer: f.reason for f in frozen for layer in f.layers}
+    assert "cannot be followed" in reasons["qkv"]
+
+
+class Remembering(nn.Module):
+    """Keeps a tensor that was computed from a parameter, as attention with cached biases does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid, self.head = conv_bn(3, 16), nn.Conv2d(16, 24, 3, 1, 1), head(24)
+        self.bias, self.kept = nn.Parameter(torch.randn(1, 1, 1, 1)), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept["bias"] = 2 * self.bias
+        return self.head(functional.relu(self.mid(self.stem(x))) + self.kept["bias"])
+
+
+def test_a_model_that_keeps_tensors_of_its_forward_pass_has_groups_too() -> None:
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    groups, _ = find_groups(model, torch.randn(1, 3, 8, 8))
+    assert {g.name for g in groups} == {"stem.0", "mid"}
+    assert not model.kept
+
+
+@given(
+    edges=st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=60),
+)
+def test_components_are_those_of_a_walk_along_the_edges(edges: list[tuple[int, int]]) -> None:
+    one, other = (np.array([e[k] for e in edges], dtype=np.int64) for k in (0, 1))
+    found = coupling._components(30, one, other).tolist()
+    for start in range(30):
+        reached, todo = {start}, [start]
+        while todo:
+            at = todo.pop()
+            near = {b for a, b in edges if a == at} | {a for a, b in edges if b == at}
+            todo += near - reached
+            reached |= near
+        assert found[start] == min(reached)
+
+
+def test_where_one_group_of_many_fails_it_alone_is_kept_whole(monkeypatch) -> None:
+    model, x = make(ZOO["squeeze-excite"])
+    every, _ = find_groups(model, x[:1])
+    broken = every[len(every) // 2].name
+    asked = []
+
+    def identity(model, groups, removed, x):
+        asked.append([g.name for g in groups])
+        return "it fails" if broken in asked[-1] else mask_identity(model, groups, removed, x)
+
+    monkeypatch.setattr(groups_module, "mask_identity", identity)
+    left, frozen = find_groups(model, x[:1])
+    assert [g.name for g in left] == [g.name for g in every if g.name != broken]
+    assert [f.reason for f in frozen].count("it fails") == 1

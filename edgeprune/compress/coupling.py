@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import nn
@@ -34,7 +35,8 @@ MAPPED_BY_LIBRARY = (ops.OPTYPE.SLICE, ops.OPTYPE.UNBIND, ops.OPTYPE.EXPAND)
 
 # (node of the graph, "out" or "in"); both sides are "out" where a layer keeps its channels
 Space = tuple[Any, str]
-Point = tuple[Any, str, int]
+MOST_VISITS = 50  # of one operation by channels that cannot be followed
+MOST_CHANNEL_BITS = 48  # of the number of a channel; flattened maps have many
 
 
 @dataclass
@@ -175,49 +177,90 @@ def _explore(graph: Any, root: Any, width: int) -> Family:
     joined = _Joined()
     seen: dict[Space, set[int]] = defaultdict(set)
     pending: dict[Space, set[int]] = {(root, "out"): set(range(width))}
+    visits: Counter[Space] = Counter()
     problem: str | None = None
     while pending:
         space, indices = pending.popitem()
+        visits[space] += 1
+        if problem and visits[space] > MOST_VISITS:
+            continue  # indices that grow on a way in a circle, which would never end; the family is kept whole anyway
         fresh = sorted(indices - seen[space])
         seen[space].update(fresh)
-        for target, pairs in _neighbours(graph, space, fresh):
+        for target, (here, there) in _neighbours(graph, space, np.array(fresh, dtype=np.int64)):
             limit = _width(target[0].module, target[1])
             if limit == 1 and _width(space[0].module, space[1]) != 1:
                 continue  # one channel that is broadcast to all
-            if any(j < 0 or (limit is not None and j >= limit) for _, j in pairs):
+            if (there < 0).any() or (limit is not None and (there >= limit).any()):
                 problem = "an operation rearranges its channels in a way that cannot be followed"
                 continue
-            pending.setdefault(target, set()).update(j for _, j in pairs)
-            for i, j in pairs:
-                joined.join((*space, i), (*target, j))
-        pending = {s: left for s, i in pending.items() if (left := i - seen[s])}
-    classes: dict[Point, dict[Space, list[int]]] = {}
-    for i in range(width):
-        classes.setdefault(joined.find((root, "out", i)), {})
-    for space, indices in seen.items():
-        for i in sorted(indices):
-            classes[joined.find((*space, i))].setdefault(space, []).append(i)
-    family = Family(root.module, list(classes.values()), list(dict.fromkeys(n for n, _ in seen)))
+            if left := set(there.tolist()) - seen[target]:
+                pending.setdefault(target, set()).update(left)
+            joined.join(space, target, here, there)
+    family = Family(
+        root.module,
+        joined.classes((root, "out"), width, {s: sorted(i) for s, i in seen.items()}),
+        list(dict.fromkeys(n for n, _ in seen)),
+    )
     family.problem = problem or _problem(family, seen)
     return family
 
 
 class _Joined:
-    """Union-find over points."""
+    """Points that are one: a channel of a space is a number, so that millions of hand-overs are arrays."""
 
     def __init__(self) -> None:
-        self._parents: dict[Point, Point] = {}
+        self._firsts: dict[Space, int] = {}
+        self._ends: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def find(self, point: Point) -> Point:
-        path = []
-        while (parent := self._parents.get(point, point)) != point:
-            path.append(point)
-            point = parent
-        self._parents.update(dict.fromkeys(path, point))
-        return point
+    def _points(self, space: Space, channels: np.ndarray) -> np.ndarray:
+        first = self._firsts.setdefault(space, len(self._firsts) << MOST_CHANNEL_BITS)
+        found: np.ndarray = first + channels
+        return found
 
-    def join(self, one: Point, other: Point) -> None:
-        self._parents[self.find(one)] = self.find(other)
+    def join(self, space: Space, target: Space, here: np.ndarray, there: np.ndarray) -> None:
+        """Join channels of one space with channels of another, by pairs."""
+        self._ends.append((self._points(space, here), self._points(target, there)))
+
+    def classes(
+        self, root: Space, width: int, seen: Mapping[Space, list[int]]
+    ) -> list[dict[Space, list[int]]]:
+        """The classes in the order of the root's channels, each with its channels of every space, ascending."""
+        channels = {root: list(range(width)), **seen}
+        of_space = [self._points(s, np.array(i, dtype=np.int64)) for s, i in channels.items()]
+        empty = np.zeros(0, dtype=np.int64)
+        one = np.concatenate([empty, *(a for a, _ in self._ends)])
+        other = np.concatenate([empty, *(b for _, b in self._ends)])
+        points, places = np.unique(np.concatenate([*of_space, one, other]), return_inverse=True)
+        inside = len(places) - 2 * len(one)
+        labels = _components(
+            len(points), places[inside : inside + len(one)], places[inside + len(one) :]
+        )[places[:inside]].tolist()
+        found: dict[int, dict[Space, list[int]]] = {
+            label: {} for label in labels[: len(channels[root])]
+        }
+        position = 0
+        for space, indices in channels.items():
+            for i in indices:
+                found[labels[position]].setdefault(space, []).append(i)
+                position += 1
+        return list(found.values())
+
+
+def _components(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The connected component of each of ``count`` points, by the smallest point in it; ``one[k]`` and ``other[k]`` are joined.
+
+    Source: Shiloach and Vishkin, J. Algorithms 3 (1982): roots are hooked to smaller ones and paths shortened in turns.
+    """
+    labels = np.arange(count)
+    while True:
+        here, there = labels[one], labels[other]
+        apart = here != there
+        if not apart.any():
+            return labels
+        lower, upper = np.minimum(here, there)[apart], np.maximum(here, there)[apart]
+        np.minimum.at(labels, upper, lower)
+        while not np.array_equal(shorter := labels[labels], labels):
+            labels = shorter
 
 
 def _problem(family: Family, seen: dict[Space, set[int]]) -> str | None:
@@ -245,9 +288,10 @@ def _side(graph: Any, node: Any, function: Any) -> str:
     return "out" if function == pruner.prune_out_channels else "in"
 
 
-def _neighbours(
-    graph: Any, space: Space, indices: list[int]
-) -> Iterator[tuple[Space, list[tuple[int, int]]]]:
+Pairs = tuple[np.ndarray, np.ndarray]  # channels here and there, of the same length
+
+
+def _neighbours(graph: Any, space: Space, indices: np.ndarray) -> Iterator[tuple[Space, Pairs]]:
     """Every space that channels of ``space`` are handed to or tied with, with the pairs (index here, index there)."""
     node, side = space
     pruner = graph.get_pruner_of_module(node.module)
@@ -264,41 +308,49 @@ def _neighbours(
         yield (node, tied_side), pairs
 
 
-def _forward(dependency: Any, indices: list[int]) -> list[tuple[int, int]]:
+def _forward(dependency: Any, indices: np.ndarray) -> Pairs:
     if dependency.target.type in MAPPED_BY_LIBRARY:
         return _mapped(dependency, indices)
     views = edge_views(dependency.source, dependency.target)
-    return [(i, j) for view in views for i in indices for j in view.forward(i)]
+    return _together([view.forward(indices) for view in views])
 
 
-def _backward(dependency: Any, indices: list[int]) -> list[tuple[int, int]]:
+def _backward(dependency: Any, indices: np.ndarray) -> Pairs:
     if dependency.source.type in MAPPED_BY_LIBRARY:
         return _mapped(dependency, indices)
     views = edge_views(dependency.target, dependency.source)
-    return [(j, i) for view in views for j in indices for i in view.backward(j)]
+    return _together([view.backward(indices) for view in views])
 
 
-def _mapped(dependency: Any, indices: list[int]) -> list[tuple[int, int]]:
+def _together(parts: list[Pairs]) -> Pairs:
+    none = np.zeros(0, dtype=np.int64)
+    return np.concatenate([none, *(h for h, _ in parts)]), np.concatenate(
+        [none, *(t for _, t in parts)]
+    )
+
+
+def _mapped(dependency: Any, indices: np.ndarray) -> Pairs:
     """Torch-Pruning's own map of slices, repeats and the like; it loses the origin of repeated heads: those cannot be followed."""
-    mapped = [_HybridIndex(idx=i, root_idx=i) for i in indices]
+    mapped = [_HybridIndex(idx=i, root_idx=i) for i in indices.tolist()]
     if (mapping := dependency.index_mapping[0]) is not None:
         try:
             mapped = mapping(mapped)
         except ZeroDivisionError:  # it has read off heads of no channels, as in a Hiera
-            return [(i, LOST) for i in indices]
-    return [(m.root_idx, m.idx) if m.root_idx is not None else (0, LOST) for m in mapped]
+            return indices, np.full_like(indices, LOST)
+    pairs = [(m.root_idx, m.idx) if m.root_idx is not None else (0, LOST) for m in mapped]
+    found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
 
 
-def _ties(node: Any, side: str, indices: list[int]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+def _ties(node: Any, side: str, indices: np.ndarray) -> Iterator[tuple[str, Pairs]]:
     """Channels of one layer that must go together, which the graph does not say."""
     module = node.module
     size = equal_parts(node)
     if size:
-        n = sum(split_sizes(node))
-        yield "out", [(i, j) for i in indices for j in range(i % size, n, size)]
+        yield "out", _same_position(indices, size, sum(split_sizes(node)))
     if isinstance(module, nn.GroupNorm):
         each = module.num_channels // module.num_groups
-        yield "out", [(i, j) for i in indices for j in _block(i // each, each)]
+        yield "out", _blocks(indices, each, each)
     if not isinstance(module, _ConvNd) or module.groups == 1:
         return
     if node.type == ops.OPTYPE.DEPTHWISE_CONV:
@@ -307,11 +359,19 @@ def _ties(node: Any, side: str, indices: list[int]) -> Iterator[tuple[str, list[
     here = sizes[side]
     if moves_whole_groups(module):
         for other, each in sizes.items():
-            yield other, [(i, j) for i in indices for j in _block(i // here, each)]
+            yield other, _blocks(indices, here, each)
     else:
-        n = here * module.groups
-        yield side, [(i, j) for i in indices for j in range(i % here, n, here)]
+        yield side, _same_position(indices, here, here * module.groups)
 
 
-def _block(number: int, size: int) -> range:
-    return range(number * size, (number + 1) * size)
+def _same_position(indices: np.ndarray, size: int, end: int) -> Pairs:
+    """Each index with those at its position in every part of ``size``, below ``end``."""
+    there = indices[:, None] % size + np.arange(0, end, size)
+    is_inside = there < end
+    return np.broadcast_to(indices[:, None], there.shape)[is_inside], there[is_inside]
+
+
+def _blocks(indices: np.ndarray, here: int, there: int) -> Pairs:
+    """Each index, in its block of ``here``, with the whole block of ``there`` of the same number."""
+    found = indices[:, None] // here * there + np.arange(there)
+    return np.repeat(indices, there), found.ravel()

@@ -56,7 +56,8 @@ def find_groups(
     Raises:
         ModelError: the model cannot be traced, or nothing in it can be pruned.
     """
-    model = copy.deepcopy(model).eval()
+    dense = copy.deepcopy(model).eval()
+    model = copy.deepcopy(dense)  # a model may keep tensors of the trace, which cannot be copied
     graph = trace(model, example)
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     names.update({parameter: name for name, parameter in model.named_parameters()})
@@ -69,8 +70,8 @@ def find_groups(
             frozen.append(FrozenGroup(layers=_writers(family, names), reason=reason))
         else:
             groups.append(group)
-    groups, refused = _keep_proven(model, groups, example)
-    groups = _proven_blocks(model, with_blocks(groups, graph, names), example)
+    groups, refused = _keep_proven(dense, groups, example)
+    groups = _proven_blocks(dense, with_blocks(groups, graph, names), example)
     frozen.extend(refused)
     frozen.extend(_unseen(model, groups, frozen))
     if not groups:
@@ -162,19 +163,24 @@ def _unseen(
 def _keep_proven(
     model: nn.Module, groups: Sequence[ChannelGroup], example: torch.Tensor
 ) -> tuple[list[ChannelGroup], list[FrozenGroup]]:
-    """Check the mask identity for all groups at once; if that fails, add them one by one and keep what stays proven together."""
-    if not groups or _problem_together(model, groups, example) is None:
-        return list(groups), []
+    """Check the mask identity for all groups at once; where it fails for some, for halves of them: what is kept is proven together.
+
+    So a few groups that fail among many cost a few checks each, and not one for every group.
+    """
     kept: list[ChannelGroup] = []
     refused: list[FrozenGroup] = []
-    for group in groups:
-        problem = _problem_together(model, [group], example)
-        if problem is None and kept:
-            problem = _problem_together(model, [*kept, group], example)
+    pending = [list(groups)] if groups else []
+    while pending:
+        some = pending.pop()
+        problem = _problem_together(model, [*kept, *some], example)
         if problem is None:
-            kept.append(group)
+            kept += some
+        elif len(some) > 1:
+            half = len(some) // 2
+            pending += [some[half:], some[:half]]  # the first half is looked at next
         else:
-            refused.append(FrozenGroup(layers=group.producers(), reason=problem))
+            alone = _problem_together(model, some, example) if kept else problem
+            refused.append(FrozenGroup(layers=some[0].producers(), reason=alone or problem))
     return kept, refused
 
 

@@ -7,10 +7,10 @@ after joining for a concatenation, before parting for a split.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch_pruning import ops
 
 LOST = -1  # where a channel goes that cannot be followed
@@ -30,21 +30,22 @@ class EdgeView:
     gathered: int = 1
     shift: int = 0
 
-    def forward(self, index: int) -> Sequence[int]:
-        """Indices at the target of a channel of the source."""
-        if not self.start <= index < self.stop:
-            return ()
+    def forward(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Channels of the source that are handed over, each as often as it has channels at the target, and those channels."""
+        here = indices[(indices >= self.start) & (indices < self.stop)]
         if not self.spread:
-            return (LOST,)
-        first = (index - self.start) // self.gathered * self.spread + self.shift
-        return range(first, first + self.spread)
+            return here, np.full_like(here, LOST)
+        first = (here - self.start) // self.gathered * self.spread + self.shift
+        return np.repeat(here, self.spread), (first[:, None] + np.arange(self.spread)).ravel()
 
-    def backward(self, index: int) -> Sequence[int]:
-        """Indices at the source of a channel of the target."""
+    def backward(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Channels of the target, each as often as it has channels at the source, and those channels."""
         if not self.spread:
-            return (LOST,)
-        first = (index - self.shift) // self.spread * self.gathered + self.start
-        return [i for i in range(first, first + self.gathered) if self.start <= i < self.stop]
+            return indices, np.full_like(indices, LOST)
+        first = (indices - self.shift) // self.spread * self.gathered + self.start
+        there = first[:, None] + np.arange(self.gathered)
+        is_inside = (there >= self.start) & (there < self.stop)
+        return np.broadcast_to(indices[:, None], there.shape)[is_inside], there[is_inside]
 
 
 def edge_views(source: Any, target: Any) -> list[EdgeView]:
