@@ -176,15 +176,21 @@ def look_at(library: str, architecture: str, variant: str) -> ZooRow:
             smaller = remove_channels(model, {g.name: g for g in groups}, halves, x)
             half = sum(p.numel() for p in smaller.parameters()) / known["parameters"]
     except EdgepruneError as error:
-        return ZooRow(**known, status="refused", message=_line(error))
+        return ZooRow(**known, status=status_of(_line(error), "refused"), message=_line(error))
     except Exception as error:
-        return ZooRow(**known, status="failed", message=_line(error))
+        return ZooRow(**known, status=status_of(_line(error), "failed"), message=_line(error))
     reasons = Counter(re.sub(r"'[^']*'|\d+", "…", f.reason)[:80] for f in frozen)
     seconds = round(time.monotonic() - started, 1)
     return ZooRow(
         **known, status=status, message=message, groups=len(groups), half_ratio=half,
         frozen=dict(reasons.most_common(6)), seconds=seconds,
     )  # fmt: skip
+
+
+def status_of(message: str, otherwise: str) -> str:
+    """``too large`` where the memory of :data:`MEMORY_BYTES` did not do."""
+    is_memory = any(word in message for word in ("allocate memory", "alloc_cpu", "MemoryError"))
+    return "too large" if is_memory else otherwise
 
 
 def _line(error: BaseException) -> str:
@@ -201,10 +207,8 @@ def in_child(library: str, architecture: str, variant: str, limit_s: float) -> Z
         return ZooRow(**base, status="too slow", message=f"over {limit_s:g} s")
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()
-        return ZooRow(
-            **base, status="failed", message=(said or [f"exit {done.returncode}"])[-1][:200]
-        )
+        said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]
+        return ZooRow(**base, status=status_of(said, "failed"), message=said)
     return ZooRow.model_validate(json.loads(lines[-1]))
 
 

@@ -10,6 +10,7 @@ from edgeprune import records
 
 HOLDS, FROZEN = "identity holds", "all frozen"
 SKIPPED = ("no classifier", "not built")
+UNTRIED = ("too slow", "too large")
 
 
 class ZooRow(records.Record):
@@ -44,7 +45,7 @@ def zoo_block(results: ZooResults, table: Callable[..., str]) -> str:
         for lib in libraries
     ]
     columns = (
-        "library", "architectures", "cut, equal to zeroed", "kept whole", "refused", "too slow to try", "wrong or failed",
+        "library", "architectures", "cut, equal to zeroed", "kept whole", "refused", "too slow or large to try", "wrong or failed",
         "groups, median", "parameters left at half width, median",
     )  # fmt: skip
     others = [r for r in results.rows if r.status not in (HOLDS, FROZEN, *SKIPPED)]
@@ -62,12 +63,12 @@ def _line(library: str, rows: Sequence[ZooRow], version: str) -> tuple[str, ...]
     count = Counter(r.status for r in counted)
     cut = [r for r in counted if r.status == HOLDS]
     halves = [r.half_ratio for r in cut if r.half_ratio is not None]
-    known = (HOLDS, FROZEN, "refused", "too slow")
+    known = ((HOLDS,), (FROZEN,), ("refused",), UNTRIED)
+    others = set(count) - {status for one in known for status in one}
     return (
         f"{library} {version}".strip(),
         str(len(counted)),
-        *(str(count.get(status, 0)) for status in known),
-        str(sum(n for status, n in count.items() if status not in known)),
+        *(str(sum(count[status] for status in one)) for one in (*known, others)),
         f"{statistics.median(r.groups for r in cut):.0f}" if cut else "",
         f"{statistics.median(halves):.0%}" if halves else "",
     )
