@@ -32,7 +32,9 @@ from edgeprune.results import Report
 
 README_NETS = ("example", "mobilenetv2-half")
 # "-brief" is the same net healed for less, which keeps apart what long training makes equal.
-COMPARISONS = ("example", "resnet20-wide", "resnet20-wide-brief", "mobilenetv2-half")
+COMPARISONS = (
+    "example", "resnet20-wide", "resnet20-wide-brief", "mobilenetv2-half", "mobilenetv2-half-earlier",
+)  # fmt: skip
 
 
 def load_blocks(results: Path) -> dict[str, str | None]:
