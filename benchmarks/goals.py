@@ -28,7 +28,8 @@ REASONS = {
     " and a bend for that, and the smallest nets stay off. The search measures what it proposes: an error costs a trial, not the budget.",
     "slack": "Admissible widths are steps of 8 and more, and of the structures within a budget the one that really loses least"
     " ships; what still fits is added to it.",
-    "fp32": "Depthwise layers gain less from INT8 on this processor than dense ones, so a net of them has to be cut deeper for the same factor.",
+    "fp32": "Depthwise layers gain less from INT8 on this processor than dense ones, so a net of them has to be cut deeper for the"
+    " same factor.",
 }
 
 
