@@ -33,7 +33,7 @@ from edgeprune.errors import EdgepruneError
 from edgeprune.progress import Terminal
 
 OUT = Path(__file__).parent / "results" / "zoo.json"
-MEMORY_BYTES, CLASSES = 14 * 2**30, 10
+MEMORY_BYTES, CLASSES = 10 * 2**30, 10
 SMALL = (
     "atto", "femto", "pico", "xxs", "nano", "xs", "tiny", "wd4", "w1d4", "050", "035", "x0_5", "mini", "_s", "b0", "light", "vit_b",
 )  # fmt: skip
@@ -138,8 +138,9 @@ def build(library: str, variant: str) -> tuple[nn.Module, tuple[int, ...]]:
 
     config = getattr(transformers, variant.replace("ForImageClassification", "Config"))()
     config.num_labels = CLASSES
+    staged = hasattr(config, "depths")  # a layer for each stage
     for name in ("num_hidden_layers", "encoder_layers"):  # depth repeats what one layer shows
-        if isinstance(getattr(config, name, None), int):
+        if isinstance(getattr(config, name, None), int) and not staged:
             setattr(config, name, min(getattr(config, name), 2))
     size = getattr(config, "image_size", None) or 224
     shape = (size, size) if isinstance(size, int) else tuple(size)

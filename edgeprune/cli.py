@@ -425,6 +425,11 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
     elif "model" not in given:
         raise SpecError("no model was named", hint="give MODEL, or run: edgeprune init")
     elif "data" not in given:
+        if (Path(given["model"]) / "stages").is_dir():
+            raise SpecError(
+                f"MODEL is the folder of a run: {given['model']}",
+                hint="add --run before it and repeat the run's own MODEL or --example, --target and --latency; finished stages are kept",
+            )
         raise SpecError(
             "a model needs data", hint="add --data: an image folder, .npz or file.py:factory"
         )

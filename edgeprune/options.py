@@ -206,7 +206,7 @@ def given_widths(options: Options, target: str) -> dict[str, int] | None:
     """The widths of the plan that was given instead of a search, if one was.
 
     Raises:
-        SpecError: there is no such file, or it is no plan.
+        SpecError: there is no such file, it is no plan, or it has widths that it does not list itself.
     """
     if options.plan is None:
         return None
@@ -222,10 +222,23 @@ def given_widths(options: Options, target: str) -> dict[str, int] | None:
             f"the plan {options.plan} was made for the target {plan.target}, and this is {target}",
             hint=f"run: edgeprune search --target {target}",
         )
-    widths = plan.widths
-    if any(width < 0 for width in widths.values()):
-        raise SpecError(f"the widths of {options.plan} must be at least 0")
-    return widths
+    _check_plan(plan, options.plan)
+    return plan.widths
+
+
+def _check_plan(plan: PlanFile, path: Path) -> None:
+    """Nothing, when each width is one that the plan itself lists; what another board allows is found out there."""
+    for name, width in plan.widths.items():
+        if plan.admissible_widths and name not in plan.admissible_widths:
+            raise UnknownName("group", name, plan.admissible_widths, where=str(path))
+        listed = plan.admissible_widths.get(name, ())
+        if width < 0 or (listed and width not in listed):
+            near = sorted(sorted(listed, key=lambda w: abs(w - width))[:4])
+            of_these = f"one of {', '.join(map(str, near))} ..." if near else "at least 0"
+            raise SpecError(
+                f"the width of {name} in {path} must be {of_these}, but is {width}",
+                hint="admissible_widths in that file has all that pay: the others are not faster than the next larger one",
+            )
 
 
 def check_tables(options: Options) -> None:

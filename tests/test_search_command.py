@@ -217,7 +217,7 @@ def test_an_edited_plan_is_what_is_deployed(searched):
         ({"nowhere": 8}, "unknown group 'nowhere'", 2),
         ("narrow", "must be one of", 2),
         ("zero", "must be one of", 2),
-        ("negative", "must be at least 0", 2),
+        ("negative", "must be one of", 2),
         ({}, "the given plan was measured at", 6),
         ("target", "was made for the target rpi4", 2),
     ],
@@ -240,10 +240,16 @@ def test_a_wrong_plan_is_one_line(searched, tmp_path, text, says, code):
         path.write_text(json.dumps({**plan, "target": "rpi4"}))
     elif edited is not None:
         path.write_text(edited)
-    tinynet.copied_run(home / "run", home / f"run-{tmp_path.name}")
-    args = ("--latency", "80%", "--plan", "mine.json", "--run", f"run-{tmp_path.name}")
+    run = home / f"run-{tmp_path.name}"
+    tinynet.copied_run(home / "run", run)
+    before = {p.relative_to(run): p.is_file() and p.read_bytes() for p in run.rglob("*")}
+    args = ("--latency", "80%", "--plan", "mine.json", "--run", run.name)
     failed = tinynet.edgeprune_here(home, "deploy", "--target", "this-machine", *args, "--dry-run")
     assert failed.returncode == code, failed.stderr
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert says in errors[0]
+    if code == 2:  # found before the run folder is touched
+        assert before == {
+            p.relative_to(run): p.is_file() and p.read_bytes() for p in run.rglob("*")
+        }

@@ -237,6 +237,13 @@ CASES = (
     ),
     Case("epochs in words", (*DEPLOY, "--epochs", "few"), 2, ("error: --epochs: ", "got 'few'")),
     Case(
+        "a run folder as the model",
+        ("search", "run", "--target", "rpi4"),
+        2,
+        ("MODEL is the folder of a run: run",),
+        use_the_measured_stages,
+    ),
+    Case(
         "a file without its factory",
         ("deploy", "net.py", "--data", "digits.npz", "--target", "rpi4"),
         2,
