@@ -9,13 +9,8 @@ from typing import Any
 
 import click
 
-SCHEDULE = (
-    "epochs",
-    "steps",
-    "start",
-    "rewind_weights",
-    "sparsity",
-)  # keys under ``recovery`` that have a flag
+# Keys under ``recovery`` that have a flag.
+SCHEDULE = ("epochs", "steps", "start", "rewind_weights", "sparsity")
 
 Command = Callable[..., Any]
 

@@ -13,7 +13,7 @@ from edgeprune.basis import Basis
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.compress.importance import kept_channels
 from edgeprune.devices.measure import compare
-from edgeprune.errors import BudgetError, SpecError, UnknownName
+from edgeprune.errors import BudgetError
 from edgeprune.formats import Resizable
 from edgeprune.latency.predictor import LatencyModel, correct
 from edgeprune.plan_results import (
@@ -24,7 +24,13 @@ from edgeprune.plan_results import (
 from edgeprune.planning import Stand
 from edgeprune.progress import Progress
 from edgeprune.search import Problem, Solution
-from edgeprune.search_results import SHARES, GroupCurve, ParetoPoint, WidthChoice
+from edgeprune.search_results import (
+    SHARES,
+    GroupCurve,
+    ParetoPoint,
+    WidthChoice,
+    check_widths,
+)
 from edgeprune.specs import Budget
 from edgeprune.stage_records import PlanResult
 
@@ -33,7 +39,7 @@ CHECK_ROUNDS = 6
 PLAN_SHARE = 0.995
 TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %
 BLOCK_REMOVED = "block removed"
-CLOSE_ENOUGH = 0.98  # stop when the measured latency uses this much of the budget
+CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
 # How many times its own cost the removal of a block is charged in further structures to measure: removals add up to more than their sum.
 REMOVAL_CHARGES = (3.0, math.inf)
 # How many times the sum of costs the unevenness of the cuts weighs in further structures to measure, see `search.evened`.
@@ -140,34 +146,6 @@ def check_given(widths: Mapping[str, int], groups: Sequence[ChannelGroup]) -> No
     together = dict.fromkeys(g.removed_with() for g in groups if g.block is not None)
     full = {g.name: g.channels for g in groups}
     check_widths({**full, **widths}, possible, tuple(together))
-
-
-def check_widths(
-    widths: Mapping[str, int],
-    grids: Mapping[str, Sequence[int]],
-    together: Sequence[Sequence[str]] = (),
-) -> None:
-    """Nothing, when every group exists and may have its width; groups in one set of ``together`` have width 0 all or none.
-
-    Raises:
-        SpecError: otherwise; names what there is.
-    """
-    for name, width in widths.items():
-        if name not in grids:
-            raise UnknownName("group", name, grids, where="the plan")
-        if width not in grids[name]:
-            near = sorted(grids[name], key=lambda w: (abs(w - width), w))[:4]
-            raise SpecError(
-                f"the width of {name} must be one of {', '.join(map(str, sorted(near)))} ..., but the plan has {width}",
-                hint="other widths are not faster than the next larger one; admissible_widths of plan.json has them all",
-            )
-    for names in together:
-        if len({bool(widths[name]) for name in names}) > 1:
-            raise SpecError(
-                "groups of one residual block must have width 0 all or none, but the plan has "
-                + ", ".join(f"{name}: {widths[name]}" for name in names),
-                hint="0 for all of them removes the block",
-            )
 
 
 def _result(plan: PruningPlan, checks: Sequence[PlanCheck], basis: Basis) -> PlanResult:

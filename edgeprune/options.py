@@ -13,7 +13,7 @@ from edgeprune.errors import FormatError, SpecError, UnknownName
 from edgeprune.latency.kernel_times import read_times
 from edgeprune.plan_results import Scope
 from edgeprune.records import read_yaml
-from edgeprune.search_results import PlanFile
+from edgeprune.search_results import PlanFile, check_widths
 from edgeprune.specs import (
     Budget,
     Device,
@@ -222,23 +222,9 @@ def given_widths(options: Options, target: str) -> dict[str, int] | None:
             f"the plan {options.plan} was made for the target {plan.target}, and this is {target}",
             hint=f"run: edgeprune search --target {target}",
         )
-    _check_plan(plan, options.plan)
+    if plan.admissible_widths:  # what the board allows in the end is found out there
+        check_widths(plan.widths, plan.admissible_widths)
     return plan.widths
-
-
-def _check_plan(plan: PlanFile, path: Path) -> None:
-    """Nothing, when each width is one that the plan itself lists; what another board allows is found out there."""
-    for name, width in plan.widths.items():
-        if plan.admissible_widths and name not in plan.admissible_widths:
-            raise UnknownName("group", name, plan.admissible_widths, where=str(path))
-        listed = plan.admissible_widths.get(name, ())
-        if width < 0 or (listed and width not in listed):
-            near = sorted(sorted(listed, key=lambda w: abs(w - width))[:4])
-            of_these = f"one of {', '.join(map(str, near))} ..." if near else "at least 0"
-            raise SpecError(
-                f"the width of {name} in {path} must be {of_these}, but is {width}",
-                hint="admissible_widths in that file has all that pay: the others are not faster than the next larger one",
-            )
 
 
 def check_tables(options: Options) -> None:

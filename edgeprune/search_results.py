@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from edgeprune.errors import SpecError, UnknownName
 from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records import Record
 from edgeprune.specs import Precision, Stamp
@@ -62,6 +64,34 @@ class PlanFile(Record):
     measured_ms: float
     widths: dict[str, int]
     admissible_widths: dict[str, tuple[int, ...]]
+
+
+def check_widths(
+    widths: Mapping[str, int],
+    grids: Mapping[str, Sequence[int]],
+    together: Sequence[Sequence[str]] = (),
+) -> None:
+    """Nothing, when every group exists and may have its width; groups in one set of ``together`` have width 0 all or none.
+
+    Raises:
+        SpecError: otherwise; names what there is.
+    """
+    for name, width in widths.items():
+        if name not in grids:
+            raise UnknownName("group", name, grids, where="the plan")
+        if width not in grids[name]:
+            near = sorted(grids[name], key=lambda w: (abs(w - width), w))[:4]
+            raise SpecError(
+                f"the width of {name} must be one of {', '.join(map(str, sorted(near)))} ..., but the plan has {width}",
+                hint="other widths are not faster than the next larger one; admissible_widths of plan.json has them all",
+            )
+    for names in together:
+        if len({bool(widths[name]) for name in names}) > 1:
+            raise SpecError(
+                "groups of one residual block must have width 0 all or none, but the plan has "
+                + ", ".join(f"{name}: {widths[name]}" for name in names),
+                hint="0 for all of them removes the block",
+            )
 
 
 class SearchResult(Record):

@@ -24,7 +24,7 @@ from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 
-from edgeprune.compress.views import LOST, edge_views, equal_parts, split_sizes
+from edgeprune.compress.views import LOST, Pairs, edge_views, equal_parts, split_sizes
 from edgeprune.errors import ModelError
 
 WEIGHTED = (_ConvNd, nn.Linear)
@@ -35,8 +35,11 @@ MAPPED_BY_LIBRARY = (ops.OPTYPE.SLICE, ops.OPTYPE.UNBIND, ops.OPTYPE.EXPAND)
 
 # (node of the graph, "out" or "in"); both sides are "out" where a layer keeps its channels
 Space = tuple[Any, str]
-MOST_VISITS = 50  # of one operation by channels that cannot be followed
-MOST_CHANNEL_BITS = 48  # of the number of a channel; flattened maps have many
+# How often channels may reach one operation anew. Each way there brings its own: 4 is the most that was seen in families that can be cut
+# (a FishNet). Where indices grow on a way in a circle, as in attention by plain products, it would never end.
+MOST_VISITS = 50
+MOST_CHANNEL_BITS = 40  # of the number of a channel; the other bits of an int64 number the spaces
+LOST_TRACK = "an operation rearranges its channels in a way that cannot be followed"
 
 
 @dataclass
@@ -182,8 +185,9 @@ def _explore(graph: Any, root: Any, width: int) -> Family:
     while pending:
         space, indices = pending.popitem()
         visits[space] += 1
-        if problem and visits[space] > MOST_VISITS:
-            continue  # indices that grow on a way in a circle, which would never end; the family is kept whole anyway
+        if visits[space] > MOST_VISITS:
+            problem = LOST_TRACK
+            continue
         fresh = sorted(indices - seen[space])
         seen[space].update(fresh)
         for target, (here, there) in _neighbours(graph, space, np.array(fresh, dtype=np.int64)):
@@ -191,7 +195,7 @@ def _explore(graph: Any, root: Any, width: int) -> Family:
             if limit == 1 and _width(space[0].module, space[1]) != 1:
                 continue  # one channel that is broadcast to all
             if (there < 0).any() or (limit is not None and (there >= limit).any()):
-                problem = "an operation rearranges its channels in a way that cannot be followed"
+                problem = LOST_TRACK
                 continue
             if left := set(there.tolist()) - seen[target]:
                 pending.setdefault(target, set()).update(left)
@@ -206,7 +210,7 @@ def _explore(graph: Any, root: Any, width: int) -> Family:
 
 
 class _Joined:
-    """Points that are one: a channel of a space is a number, so that millions of hand-overs are arrays."""
+    """Points that are one: a channel of a space is a number (``int64``), so that millions of hand-overs are arrays."""
 
     def __init__(self) -> None:
         self._firsts: dict[Space, int] = {}
@@ -249,7 +253,8 @@ class _Joined:
 def _components(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The connected component of each of ``count`` points, by the smallest point in it; ``one[k]`` and ``other[k]`` are joined.
 
-    Source: Shiloach and Vishkin, J. Algorithms 3 (1982): roots are hooked to smaller ones and paths shortened in turns.
+    Source: Shiloach and Vishkin, J. Algorithms 3 (1982): roots are hooked to smaller ones and paths shortened in turns. SciPy has the
+    same, but only the extras bring it.
     """
     labels = np.arange(count)
     while True:
@@ -288,9 +293,6 @@ def _side(graph: Any, node: Any, function: Any) -> str:
     return "out" if function == pruner.prune_out_channels else "in"
 
 
-Pairs = tuple[np.ndarray, np.ndarray]  # channels here and there, of the same length
-
-
 def _neighbours(graph: Any, space: Space, indices: np.ndarray) -> Iterator[tuple[Space, Pairs]]:
     """Every space that channels of ``space`` are handed to or tied with, with the pairs (index here, index there)."""
     node, side = space
@@ -323,10 +325,8 @@ def _backward(dependency: Any, indices: np.ndarray) -> Pairs:
 
 
 def _together(parts: list[Pairs]) -> Pairs:
-    none = np.zeros(0, dtype=np.int64)
-    return np.concatenate([none, *(h for h, _ in parts)]), np.concatenate(
-        [none, *(t for _, t in parts)]
-    )
+    here, there = zip(*parts, strict=True)
+    return np.concatenate(here), np.concatenate(there)
 
 
 def _mapped(dependency: Any, indices: np.ndarray) -> Pairs:

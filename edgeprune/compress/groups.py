@@ -56,22 +56,22 @@ def find_groups(
     Raises:
         ModelError: the model cannot be traced, or nothing in it can be pruned.
     """
-    dense = copy.deepcopy(model).eval()
-    model = copy.deepcopy(dense)  # a model may keep tensors of the trace, which cannot be copied
-    graph = trace(model, example)
-    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
-    names.update({parameter: name for name, parameter in model.named_parameters()})
+    model = copy.deepcopy(model).eval()
+    traced = copy.deepcopy(model)  # it may keep tensors of the trace, and cannot be copied then
+    graph = trace(traced, example)
+    names: dict[Any, str] = {module: name for name, module in traced.named_modules()}
+    names.update({parameter: name for name, parameter in traced.named_parameters()})
     groups: list[ChannelGroup] = []
     frozen: list[FrozenGroup] = []
-    for family in families(model, graph):
+    for family in families(traced, graph):
         group = _describe(family, names)
         reason = _reason_to_keep(family, group)
         if reason:
             frozen.append(FrozenGroup(layers=_writers(family, names), reason=reason))
         else:
             groups.append(group)
-    groups, refused = _keep_proven(dense, groups, example)
-    groups = _proven_blocks(dense, with_blocks(groups, graph, names), example)
+    groups, refused = _keep_proven(model, groups, example)
+    groups = _proven_blocks(model, with_blocks(groups, graph, names), example)
     frozen.extend(refused)
     frozen.extend(_unseen(model, groups, frozen))
     if not groups:

@@ -14,6 +14,7 @@ import numpy as np
 from torch_pruning import ops
 
 LOST = -1  # where a channel goes that cannot be followed
+Pairs = tuple[np.ndarray, np.ndarray]  # channels here and there: int64, of the same length
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,16 @@ class EdgeView:
     gathered: int = 1
     shift: int = 0
 
-    def forward(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Channels of the source that are handed over, each as often as it has channels at the target, and those channels."""
+    def forward(self, indices: np.ndarray) -> Pairs:
+        """Of these channels of the source, ``int64 [N]``, those that are handed over, with each that they become at the target."""
         here = indices[(indices >= self.start) & (indices < self.stop)]
         if not self.spread:
             return here, np.full_like(here, LOST)
         first = (here - self.start) // self.gathered * self.spread + self.shift
         return np.repeat(here, self.spread), (first[:, None] + np.arange(self.spread)).ravel()
 
-    def backward(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Channels of the target, each as often as it has channels at the source, and those channels."""
+    def backward(self, indices: np.ndarray) -> Pairs:
+        """Of these channels of the target, ``int64 [N]``, those that come from the source, with each that they were there."""
         if not self.spread:
             return indices, np.full_like(indices, LOST)
         first = (indices - self.shift) // self.spread * self.gathered + self.start

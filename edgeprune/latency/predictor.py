@@ -34,7 +34,8 @@ BENDS = (
 )  # times the slowest net: tried where a straight line does not do
 MOST_ERROR_RATIO = 0.15  # what one net counts at most when fits are compared
 PRIOR_SPREAD = 0.5  # standard deviation of a scale, relative to what it is expected to be
-# Standard deviations of what a unit of these costs; they are expected to cost nothing.
+# Standard deviations of what a unit of these costs: a byte, in ns, and a call, in times of the quickest kernel. Both are expected to cost
+# nothing.
 UNIT_SPREAD = {traffic.OP: 0.5, calls.OP: 0.5}
 
 
@@ -436,7 +437,7 @@ def _fit_traffic(rows: _Rows, classes: _Classes) -> _Correction:
 def _fit_with(rows: _Rows, classes: _Classes, extra: np.ndarray) -> _Correction:
     """One scale for all times, and one for each of the ``extra`` classes, which are none."""
     sums = np.hstack([(rows.sums @ classes.is_time)[:, None], rows.sums[:, extra]])
-    prior = np.eye(1, 1 + len(extra))[0]
+    prior = np.array([1.0, *np.zeros(len(extra))])
     spread = np.array([PRIOR_SPREAD, *classes.spread[extra]])
     scales, offset_ms = _map_fit(sums, rows, prior=prior, spread=spread)
     relative = classes.is_time.astype(float)
