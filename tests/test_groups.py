@@ -370,3 +370,40 @@ def test_where_one_group_of_many_fails_it_alone_is_kept_whole(monkeypatch) -> No
     left, frozen = find_groups(model, x[:1])
     assert [g.name for g in left] == [g.name for g in every if g.name != broken]
     assert [f.reason for f in frozen].count("it fails") == 1
+
+
+class ShuffledHalves(nn.Module):
+    """Branches that are joined and shuffled, again and again: each pair is right while it has an even number of channels together."""
+
+    def __init__(self, units: int = 8) -> None:
+        super().__init__()
+        self.stem, self.head = conv_bn(3, 16), head(16)
+        self.units = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "left": nn.Conv2d(16, 24, 1),
+                    "right": nn.Conv2d(16, 24, 1),
+                    "mixed": nn.Conv2d(48, 16, 3, 1, 1),
+                }
+            )
+            for _ in range(units)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for unit in self.units:
+            x = torch.cat([unit["left"](x), unit["right"](x)], dim=1)
+            n, c, h, w = x.shape
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+            x = functional.relu(unit["mixed"](x))
+        return self.head(x)
+
+
+def test_groups_that_are_right_only_together_are_kept_whole() -> None:
+    torch.manual_seed(0)
+    model, x = ShuffledHalves().eval(), torch.randn(1, 3, 8, 8)
+    groups, _ = find_groups(model, x)
+    assert {"units.0.mixed", "units.7.mixed"} <= {g.name for g in groups}
+    assert not [g.name for g in groups if g.name.endswith(("left", "right"))]
+    for seed in range(5):
+        assert mask_identity(model, groups, drawn(groups, seed), x) is None

@@ -163,24 +163,22 @@ def _unseen(
 def _keep_proven(
     model: nn.Module, groups: Sequence[ChannelGroup], example: torch.Tensor
 ) -> tuple[list[ChannelGroup], list[FrozenGroup]]:
-    """Check the mask identity for all groups at once; where it fails for some, for halves of them: what is kept is proven together.
+    """Check the mask identity for all groups at once; if that fails, add them one by one and keep what stays proven together.
 
-    So a few groups that fail among many cost a few checks each, and not one for every group.
+    Halves of the groups would not do: two that meet in a channel shuffle are wrong alone and may be right together.
     """
+    if not groups or _problem_together(model, groups, example) is None:
+        return list(groups), []
     kept: list[ChannelGroup] = []
     refused: list[FrozenGroup] = []
-    pending = [list(groups)] if groups else []
-    while pending:
-        some = pending.pop()
-        problem = _problem_together(model, [*kept, *some], example)
+    for group in groups:
+        problem = _problem_together(model, [group], example)
+        if problem is None and kept:
+            problem = _problem_together(model, [*kept, group], example)
         if problem is None:
-            kept += some
-        elif len(some) > 1:
-            half = len(some) // 2
-            pending += [some[half:], some[:half]]  # the first half is looked at next
+            kept.append(group)
         else:
-            alone = _problem_together(model, some, example) if kept else problem
-            refused.append(FrozenGroup(layers=some[0].producers(), reason=alone or problem))
+            refused.append(FrozenGroup(layers=group.producers(), reason=problem))
     return kept, refused
 
 
