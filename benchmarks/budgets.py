@@ -21,6 +21,7 @@ from commands import time_every_kernel
 
 import edgeprune
 from edgeprune import api, catalog, records
+from edgeprune.budgets import parse_budget
 from edgeprune.closing import versions
 from edgeprune.context import Job
 from edgeprune.devices.board import open_board
@@ -29,7 +30,7 @@ from edgeprune.options import Options
 from edgeprune.progress import Progress, Terminal
 from edgeprune.report import facts
 from edgeprune.results import Fingerprint, Report
-from edgeprune.specs import Workload, parse_budget
+from edgeprune.specs import Workload
 from edgeprune.workload import LoadedWorkload, load_workload
 
 EXAMPLE = "fashion-mnist"

@@ -23,13 +23,14 @@ from compare_runner import Runner, structures
 from methods.comparison import Comparison
 
 from edgeprune import api, catalog, pipeline, records
+from edgeprune.budgets import parse_budget
 from edgeprune.closing import versions
 from edgeprune.errors import SpecError
 from edgeprune.feasibility import prepare
 from edgeprune.options import Options
 from edgeprune.progress import Terminal
 from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Int8, Recovery, Workload, parse_budget
+from edgeprune.specs import Int8, Recovery, Workload
 from edgeprune.version import VERSION
 from edgeprune.workload import LoadedWorkload, from_objects, load_workload
 

@@ -139,8 +139,8 @@ def deploy(
     data: Any,
     *,
     target: str,
-    latency: str | None = None,
-    max_drop: str | None = None,
+    latency: str | float | None = None,
+    max_drop: str | float | None = None,
     device: str | None = None,
     weights: str | None = None,
     preprocess: Preprocess | None = None,
@@ -162,8 +162,8 @@ def deploy(
         model: a trained module, or ``file.py:factory``.
         data: a mapping of split to ``(x, y)`` or ``x``, one ``(x, y)``, one ``x``, an image folder, an ``.npz``, or ``file.py:factory``.
         target: name of a target, or path of a target file.
-        latency: ``15ms``, ``60%`` or ``2.5x``; the default stands in the target file.
-        max_drop: allowed drop against the dense model, such as ``1%``.
+        latency: ``15ms``, ``60%`` or ``2.5x``, or a number below 1: 0.6 is ``60%``; the default stands in the target file.
+        max_drop: allowed drop against the dense model, such as ``1%`` or the number 0.01.
         device: name in ``devices.yaml``; without one, the first that can time the target, else this machine as a stand-in.
         weights: safetensors or a plain state dict, for a factory.
         preprocess: how raw samples become the model's input.
@@ -180,7 +180,8 @@ def deploy(
         progress: where to report; nowhere when not given.
 
     Returns:
-        The report; ``report.passed`` says whether every gate was judged and met. The bundle lies in the run folder.
+        The report; ``report.passed`` says whether every gate was judged and met. ``report.folder`` is the run folder, and
+        ``report.bundle`` the bundle in it.
 
     Raises:
         SpecError, ModelError, DeviceError, FormatError, BudgetError: see :mod:`edgeprune.errors`.

@@ -370,6 +370,7 @@ class Closing:
     def _write_reports(self, found: Report) -> None:
         records.write_json(found, self.run.path / "report.json")
         records.write_bytes(self.run.path / "report.html", report.render_html(found))
+        found.lies_in(self.run.path)
 
 
 def for_bundle(found: Report) -> Report:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeprune.budgets import Budget
 from edgeprune.compress.dead import remove_dead
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import ChannelGroup, find_groups
@@ -25,7 +26,7 @@ from edgeprune.plan_results import FrozenGroup, Scope
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_file
 from edgeprune.results import Artifact, Fingerprint, FormatChoice, LedgerEntry, Measurement
-from edgeprune.specs import Budget, Device, Int8, Precision, Profile, Runtime, Target
+from edgeprune.specs import Device, Int8, Precision, Profile, Runtime, Target
 from edgeprune.workload import LoadedWorkload
 
 INFER_CHUNK = 256

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from edgeprune import search
 from edgeprune.basis import Basis
+from edgeprune.budgets import Budget
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.compress.importance import kept_channels
 from edgeprune.devices.measure import compare
@@ -31,7 +32,6 @@ from edgeprune.search_results import (
     WidthChoice,
     check_widths,
 )
-from edgeprune.specs import Budget
 from edgeprune.stage_records import PlanResult
 
 CHECK_ROUNDS = 6

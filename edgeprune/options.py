@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import get_args
 
 from edgeprune import catalog, formats
+from edgeprune.budgets import (
+    Budget,
+    budget_text,
+    drop_text,
+    parse_budget,
+    parse_drop,
+    parse_duration,
+)
 from edgeprune.devices import quarantine
 from edgeprune.devices.recording import check_recordable, origin_of
 from edgeprune.errors import FormatError, SpecError, UnknownName
@@ -14,15 +22,7 @@ from edgeprune.latency.kernel_times import read_times
 from edgeprune.plan_results import Scope
 from edgeprune.records import read_yaml
 from edgeprune.search_results import PlanFile, check_widths
-from edgeprune.specs import (
-    Budget,
-    Device,
-    Target,
-    Workload,
-    parse_budget,
-    parse_drop,
-    parse_duration,
-)
+from edgeprune.specs import Device, Target, Workload
 
 AUTO_FORMATS = "auto"
 
@@ -32,8 +32,8 @@ class Options:
     """What a user may say about a run. ``None`` means: take ``edgeprune.yaml``, then the target file, then the default."""
 
     target: str | None = None
-    latency: str | None = None
-    max_drop: str | None = None
+    latency: str | float | None = None
+    max_drop: str | float | None = None
     device: str | None = None
     importance: str = "fisher"
     scope: str = "global"
@@ -104,15 +104,25 @@ def chosen_gates(options: Options, workload: Workload, target: Target) -> tuple[
         SpecError: one of them is malformed.
     """
     try:
-        budget = parse_budget(options.latency or workload.latency or target.latency)
+        budget = parse_budget(
+            budget_text(_first(options.latency, workload.latency, target.latency))
+        )
     except ValueError as error:
         hint = "60% is 60 % of the dense model's latency, 1.5x a speed-up, 15ms a time on the board"
         raise SpecError(str(error), hint=hint) from error
     try:
-        return budget, parse_drop(options.max_drop or workload.max_drop or target.max_drop)
+        drop = drop_text(_first(options.max_drop, workload.max_drop, target.max_drop))
+        return budget, parse_drop(drop)
     except ValueError as error:
         hint = "1% is one point of accuracy less than the dense model"
         raise SpecError(str(error), hint=hint) from error
+
+
+def _first(given: str | float | None, recorded: str | None, default: str) -> str | float:
+    """The first that was said; 0 was."""
+    if given is None or (isinstance(given, str) and not given):
+        return recorded or default
+    return given
 
 
 def chosen_sustained(options: Options) -> float | None:

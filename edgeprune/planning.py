@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeprune.budgets import Budget
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.devices.board import Board
 from edgeprune.devices.decide import Decision, decide
@@ -32,7 +33,7 @@ from edgeprune.plan_results import LatencyModelQuality
 from edgeprune.progress import Progress
 from edgeprune.records import sha256_bytes
 from edgeprune.results import Measurement
-from edgeprune.specs import Budget, ChannelSteps, FormatName, Precision, Runtime
+from edgeprune.specs import ChannelSteps, FormatName, Precision, Runtime
 from edgeprune.stage_records import MeasuredNets, MeasuredTable, Staircase
 
 MOST_KERNELS = 250  # timed for one table

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from edgeprune.errors import EdgepruneError, IntegrityError, NoSpace, SpecError, UnknownName
 
@@ -31,6 +31,27 @@ class Record(BaseModel):
     model_config = ConfigDict(
         hide_input_in_errors=True, frozen=True, strict=True, extra="forbid", allow_inf_nan=False
     )
+
+
+class Located(Record):
+    """A record that knows where it lies; the place is no part of its content, and is not written."""
+
+    _folder: Path | None = PrivateAttr(default=None)
+
+    def lies_in(self, folder: Path) -> None:
+        """Remember the folder of the record's file."""
+        self._folder = folder.absolute()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the record's file, absolute.
+
+        Raises:
+            SpecError: the record was neither read from a file nor written to one.
+        """
+        if self._folder is None:
+            raise SpecError(f"this {type(self).__name__} lies in no folder: it has no file")
+        return self._folder
 
 
 R = TypeVar("R", bound=Record)
@@ -139,7 +160,8 @@ def _spec_error(
     value = "a hidden value" if name.endswith("_ref") else f"{first['input']!r:.200}"
     if first["type"] == "string_pattern_mismatch" and (form := _form(cls, location)):
         message = f"it must be {form}"
-    return SpecError(f"{said.get(name, f'{name} in {where}')}: {message}, but got {value}")
+    found = "" if "but got" in message else f", but got {value}"
+    return SpecError(f"{said.get(name, f'{name} in {where}')}: {message}{found}")
 
 
 def _known_keys(cls: type[Record], path: list[str]) -> list[str]:
@@ -174,7 +196,7 @@ def read_yaml(cls: type[R], path: Path) -> R:
 
 
 def read_json(cls: type[R], path: Path) -> R:
-    """Read one record that the program wrote.
+    """Read one record that the program wrote; a :class:`Located` one knows where.
 
     Raises:
         IntegrityError: the file is missing, truncated, or not such a record.
@@ -182,7 +204,7 @@ def read_json(cls: type[R], path: Path) -> R:
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise IntegrityError(f"{path} is larger than {MAX_TEXT_BYTES} bytes")
-        return cls.model_validate_json(path.read_bytes())
+        record = cls.model_validate_json(path.read_bytes())
     except OSError as error:
         raise IntegrityError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
@@ -191,6 +213,9 @@ def read_json(cls: type[R], path: Path) -> R:
         raise IntegrityError(
             f"{path} is not a valid {cls.__name__}: {place} {first['msg']}"
         ) from error
+    if isinstance(record, Located):
+        record.lies_in(path.parent)
+    return record
 
 
 def to_json(record: Record) -> bytes:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from edgeprune.int8_results import Int8Report
 from edgeprune.orderstats import percentile_overs
 from edgeprune.patterns import SparseWeights
 from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
-from edgeprune.records import Record
+from edgeprune.records import Located, Record
 from edgeprune.specs import FilePrecision, FormatName, Precision, Stamp
 
 P99_SAMPLES = 1000
@@ -439,8 +440,10 @@ class Gate(Record):
         return self
 
 
-class Report(Record):
-    """Everything a reader needs to believe the result, and to make it again."""
+class Report(Located):
+    """Everything a reader needs to believe the result, and to make it again; ``folder`` is that of the run."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     schema_version: Literal[1] = 1
     edgeprune_version: str
@@ -477,7 +480,12 @@ class Report(Record):
     versions: dict[str, str]
     settings: dict[str, str | int | float | bool | None]
     notes: tuple[str, ...]
-    bundle: str
+    bundle_name: str = Field(alias="bundle")  # in the folder of the run
     int8: Int8Report | None = None
     formats: FormatChoice | None = None
     sparsity: SparseWeights | None = None  # of the file that ships
+
+    @property
+    def bundle(self) -> Path:
+        """The folder of the bundle, absolute. SpecError as for ``folder``."""
+        return self.folder / self.bundle_name

@@ -5,11 +5,9 @@ Precedence of every setting: flag, then ``edgeprune.yaml``, then the target file
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
@@ -18,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from edgeprune.budgets import BudgetText, DropText
 from edgeprune.operators import WORDS
 from edgeprune.patterns import Sparsity
 from edgeprune.records import Record
@@ -161,20 +160,6 @@ class Quantization(Record):
         if plain.get("io", "") is None:
             del plain["io"]
         return plain
-
-
-def _budget_text(text: str) -> str:
-    parse_budget(text)
-    return text
-
-
-def _drop_text(text: str) -> str:
-    parse_drop(text)
-    return text
-
-
-BudgetText = Annotated[str, AfterValidator(_budget_text)]
-DropText = Annotated[str, AfterValidator(_drop_text)]
 
 
 class Target(Record):
@@ -438,62 +423,3 @@ class Workload(Record):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     license: Annotated[str, Field(pattern=SPDX)] | None = None
     version: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+-]{0,39}$")] | None = None
-
-
-class Budget(Record):
-    """A latency budget: absolute, or against the dense model in the precision that ships."""
-
-    text: str
-    kind: Literal["ms", "ratio"]
-    value: Annotated[float, Field(gt=0)]  # milliseconds, or the allowed share of the dense latency
-
-    def limit_ms(self, dense_ms: float) -> float:
-        """The budget in milliseconds, given the dense latency in the precision that ships."""
-        return self.value if self.kind == "ms" else self.value * dense_ms
-
-
-def parse_budget(text: str) -> Budget:
-    """Read ``15ms``, ``60%`` (of the dense latency) or ``2.5x`` (a speed-up).
-
-    Raises:
-        ValueError: any other form; zero; a share over 100 %; a speed-up under 1x.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|%|x)\s*", text)
-    if match is None:
-        raise ValueError(f"a latency budget must look like 15ms, 60% or 2.5x, but got {text!r}")
-    number, unit = float(match[1]), match[2]
-    if number <= 0 or (unit == "%" and number > 100) or (unit == "x" and number < 1):
-        raise ValueError(
-            f"a latency budget must be over 0ms, within 0-100%, or at least 1x, but got {text!r}"
-        )
-    if unit == "ms":
-        return Budget(text=text.strip(), kind="ms", value=number)
-    ratio = number / 100 if unit == "%" else 1 / number
-    return Budget(text=text.strip(), kind="ratio", value=ratio)
-
-
-def parse_duration(text: str) -> float:
-    """Read ``90s``, ``10min`` or ``1h`` as seconds.
-
-    Raises:
-        ValueError: any other form; under 1s or over 24h.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
-    if match is None:
-        raise ValueError(f"a duration must look like 90s, 10min or 1h, but got {text!r}")
-    seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
-    if not 1 <= seconds <= 24 * 3600:
-        raise ValueError(f"a duration must be between 1s and 24h, but got {text!r}")
-    return seconds
-
-
-def parse_drop(text: str) -> float:
-    """Read an allowed accuracy drop such as ``1%`` (one percentage point) as a ratio, 0.01.
-
-    Raises:
-        ValueError: not a percentage between 0 and 100.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
-    if match is None or float(match[1]) > 100:
-        raise ValueError(f"max_drop must be between 0% and 100%, such as 1%, but got {text!r}")
-    return float(match[1]) / 100

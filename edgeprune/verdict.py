@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgeprune.budgets import Budget
 from edgeprune.errors import FormatError
 from edgeprune.results import Artifact, Comparison, Gate, Measurement, SustainedRun, VariantRow
-from edgeprune.specs import Budget, Precision
+from edgeprune.specs import Precision
 
 MIN_DEVICE_AGREEMENT = (
     0.99  # of top classes between host and device; INT8 kernels may differ by one step

@@ -24,6 +24,7 @@ LAYERS = {
     "patterns": 0,
     "folders": 1,
     "orderstats": 0,
+    "budgets": 1,
     "specs": 1,
     "results": 1,
     "plan_results": 1,

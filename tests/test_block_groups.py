@@ -19,6 +19,7 @@ from zoo import conv_bn, head
 
 from edgeprune import formats, guarantee, planning, schedule, search
 from edgeprune.basis import Basis
+from edgeprune.budgets import parse_budget
 from edgeprune.compress.compensate import recalibrate_batchnorm, repaired
 from edgeprune.compress.divergence import AfterRepair
 from edgeprune.compress.evaluate import kl_nats, logits
@@ -32,7 +33,6 @@ from edgeprune.errors import FormatError, ModelError, SpecError
 from edgeprune.formats import Format
 from edgeprune.formats._resize import distinct_widths
 from edgeprune.progress import Silent
-from edgeprune.specs import parse_budget
 from edgeprune.stage_records import MeasuredTable, ScoresResult
 
 

@@ -18,18 +18,11 @@ from report_fixture import make_report
 from torch import nn
 
 from edgeprune import api, cli, errors, records
+from edgeprune.budgets import parse_budget, parse_drop
 from edgeprune.cli import main as edgeprune_main
 from edgeprune.options import Options
 from edgeprune.progress import Silent
-from edgeprune.specs import (
-    DeviceFile,
-    Preprocess,
-    Profile,
-    Target,
-    Workload,
-    parse_budget,
-    parse_drop,
-)
+from edgeprune.specs import DeviceFile, Preprocess, Profile, Target, Workload
 from edgeprune.workload import from_objects
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ from test_planning import FULL, Clock, Net, basis_of, table_of
 
 from edgeprune import guarantee, planning
 from edgeprune.basis import Basis
+from edgeprune.budgets import parse_budget
 from edgeprune.progress import Silent
-from edgeprune.specs import parse_budget
 
 
 class RemovableNet(Net):

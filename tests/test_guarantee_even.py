@@ -12,10 +12,10 @@ from test_planning import FULL, Clock, Net, basis_of, table_of
 
 from edgeprune import guarantee, planning, search
 from edgeprune.basis import Basis
+from edgeprune.budgets import parse_budget
 from edgeprune.errors import BudgetError
 from edgeprune.plan_results import PlanCheck
 from edgeprune.progress import Silent
-from edgeprune.specs import parse_budget
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from test_walltime_benchmark import small
 
 from edgeprune import api, guarantee, pipeline, planning, records
 from edgeprune.basis import Basis
+from edgeprune.budgets import parse_budget
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.options import Options, check_names, chosen_scope
 from edgeprune.plan_results import PruningPlan
@@ -26,7 +27,6 @@ from edgeprune.progress import Silent
 from edgeprune.report.explain import render_plan, render_search, render_search_html
 from edgeprune.search import Problem, alternatives, fastest, pareto, solve
 from edgeprune.search_results import SearchResult
-from edgeprune.specs import parse_budget
 from edgeprune.stage_records import PlanResult
 
 

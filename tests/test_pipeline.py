@@ -277,8 +277,8 @@ def test_the_python_api_takes_live_objects_and_returns_the_report(tmp_path, monk
         model,
         {"train": (x[:256], y[:256]), "development": tinynet.arrays()["development"]},
         target="this-machine",
-        latency="80%",
-        max_drop="30%",
+        latency=0.8,
+        max_drop=0.3,
         preprocess=Preprocess(color="grey"),
         labels=["flat", "rising", "upright", "falling"],
         settings=Workload(
@@ -303,7 +303,7 @@ def from_python(home: Path, **flags: Any) -> Report:
         "data.npz",
         weights="weights.safetensors",
         target="this-machine",
-        latency="80%",
+        latency=0.8,
         settings=records.read_yaml(Workload, home / "edgeprune.yaml"),
         run=home / "run",
         **flags,
@@ -319,6 +319,9 @@ def test_the_python_api_takes_a_factory_with_the_settings_of_a_project(
     found = from_python(home)
     # The same request as on the command line, so that nothing is done again.
     assert [s.name for s in found.stages if s.cached] == list(tinynet.STAGES)
+    assert found.folder == home / "run"
+    with edgeprune.load(found.bundle) as net:
+        assert net.predict(tinynet.arrays()["test"][0][:2]).shape == (2, tinynet.CLASSES)
 
 
 def test_the_python_api_takes_kernel_times_and_a_plan(deployed, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edgeprune import guarantee, planning
 from edgeprune.basis import Basis
+from edgeprune.budgets import parse_budget
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.devices.decide import Decision
 from edgeprune.errors import BudgetError, SpecError, UnknownName
@@ -23,7 +24,7 @@ from edgeprune.latency.predictor import LatencyModel
 from edgeprune.plan_results import FrozenGroup, LatencyModelQuality
 from edgeprune.progress import Progress, Silent
 from edgeprune.results import Block, Measurement, Telemetry
-from edgeprune.specs import Precision, parse_budget
+from edgeprune.specs import Precision
 from edgeprune.stage_records import MeasuredNets, MeasuredTable, PlanResult
 
 FULL = {"a": 64, "b": 96, "c": 128}

@@ -12,11 +12,11 @@ from report_fixture import make_report
 from test_verdict import artifact, found
 
 from edgeprune import conversion, shipping, stages
+from edgeprune.budgets import parse_budget
 from edgeprune.devices.board import open_board
 from edgeprune.devices.frames import Refusal
 from edgeprune.errors import EdgepruneError, FormatError, IntegrityError, MissingTool
 from edgeprune.runfolder import Stage
-from edgeprune.specs import parse_budget
 from edgeprune.stage_records import FinalQuality, PrunedFiles
 
 BOTH, INT8 = ("fp32", "int8"), ("int8",)

@@ -13,6 +13,7 @@ from sshd import matmul_file
 from test_verdict import found as measured_files
 
 from edgeprune import verdict
+from edgeprune.budgets import parse_budget, parse_duration
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import ModelFile
 from edgeprune.devices.plans import Timing, TimingPlan
@@ -24,7 +25,7 @@ from edgeprune.records import sha256_bytes
 from edgeprune.report import render_html, render_terminal
 from edgeprune.report.profile import render_profile
 from edgeprune.results import Block, ProfileReport, SustainedPoint, SustainedRun, Telemetry
-from edgeprune.specs import Device, parse_budget, parse_duration
+from edgeprune.specs import Device
 
 MODEL = ModelFile("pruned-int8", b"x", "int8", sha256_bytes(b"x"))
 ORT: dict[str, Any] = {"runtime": "onnxruntime", "threads": 1}

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from edgeprune import verdict
+from edgeprune.budgets import parse_budget
 from edgeprune.context import Context
 from edgeprune.errors import FormatError
 from edgeprune.results import Artifact, Block, Comparison, Measurement, Telemetry
-from edgeprune.specs import Precision, parse_budget
+from edgeprune.specs import Precision
 from edgeprune.verdict import Measured
 
 NAMES = ("dense-fp32", "dense-int8", "pruned-fp32", "pruned-int8")

@@ -12,6 +12,7 @@ import torch
 
 from edgeprune import guarantee, planning, records, search, stages
 from edgeprune.basis import Basis
+from edgeprune.budgets import parse_budget
 from edgeprune.closing import Prepared
 from edgeprune.compress import importance as importances
 from edgeprune.context import Context
@@ -20,7 +21,7 @@ from edgeprune.formats import Kernel
 from edgeprune.latency.predictor import LatencyModel
 from edgeprune.plan_results import LatencyModelQuality, PruningPlan
 from edgeprune.search import Problem
-from edgeprune.specs import Recovery, parse_budget
+from edgeprune.specs import Recovery
 from edgeprune.stage_records import ScoresResult
 from methods import torch_pruning
 from methods.candidate import Candidate, Method

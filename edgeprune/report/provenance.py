@@ -173,7 +173,7 @@ def command(report: Report) -> Markup:
         pairs(
             [
                 ("made", report.created),
-                ("bundle", report.bundle),
+                ("bundle", report.bundle_name),
                 ("schema", str(report.schema_version)),
             ]
         ),

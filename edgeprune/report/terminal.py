@@ -363,7 +363,7 @@ def _origin(page: Page, report: Report) -> None:
             (f"test, {k}", f"{quality_text(v, report.test_n)} of {report.test_n}")
             for k, v in report.test_quality.items()
         ),
-        ("bundle", report.bundle),
+        ("bundle", report.bundle_name),
         ("command", report.command),
     ]
     page.table(("", ""), rows, left=2)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from edgeprune import catalog, formats
+from edgeprune.budgets import parse_budget, parse_drop
 from edgeprune.records import read_yaml
-from edgeprune.specs import DeviceFile, Profile, Target, parse_budget, parse_drop
+from edgeprune.specs import DeviceFile, Profile, Target
 
 ROOT = Path(__file__).parents[2]
 TARGETS = sorted((ROOT / "targets").iterdir())
