@@ -15,6 +15,7 @@ from edgeprune.compress import importance as importances
 from edgeprune.compress import sparsity
 from edgeprune.context import Candidate, Context, Job, stand_in_runtime
 from edgeprune.devices.recording import as_recorded
+from edgeprune.enough import require_enough
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.explaining import plan_file, search_result
 from edgeprune.feasibility import plan_stages
@@ -244,6 +245,7 @@ def _planned(
     """All stages before training, in the run folder that ``deploy`` would go on with."""
     job = resolve(loaded, options)
     path = run_path(job, options)
+    require_enough(loaded.dataset)
     with RunFolder(path, progress) as run, pipeline.opened(job, progress, run) as context:
         records.write_json(pipeline.request(job), path / "run.json")
         yield context, plan_stages(context, run), path

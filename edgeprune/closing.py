@@ -24,6 +24,7 @@ from edgeprune.compress.pruned_file import save_pruned
 from edgeprune.compress.source import model_source
 from edgeprune.compress.structure import layer_widths, work
 from edgeprune.context import Context, Job
+from edgeprune.enough import coarse_note
 from edgeprune.errors import ModelError
 from edgeprune.formats import Resizable, golden_file
 from edgeprune.patterns import SparseWeights
@@ -271,9 +272,7 @@ class Closing:
         yield from self.planned.dense.result.notes
         yield from self.files.result.notes
         yield from boards_note(self.planned.table.result)
-        doubt = chance_note(self.context)
-        if doubt:
-            yield doubt
+        yield from data_notes(self.context)
         if self.recovered.result.interrupted:
             yield "the recovery was interrupted; the best epoch so far was kept"
         yield from self.context.board.notes
@@ -408,6 +407,13 @@ def _repro(job: Job, found: Report) -> dict[str, bytes]:
         git_changed=changed,
     )
     return repro_files(job.loaded.workload, record)
+
+
+def data_notes(context: Context) -> tuple[str, ...]:
+    """Warnings about what the development split can tell."""
+    job = context.job
+    coarse = coarse_note(len(job.loaded.dataset.development), job.max_drop)
+    return tuple(filter(None, (chance_note(context), coarse)))
 
 
 def chance_note(context: Context) -> str:

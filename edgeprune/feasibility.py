@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from edgeprune import conversion, guarantee, int8_types, planning, stages
-from edgeprune.closing import Planned, Prepared, chance_note, versions
+from edgeprune.closing import Planned, Prepared, data_notes, versions
 from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
 from edgeprune.errors import DeviceError
@@ -123,9 +123,8 @@ def dense_stage(context: Context, run: RunFolder, *, title: str = "") -> Stage[D
     int8_types.restore(context, dense.result.int8_types)
     entry = context.entry("dense", context.reference)
     say(f"      dense: {entry.metric} {entry.value:.2%} of {entry.n} development samples")
-    for line in (*context.prepared[1], *dense.result.notes, chance_note(context)):
-        if line:
-            say(f"      note: {line}")
+    for line in (*context.prepared[1], *dense.result.notes, *data_notes(context)):
+        say(f"      note: {line}")
     _, frozen = context.groups
     for kept in frozen:
         say(f"      kept whole: {', '.join(kept.layers[:2])}: {kept.reason}")

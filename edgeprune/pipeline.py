@@ -22,6 +22,7 @@ from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.store import MeasurementStore
+from edgeprune.enough import require_enough
 from edgeprune.errors import Busy, DeviceError, LinkLost, SpecError, Unreachable
 from edgeprune.feasibility import plan_stages
 from edgeprune.formats import FormatInfo
@@ -231,8 +232,10 @@ def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
 
     Raises:
         BudgetError: the budget is below what any structure reaches; found before training.
+        ModelError: a split has too few samples; found before anything is opened.
         ModelError, FormatError, DeviceError, SpecError: see the stages.
     """
+    require_enough(job.loaded.dataset)
     with RunFolder(run_path, progress) as run:
         records.write_json(request(job), run_path / "run.json")
         with opened(job, progress, run) as context:

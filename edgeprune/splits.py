@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgeprune.datasets import Dataset, Split
+from edgeprune.enough import share_to_draw
 from edgeprune.errors import ModelError
 from edgeprune.specs import Preprocess
 
@@ -108,7 +109,8 @@ def _checked_labels(
 def complete(given: Mapping[str, Split], *, where: str) -> tuple[Dataset, list[str]]:
     """The dataset, and notes on what was drawn.
 
-    ``selection`` and ``development``, where missing, are each drawn from ``train`` (a tenth of it, at least 1 and at most 3000 samples);
+    ``selection`` and ``development``, where missing, are each drawn from ``train`` (a tenth of it and at most 3000 samples, but 8 where
+    that leaves enough);
     when there is a ``val`` split they are its two halves instead. ``test`` is never drawn: without one it stays ``None``.
 
     Args:
@@ -175,7 +177,7 @@ def _draw(parts: dict[str, Split], wanted: list[str], where: str) -> None:
             f"train must have at least {len(wanted) + 1} samples to draw {' and '.join(wanted)} from,"
             f" but {where} has {len(train)}"
         )
-    each = min(MAX_DRAWN, max(1, len(train) // 10))
+    each = min(MAX_DRAWN, share_to_draw(len(train), len(wanted)))
     order = np.random.default_rng(DRAW_SEED).permutation(len(train))
     for position, name in enumerate(wanted):
         parts[name] = take(train, np.sort(order[position * each : (position + 1) * each]))

@@ -35,6 +35,7 @@ LAYERS = {
     "datasets": 2,
     "splits": 2,
     "factories": 2,
+    "enough": 2,
     "imagedata": 2,
     "discover": 2,
     "latency": 2,
