@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.imagedata import find_images
+from edgeprune.imagefolder import find
 
 _SKIPPED_FOLDERS = {"venv", "env", "node_modules", "build", "dist", "site-packages", "__pycache__"}
 _MODULE_BASES = {"Module", "Sequential", "LightningModule"}
@@ -148,7 +148,7 @@ def _image_folders(folder: Path) -> list[str]:
         inside = [p for parent in level for p in sorted(parent.iterdir()) if _may_hold_data(p)]
         level = []
         for path in inside:
-            classes = find_images(path)["train"]
+            classes = find(path, nested=False).files["train"]
             in_order = len(classes) > 1 or path.name.lower() in _DATA_FOLDERS
             if in_order and any(classes.values()):
                 found.append(path.relative_to(folder).as_posix())

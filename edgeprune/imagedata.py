@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import splits
+from edgeprune import imagefiles, imagefolder, splits
 from edgeprune.datasets import Dataset, Split
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.factories import call_factory, is_factory, one_line
 from edgeprune.specs import Preprocess
 
 MAX_RAW_BYTES = 4 * 1024**3
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,12 @@ def from_value(
         raw = {name: split for name, split in named.items() if split is not None}
     else:
         pairs = value if isinstance(value, Mapping) else {"train": value}
-        raw = {str(name): _pair(pair, f"{name} of {where}") for name, pair in pairs.items()}
+        raw = {}
+        for written, pair in pairs.items():
+            name = splits.canonical(str(written)) or str(written)
+            if name in raw:
+                raise ModelError(f"{where} must have each split once, but has two of {name}")
+            raw[name] = _pair(pair, f"{name} of {where}")
     return _finish(raw, preprocess, labels, where, [])
 
 
@@ -147,7 +151,11 @@ def read_npz(path: Path) -> dict[str, Any]:
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         split, part = _split_and_part(key, path)
-        pairs.setdefault(split, {})[part] = array
+        if part in pairs.setdefault(split, {}):
+            raise ModelError(
+                f"keys of {path} must differ, but {key!r} is a second {part} of {split}"
+            )
+        pairs[split][part] = array
     for split, parts in pairs.items():
         if "x" not in parts:
             raise ModelError(f"{path} has labels for {split} but no samples: add {split}_x")
@@ -155,11 +163,11 @@ def read_npz(path: Path) -> dict[str, Any]:
 
 
 def _split_and_part(key: str, path: Path) -> tuple[str, str]:
-    words = key.split("_")
+    words = key.lower().split("_")
     part = next((word for word in words if word in ("x", "y")), "")
     rest = [word for word in words if word != part]
-    split = rest[0] if rest else "train"
-    if not part or len(words) > 2 or split not in splits.ACCEPTED:
+    split = splits.canonical(rest[0]) if rest else "train"
+    if not part or len(words) > 2 or split is None:
         raise ModelError(
             f"keys of {path} must be x, y or <split>_x, <split>_y, but got {key!r}",
             hint=f"splits: {', '.join(splits.ACCEPTED)}",
@@ -175,70 +183,40 @@ def _require_room(n_bytes: int, where: str) -> None:
         )
 
 
-def find_images(folder: Path) -> dict[str, dict[str | None, list[Path]]]:
-    """Image files by split and class folder, each list sorted; class ``None`` where files lie flat, without labels.
-
-    A folder is read as splits when it has a ``train`` folder; else as class folders when it has any; else as flat files.
-    """
-    folders = _subfolders(folder)
-    if "train" in folders:
-        found = {name: _classes(path) for name, path in folders.items() if name in splits.ACCEPTED}
-    else:
-        found = {"train": _classes(folder)}
-    return found
-
-
-def _classes(folder: Path) -> dict[str | None, list[Path]]:
-    by_class: dict[str | None, list[Path]] = {}
-    for name, path in _subfolders(folder).items():
-        images = _images(path)
-        if images:
-            by_class[name] = images
-    return by_class or {None: _images(folder)}
-
-
-def _subfolders(folder: Path) -> dict[str, Path]:
-    inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return {p.name: p for p in inside}
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
-    )
-
-
 def from_folder(folder: Path, *, preprocess: Preprocess, labels: tuple[str, ...] | None) -> Data:
     """Checked splits of image files: ``<class>/<file>``, ``<split>/<class>/<file>``, or flat files without labels.
 
-    Class folders are numbered in text order, as torchvision's ``ImageFolder`` does, unless ``labels`` names them. Pixels are taken as
-    stored; a camera's rotation tag is not applied.
+    Class folders are numbered in text order and read with the folders below them, as torchvision's ``ImageFolder`` does, unless
+    ``labels`` names them; see :func:`edgeprune.imagefolder.find` and :func:`edgeprune.imagefiles.read_image`.
 
     Raises:
         ModelError: as :func:`load_data`.
     """
-    found = find_images(folder)
     if preprocess.kind != "image":
         raise ModelError(f"preprocess.kind must be image for image files, but is {preprocess.kind}")
+    looked = imagefolder.find(folder)
+    found = looked.files
+    imagefolder.check(looked)
     if not any(found["train"].values()):
+        others = looked.passed_over()
         raise ModelError(
-            f"data must have at least 3 training images, but {folder} has none",
-            hint=f"read are {' '.join(IMAGE_SUFFIXES)}, flat or in one folder for each class",
+            f"data must have at least 3 training images, but {folder} has none{f' (it holds {others})' if others else ''}",
+            hint=f"read are {' '.join(imagefolder.IMAGE_SUFFIXES)}, flat or in one folder for each class",
         )
     order, names, notes = _numbering(found, labels, folder)
     size = preprocess.size or _only_size(found, folder)
     channels = 1 if preprocess.color == "grey" else 3
     count = sum(len(files) for by_class in found.values() for files in by_class.values())
     _require_room(count * size[0] * size[1] * channels, str(folder))
+    losses = imagefiles.Losses()
     raw = {
-        split: _read_split(by_class, order, size, preprocess.color)
+        split: _read_split(by_class, order, size, preprocess.color, losses)
         for split, by_class in found.items()
         if any(by_class.values())
     }
+    losses.require_used_bits(str(folder))
     sized = preprocess.model_copy(update={"size": size})
-    return _finish(raw, sized, names, str(folder), notes)
+    return _finish(raw, sized, names, str(folder), [*notes, *looked.notes(), *losses.notes()])
 
 
 def _numbering(
@@ -277,7 +255,7 @@ def _only_size(
 ) -> tuple[int, int]:
     """The (height, width) that all image files share."""
     files = [p for by_class in found.values() for paths in by_class.values() for p in paths]
-    sizes = Counter(image_size(path) for path in files)
+    sizes = Counter(imagefiles.image_size(path) for path in files)
     if len(sizes) > 1:
         (common, _), (other, _) = sizes.most_common(2)
         raise ModelError(
@@ -287,44 +265,12 @@ def _only_size(
     return next(iter(sizes))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file, from its header.
-
-    Raises:
-        ModelError: the file is not an image.
-    """
-    from PIL import Image  # not needed where data comes as arrays
-
-    try:
-        with Image.open(path) as image:
-            return int(image.height), int(image.width)
-    except Exception as error:  # PIL raises many kinds for damaged files
-        raise ModelError(f"{path} cannot be read as an image: {one_line(error)}") from error
-
-
-def read_image(path: Path, size: tuple[int, int], color: str) -> np.ndarray:
-    """Pixels of an image file, ``uint8 [H, W]`` for grey and ``[H, W, 3]`` for rgb, resized bilinearly to ``size`` (height, width).
-
-    Raises:
-        ModelError: the file is not a whole image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            converted = image.convert("L" if color == "grey" else "RGB")
-    except Exception as error:  # PIL raises many kinds for damaged files
-        raise ModelError(f"{path} cannot be read as an image: {one_line(error)}") from error
-    if (converted.height, converted.width) != size:
-        converted = converted.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(converted, np.uint8)
-
-
 def _read_split(
     by_class: Mapping[str | None, list[Path]],
     order: dict[str, int],
     size: tuple[int, int],
     color: str,
+    losses: imagefiles.Losses,
 ) -> Split:
     files = [
         (path, None if name is None else order[name])
@@ -333,7 +279,7 @@ def _read_split(
     ]
     x = np.empty((len(files), *size, *(() if color == "grey" else (3,))), np.uint8)
     for row, (path, _) in enumerate(files):
-        x[row] = read_image(path, size, color)
+        x[row] = imagefiles.read_image(path, size, color, losses)
     labelled = None not in by_class
     y = np.array([number for _, number in files], np.int64) if labelled else None
     return Split(x, y)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgeprune import discover, imagedata
+from edgeprune import discover, imagedata, imagefiles, imagefolder
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.factories import call_factory, is_factory
 from edgeprune.records import atomic_path, read_yaml
@@ -154,16 +154,16 @@ def _look_at_array(x: np.ndarray) -> DataLook:
 
 
 def _look_at_images(folder: Path) -> DataLook:
-    by_class = imagedata.find_images(folder)["train"]
+    by_class = imagefolder.find(folder).files["train"]
     files = [path for paths in by_class.values() for path in paths]
     if not files:
         raise ModelError(f"{folder} has no training images")
     chosen = [files[i] for i in _spread(len(files))]
-    sizes = Counter(imagedata.image_size(path) for path in chosen)
+    sizes = Counter(imagefiles.image_size(path) for path in chosen)
     size = sizes.most_common(1)[0][0]
     color: Literal["rgb", "grey"] = "grey" if all(map(_is_grey, chosen[:50])) else "rgb"
     small = (min(size[0], MAX_SIDE), min(size[1], MAX_SIDE))
-    pixels = (imagedata.read_image(path, small, color) for path in chosen)
+    pixels = (imagefiles.read_image(path, small, color) for path in chosen)
     mean, std = _moments(pixels, 1 if color == "grey" else 3)
     labels = tuple(sorted(name for name in by_class if name is not None))
     return DataLook("image", color, size, mean, std, labels, len(sizes))
@@ -173,7 +173,7 @@ def _is_grey(path: Path) -> bool:
     from PIL import Image  # not needed where data comes as arrays
 
     with Image.open(path) as image:
-        return image.mode in ("1", "L", "LA", "I", "I;16", "F")
+        return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
 
 
 def _moments(

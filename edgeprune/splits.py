@@ -21,6 +21,14 @@ ACCEPTED = (*NAMES, *_VALIDATION)
 MAX_DRAWN = 3000
 DRAW_SEED = 0
 DIGEST_BYTES = 256 * 1024 * 1024
+_ALIASES = {"training": "train", "testing": "test"}
+
+
+def canonical(name: str) -> str | None:
+    """The accepted name of a split that is written as ``Train``, ``training`` or ``VAL``; ``None`` for another name."""
+    lower = name.lower()
+    known = _ALIASES.get(lower, lower)
+    return known if known in ACCEPTED else None
 
 
 def checked(
@@ -54,11 +62,25 @@ def _checked_samples(x: np.ndarray, preprocess: Preprocess, where: str) -> np.nd
     if x.dtype != np.uint8:
         raise ModelError(
             f"x must be uint8 images or floating-point arrays, but {where} is {x.dtype}",
-            hint="use x.astype('uint8') for pixels of 0-255",
+            hint=_pixel_hint(x),
         )
     if preprocess.kind == "image":
         _check_images(x, preprocess, where)
     return np.ascontiguousarray(x)
+
+
+def _pixel_hint(x: np.ndarray) -> str | None:
+    """How to make ``uint8`` of other whole numbers without clipping them."""
+    if x.dtype == bool:
+        return "use 255 * x.astype('uint8')"
+    if not np.issubdtype(x.dtype, np.integer):
+        return None
+    low, high = int(x.min()), int(x.max())
+    if low >= 0 and high <= 255:
+        return "use x.astype('uint8') for pixels of 0-255"
+    if low >= 0 and high <= 65535:
+        return f"its highest value is {high}: use (x >> 8).astype('uint8') for pixels of 0-65535"
+    return f"its values are {low} to {high}: scale them to 0-255, or give floats as the model wants them"
 
 
 def _check_images(x: np.ndarray, preprocess: Preprocess, where: str) -> None:

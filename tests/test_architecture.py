@@ -37,6 +37,8 @@ LAYERS = {
     "factories": 2,
     "enough": 2,
     "imagedata": 2,
+    "imagefiles": 2,
+    "imagefolder": 2,
     "discover": 2,
     "latency": 2,
     "search": 2,
@@ -93,7 +95,7 @@ PLAIN = {
     "edgeprune",
 }  # all that layers 0 to 2 need beside Python itself
 # Imported where they are used: rich draws the bars, PIL opens image files, click writes to the terminal.
-ALSO_PLAIN = {("progress", "rich"), ("imagedata", "PIL"), ("console", "click")}
+ALSO_PLAIN = {("progress", "rich"), ("imagefiles", "PIL"), ("console", "click")}
 # What runs on a board without edgeprune: the runtimes it times, and the arrays they take.
 ON_BOARD = {
     "numpy",

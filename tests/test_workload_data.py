@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgeprune import imagedata, splits
+from edgeprune import imagefiles, splits
 from edgeprune.datasets import Split
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.imagedata import from_value, load_data
@@ -95,7 +95,7 @@ def test_images_are_resized_and_converted_to_the_recorded_form(tmp_path: Path) -
 
 def test_a_resize_is_bilinear(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png", np.array([[0, 100]], np.uint8))
-    pixels = imagedata.read_image(tmp_path / "a.png", (1, 4), "grey")
+    pixels = imagefiles.read_image(tmp_path / "a.png", (1, 4), "grey")
     assert pixels.tolist() == [[0, 25, 75, 100]]
 
 
