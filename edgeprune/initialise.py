@@ -154,7 +154,9 @@ def _look_at_array(x: np.ndarray) -> DataLook:
 
 
 def _look_at_images(folder: Path) -> DataLook:
-    by_class = imagefolder.find(folder).files["train"]
+    found = imagefolder.find(folder)
+    imagefolder.check(found)
+    by_class = found.files["train"]
     files = [path for paths in by_class.values() for path in paths]
     if not files:
         raise ModelError(f"{folder} has no training images")

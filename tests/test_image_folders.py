@@ -11,6 +11,7 @@ from PIL import Image
 
 from edgeprune.errors import ModelError
 from edgeprune.imagedata import Data, from_value, load_data
+from edgeprune.initialise import look_at
 from edgeprune.specs import Preprocess
 
 GREY = Preprocess(color="grey")
@@ -239,3 +240,11 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(ModelError, match="cat cannot be read: Permission denied"):
         read(tmp_path)
+
+
+def test_init_refuses_the_same_folders(tmp_path: Path) -> None:
+    put(tmp_path / "set" / "train" / "cat", 3)
+    with pytest.raises(ModelError, match="as its only class"):
+        look_at(".", tmp_path)
+    put(tmp_path / "set" / "train" / "dog" / "husky", 3)
+    assert look_at("set", tmp_path).labels == ("cat", "dog")
