@@ -196,7 +196,7 @@ def from_folder(folder: Path, *, preprocess: Preprocess, labels: tuple[str, ...]
         raise ModelError(f"preprocess.kind must be image for image files, but is {preprocess.kind}")
     looked = imagefolder.find(folder)
     found = looked.files
-    imagefolder.check(looked)
+    imagefolder.check(looked, are_named=labels is not None)
     if not any(found["train"].values()):
         others = looked.passed_over()
         raise ModelError(

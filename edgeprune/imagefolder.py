@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,12 +48,15 @@ class Found:
         return ", ".join(kinds + ([f"{more} others"] if more else []))
 
     def notes(self) -> list[str]:
-        """What the user must know of the files that were passed over, or taken in another way than they may think, one line each."""
+        """What the user must know of the files that were passed over, or taken in another way than they may think, one line each.
+
+        They go into reports and bundles, so they have no path of this machine.
+        """
         others = self.passed_over()
-        lines = [f"files of {self.folder} that were not read: {others}"] if others else []
+        lines = [f"files that were not read: {others}"] if others else []
         for name, count in sorted(self.outside.items()):
-            where = f"{name}, which is no split," if name else f"{self.folder} beside the splits"
-            lines.append(f"images in {where} were not read: {count}")
+            where = f"in {name}, which is no split," if name else "beside the splits"
+            lines.append(f"images {where} were not read: {count}")
         for split, count in sorted(self.beside.items()):
             lines.append(
                 f"images beside the class folders of {split} have no class and were not read: {count}"
@@ -61,6 +64,8 @@ class Found:
         return [*lines, *self._taken_otherwise()]
 
     def _taken_otherwise(self) -> Iterator[str]:
+        if self.empty:
+            yield f"class folders without an image that is read: {len(self.empty)}, such as {self.empty[0]}"
         for name, count in self.nested.most_common(1):
             total = sum(self.nested.values())
             such = f", such as {count} in {name}" if total > count else f" in {name}"
@@ -72,6 +77,8 @@ class Found:
         for split, by_class in self.files.items():
             if labelled and (flat := by_class.get(None)):
                 yield f"{split} has no class folders, so its images have no labels: {len(flat)}"
+            if not any(by_class.values()):
+                yield f"{split} has no image that is read, and is left out"
 
 
 def find(folder: Path, *, nested: bool = True) -> Found:
@@ -93,10 +100,8 @@ def find(folder: Path, *, nested: bool = True) -> Found:
         _sort_into(found, split, place, nested)
     if places == {"train": folder}:
         return found
-    for path in _files(folder, levels=None if nested else 1):
+    for path in _files(folder, levels=None if nested else 1, leave_out=places.values()):
         parts = path.relative_to(folder).parts
-        if folder / parts[0] in places.values():
-            continue
         if _kind(path) is not None:
             _count(found, "", "", path)
         else:
@@ -167,11 +172,20 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _files(
-    folder: Path, *, levels: int | None, above: frozenset[str] = frozenset()
+    folder: Path,
+    *,
+    levels: int | None,
+    leave_out: Collection[Path] = (),
+    above: frozenset[str] = frozenset(),
 ) -> Iterator[Path]:
-    """All that is no folder in a folder and the folders below it, down to some levels; a link back to a folder above is not followed."""
+    """All that is no folder in a folder and the folders below it, down to some levels; a link back to a folder above is not followed.
+
+    Hidden folders are given as they are; folders of the folder itself that are to be left out are not looked into.
+    """
     above |= {os.path.realpath(folder)}
     for path in _entries(folder):
+        if path in leave_out:
+            continue
         if not path.is_dir() or path.name.startswith("."):
             yield path
         elif levels == 1:
@@ -180,8 +194,12 @@ def _files(
             yield from _files(path, levels=None if levels is None else levels - 1, above=above)
 
 
-def check(found: Found) -> None:
+def check(found: Found, *, are_named: bool = False) -> None:
     """Nothing, when the folders are what they seem to be: classes with images, and no splits among them.
+
+    Args:
+        found: what was found.
+        are_named: whether the user names the classes, so that a folder without images moves no number.
 
     Raises:
         ModelError: otherwise; says which folder.
@@ -205,12 +223,12 @@ def check(found: Found) -> None:
             f"a folder with splits must have train, but {found.folder} has only {', '.join(classes)}",
             hint=f"splits: {', '.join(splits.ACCEPTED)}",
         )
-    if found.empty:
+    if found.empty and not are_named:
         name = found.empty[0]
         others = found.passed_over("train", name) or "nothing"
         raise ModelError(
             f"every class folder must have images, but {found.train / name} has none of the types that are read (it holds {others})",
-            hint=f"remove the folder, or save its images as one of {' '.join(IMAGE_SUFFIXES)}",
+            hint=f"remove the folder, name the classes with labels, or save as one of {' '.join(IMAGE_SUFFIXES)}",
         )
 
 

@@ -140,6 +140,16 @@ def test_a_folder_beside_the_splits_is_said_to_be_left_out(tmp_path: Path) -> No
     assert noted(data, "1 .csv")
 
 
+def test_a_split_without_a_readable_image_is_said_to_be_left_out(tmp_path: Path) -> None:
+    put(tmp_path / "train" / "a", 12)
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    (tmp_path / "test" / "a" / "0.heic").write_bytes(b"?")
+    data = read(tmp_path)
+    assert data.dataset.test is None
+    assert noted(data, "test has no image that is read, and is left out")
+    assert not any(str(tmp_path) in note for note in data.notes)  # bundles repeat them
+
+
 def test_a_split_without_class_folders_is_said_to_have_no_labels(tmp_path: Path) -> None:
     for name in ("train/a", "train/b"):
         put(tmp_path / name, 12)
@@ -196,6 +206,10 @@ def test_a_class_folder_without_a_readable_image_is_refused_with_what_it_holds(
         (tmp_path / "dog" / f"{i}.heic").write_bytes(b"?")
     with pytest.raises(ModelError, match=r"\(it holds 3 \.heic\)"):
         read(tmp_path)
+    data = read(tmp_path, labels=("cat", "dog", "eel"))  # then no number moves
+    assert set(values_by_class(data)) == {0, 2}
+    assert noted(data, "without an image that is read: 1, such as dog")
+    assert noted(data, "3 .heic")
 
 
 def test_a_class_that_only_another_split_lacks_is_fine(tmp_path: Path) -> None:
