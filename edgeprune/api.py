@@ -21,6 +21,7 @@ from edgeprune.explaining import plan_file, search_result
 from edgeprune.feasibility import plan_stages
 from edgeprune.options import (
     Options,
+    check_paths,
     check_sparsity,
     check_tables,
     chosen_device,
@@ -53,6 +54,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         IntegrityError: the file of kernel times is damaged.
     """
     workload = loaded.workload
+    check_paths(options)
     target = chosen_target(options, workload)
     profile = catalog.profile(target.profile)
     check_sparsity(workload, target)
@@ -215,7 +217,8 @@ def _loaded(
     """The workload of a module or of a factory that is named; what was given goes before the settings."""
     if not isinstance(model, str):
         return from_objects(model, data, settings=settings, **given)
-    record = settings or Workload(model=model, data=str(data))
+    named = {"model": model, "data": str(data)}
+    record = settings or records.parse(Workload, named, where="deploy()")
     changes = {"model": model, "weights": weights, "data": str(data), **given}
     return load_workload(record.model_copy(update=changes), Path.cwd())
 

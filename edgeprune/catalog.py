@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from edgeprune.errors import SpecError, UnknownName
+from edgeprune.paths import user_folder
 from edgeprune.patterns import PATTERN_FACT
 from edgeprune.records import read_yaml
 from edgeprune.specs import Device, DeviceFile, Profile, Target
@@ -210,10 +211,8 @@ def devices_file() -> Path | None:
 
 
 def _config_dir() -> Path:
-    """The user's config folder. The XDG base directory rules say to ignore a relative ``XDG_CONFIG_HOME``."""
-    root = os.environ.get("XDG_CONFIG_HOME", "")
-    base = Path(root) if Path(root).is_absolute() else Path("~/.config").expanduser()
-    return base / "edgeprune"
+    """The user's config folder."""
+    return user_folder("XDG_CONFIG_HOME", ".config")
 
 
 def _shipped(kind: str) -> Path:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from edgeprune.cli_options import GivenPath
 from edgeprune.console import plain
 from edgeprune.errors import SpecError
 
 
 @click.command(short_help="Check a bundle, here and on devices.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=GivenPath())
 @click.option(
     "--device",
     "-d",
@@ -22,7 +23,7 @@ from edgeprune.errors import SpecError
 )
 @click.option(
     "--key",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=GivenPath(dir_okay=False),
     help="Public key of its maker (PEM or OpenSSH, Ed25519): the bundle must carry its signature.",
 )
 @click.option(
@@ -75,7 +76,7 @@ def bundle() -> None:
 
 
 @bundle.command(short_help="Sign a bundle; prints the public key.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=GivenPath())
 @click.option(
     "--key", required=True, help="Private Ed25519 key: a file of mode 0600, env:NAME or file:/path."
 )
@@ -88,7 +89,7 @@ def sign(folder: Path, key: str) -> None:
 
 
 @bundle.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", type=GivenPath(file_okay=False))
 def schema(folder: Path) -> None:
     """Write the JSON Schemas of the files in a bundle into FOLDER."""
     from edgeprune.bundle.schemas import schema_files

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeprune.cli_entries import add, rekey, remove
+from edgeprune.cli_options import GivenPath
 from edgeprune.console import plain, print_list
 from edgeprune.errors import Busy, DeviceError, SpecError
 
@@ -138,7 +139,7 @@ def _open(name: str, *, exclusive: bool) -> Board:
 )
 @click.option(
     "--wheels",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=GivenPath(file_okay=False, exists=True),
     help="Folder with wheels, for a computer without a network.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")

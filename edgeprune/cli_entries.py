@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeprune.cli_options import GivenPath
 from edgeprune.console import plain
 from edgeprune.errors import HostKeyMismatch, SpecError, UnknownName
 
@@ -28,7 +29,7 @@ _name = click.argument("name")
 _file = click.option(
     "--file",
     "file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=GivenPath(dir_okay=False),
     help="The devices file; default: ./devices.yaml, else the one in the user's config folder.",
 )
 

@@ -9,10 +9,25 @@ from typing import Any
 
 import click
 
+from edgeprune.paths import located
+
 # Keys under ``recovery`` that have a flag.
 SCHEDULE = ("epochs", "steps", "start", "rewind_weights", "sparsity")
 
 Command = Callable[..., Any]
+
+
+class GivenPath(click.Path):
+    """A path that can be used, there or not; ``~`` is the home folder also where the shell has left it."""
+
+    def __init__(self, **rules: Any) -> None:
+        super().__init__(path_type=Path, **rules)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path. Raises as :func:`edgeprune.paths.located`, and click's own error for a rule that it breaks."""
+        what = "the path" if param is None else (param.opts or [param.name or ""])[0]
+        found: Path = super().convert(located(value, what=what), param, ctx)  # type: ignore[assignment]
+        return found
 
 
 def model_options(command: Command) -> Command:
@@ -48,7 +63,7 @@ def model_options(command: Command) -> Command:
         ),
         click.option(
             "--record",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=GivenPath(dir_okay=False),
             help="Record all that the device answers, for a replay device (*.epr).",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
@@ -72,18 +87,18 @@ def budget_options(command: Command) -> Command:
         ),
         click.option(
             "--tables",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=GivenPath(dir_okay=False),
             help="File of kernel times of this board, used and added to; default: what this computer timed in"
             " the last 7 days (none with EDGEPRUNE_NO_CACHED_TIMES=1).",
         ),
         click.option(
             "--run",
-            type=click.Path(path_type=Path),
+            type=GivenPath(),
             help="Folder for all results; default runs/<target>-<digest>.",
         ),
         click.option(
             "--resume",
-            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            type=GivenPath(exists=True, file_okay=False),
             help="Go on with the run in this folder.",
         ),
     ]

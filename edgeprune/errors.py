@@ -30,6 +30,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_SHOWN = 100  # characters of a name or value that a message shows
+
 
 class EdgepruneError(Exception):
     """Base of all intended errors.
@@ -160,3 +162,14 @@ class IntegrityError(EdgepruneError):
     """A file is not what its digest or schema says."""
 
     exit_code = 7
+
+
+def reason_of(error: Exception) -> str:
+    """Why a path or a file cannot be used, in the words of the system."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A name for one line of an error, with its end cut off where it is very long."""
+    text = str(value)
+    return text if len(text) <= 3 * MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"

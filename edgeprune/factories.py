@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from edgeprune.errors import ModelError, SpecError, UnknownName
+from edgeprune.paths import located
 
 _FACTORY = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -60,7 +61,7 @@ def call_factory(text: str, base: Path, *, key: str) -> Made:
         )
     place, name = match["place"], match["name"]
     is_file = place.endswith(".py")
-    path = (base / Path(place).expanduser()).resolve()
+    path = located(place, base, what=key).resolve() if is_file else base
     if is_file and not path.is_file():
         raise SpecError(f"{key} names {place}, but there is no such file in {base.resolve()}")
     folder = path.parent if is_file else base.resolve()

@@ -6,7 +6,6 @@ Notation: ``N`` samples, ``H`` and ``W`` height and width, ``C`` channels.
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from edgeprune import imagefiles, imagefolder, splits
 from edgeprune.datasets import Dataset, Split
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.factories import call_factory, is_factory, one_line
+from edgeprune.paths import located
 from edgeprune.specs import Preprocess
 
 MAX_RAW_BYTES = 4 * 1024**3
@@ -49,7 +49,7 @@ def load_data(
         SpecError: ``text`` names nothing that is there.
         ModelError: the data is empty, over 4 GiB raw, unreadable, or breaks a rule; says which.
     """
-    path = base / Path(text).expanduser()
+    path = located(text, base, what="data")
     if path.is_dir():
         return from_folder(path, preprocess=preprocess, labels=labels)
     if path.is_file() and path.suffix == ".npz":
@@ -142,7 +142,9 @@ def read_npz(path: Path) -> dict[str, Any]:
             _require_room(sum(entry.file_size for entry in archive.infolist()), str(path))
         with np.load(path, allow_pickle=False) as content:
             arrays = {key: content[key] for key in content.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy have errors of many types for damage
         pickled = "pickle" in str(error).lower()
         problem = "holds pickled objects, which are not read" if pickled else "is not a whole .npz"
         raise ModelError(

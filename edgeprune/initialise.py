@@ -18,6 +18,7 @@ import numpy as np
 from edgeprune import discover, imagedata, imagefiles, imagefolder
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.factories import call_factory, is_factory
+from edgeprune.paths import located
 from edgeprune.records import atomic_path, read_yaml
 from edgeprune.specs import Workload
 
@@ -111,7 +112,7 @@ def look_at(data: str, folder: Path) -> DataLook:
         SpecError: ``data`` names nothing that is there.
         ModelError: it cannot be read, or has no training samples.
     """
-    path = folder / Path(data).expanduser()
+    path = located(data, folder, what="data")
     if path.is_dir():
         return _look_at_images(path)
     if path.is_file() and path.suffix == ".npz":

@@ -19,6 +19,7 @@ from edgeprune.devices import quarantine
 from edgeprune.devices.recording import check_recordable, origin_of
 from edgeprune.errors import FormatError, SpecError, UnknownName
 from edgeprune.latency.kernel_times import read_times
+from edgeprune.paths import located
 from edgeprune.plan_results import Scope
 from edgeprune.records import read_yaml
 from edgeprune.search_results import PlanFile, check_widths
@@ -237,6 +238,18 @@ def given_widths(options: Options, target: str) -> dict[str, int] | None:
     return plan.widths
 
 
+def check_paths(options: Options) -> None:
+    """Nothing, when every path of a request can be used, whether or not there is a file.
+
+    Raises:
+        SpecError: as :func:`edgeprune.paths.located`.
+    """
+    for name in ("run", "resume", "record", "plan", "tables"):
+        path: Path | None = getattr(options, name)
+        if path is not None:
+            located(path, what=f"--{name}")
+
+
 def check_tables(options: Options) -> None:
     """Nothing, when the file of kernel times can be used, does not exist yet, or none was named.
 
@@ -255,11 +268,12 @@ def check_names(options: Options, workload: Workload) -> None:
     """Fail on a wrong target, device, format or gate before any model or data is loaded.
 
     Raises:
-        SpecError, UnknownName: as :func:`chosen_target`, :func:`chosen_formats`, :func:`check_sparsity`, :func:`chosen_gates`,
-            :func:`chosen_sustained` and :func:`chosen_scope`; no device has the name.
+        SpecError, UnknownName: as :func:`check_paths`, :func:`chosen_target`, :func:`chosen_formats`, :func:`check_sparsity`,
+            :func:`chosen_gates`, :func:`chosen_sustained` and :func:`chosen_scope`; no device has the name.
         FormatError: as :func:`check_format`.
         IntegrityError: the recording to replay, or to go on with, or the file of kernel times is damaged.
     """
+    check_paths(options)
     target = chosen_target(options, workload)
     _, device, _ = chosen_device(options, workload, target)
     check_format(chosen_formats(options, workload, target)[0])

@@ -18,11 +18,21 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
-from edgeprune.errors import EdgepruneError, IntegrityError, NoSpace, SpecError, UnknownName
+from edgeprune.errors import (
+    MAX_SHOWN,
+    EdgepruneError,
+    IntegrityError,
+    NoSpace,
+    SpecError,
+    UnknownName,
+    reason_of,
+    shown,
+)
 
 MAX_TEXT_BYTES = 256 * 1024 * 1024
 MAX_YAML_BYTES = 1024 * 1024
 MAX_YAML_DEPTH = 32
+MAX_NUMBER_CHARS = 64  # no key takes more, and one of many digits costs minutes to work out
 
 
 class Record(BaseModel):
@@ -58,7 +68,21 @@ R = TypeVar("R", bound=Record)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a repeated key is an error instead of the last one winning."""
+    """PyYAML's safe loader, but a repeated key is an error instead of the last one winning, and whatever cannot be read has its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """What a node stands for; of ``!!int x`` and its like, PyYAML's own constructors raise errors of many types."""
+        is_number = node.tag.endswith((":int", ":float"))
+        if is_number and len(node.value) > MAX_NUMBER_CHARS:
+            text = f"a number must have at most {MAX_NUMBER_CHARS} characters, but this has {len(node.value)}"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:
+            text = f"{node.value!r:.{MAX_SHOWN}} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -86,11 +110,11 @@ def load_yaml(path: Path) -> Any:
         SpecError: the file is missing, too large (1 MiB), too deep (32 levels), not YAML, uses aliases or tags, or repeats a key.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise SpecError(f"cannot read {path}: {error.strerror}") from error
+        raw = _read(path, MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:  # a ValueError is a path that none can have
+        raise SpecError(f"cannot read {shown(path)}: {reason_of(error)}") from error
     if len(raw) > MAX_YAML_BYTES:
-        raise SpecError(f"{path} must be at most {MAX_YAML_BYTES} bytes, but has {len(raw)}")
+        raise SpecError(f"{path} must be at most {MAX_YAML_BYTES} bytes, but has more")
     try:
         text = raw.decode("utf-8")
         _check_events(text, path)
@@ -98,11 +122,25 @@ def load_yaml(path: Path) -> Any:
         return yaml.load(text, _UniqueKeyLoader)  # noqa: S506
     except UnicodeDecodeError as error:
         raise SpecError(f"{path} is not UTF-8 text") from error
-    except yaml.YAMLError as error:
+    except EdgepruneError:
+        raise
+    except Exception as error:  # PyYAML has errors of its own, and lets those of Python through
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise SpecError(f"{path}{line} is not valid: {problem}") from error
+        raise SpecError(f"{path}{line} is not valid: {_problem(error)}") from error
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Content of a file, and no more of it than shows that it is over the limit: some never end, such as ``/dev/zero``."""
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        return stream.read((size if 0 < size < limit else limit) + 1)
+
+
+def _problem(error: Exception) -> str:
+    """The first line of what is wrong with a text."""
+    lines = str(getattr(error, "problem", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _check_events(text: str, path: Path) -> None:
@@ -136,8 +174,8 @@ def parse(cls: type[R], value: Any, *, where: str, said: Mapping[str, str] | Non
         return cls.model_validate_json(json.dumps(value))
     except ValidationError as error:
         raise _spec_error(cls, error, where, said or {}) from error
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{where} must be plain data with text keys: {error}") from error
+    except Exception as error:  # what is not JSON, however deep, and a record's own rules
+        raise SpecError(f"{where} must be plain data with text keys: {_problem(error)}") from error
 
 
 def _spec_error(
@@ -147,7 +185,7 @@ def _spec_error(
     errors = error.errors(include_url=False)
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in first["loc"]]
-    name = ".".join(location) or "the document"
+    name = shown(".".join(location) or "the document")
     if first["type"] == "extra_forbidden":
         return UnknownName("key", name, _known_keys(cls, location[:-1]), where=where)
     if first["type"] == "missing":
@@ -202,17 +240,21 @@ def read_json(cls: type[R], path: Path) -> R:
         IntegrityError: the file is missing, truncated, or not such a record.
     """
     try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise IntegrityError(f"{path} is larger than {MAX_TEXT_BYTES} bytes")
-        record = cls.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise IntegrityError(f"cannot read {path}: {error.strerror}") from error
+        content = _read(path, MAX_TEXT_BYTES)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"cannot read {shown(path)}: {reason_of(error)}") from error
+    if len(content) > MAX_TEXT_BYTES:
+        raise IntegrityError(f"{path} is larger than {MAX_TEXT_BYTES} bytes")
+    try:
+        record = cls.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise IntegrityError(
-            f"{path} is not a valid {cls.__name__}: {place} {first['msg']}"
+            f"{path} is not a valid {cls.__name__}: {shown(place)} {first['msg']}"
         ) from error
+    except Exception as error:  # a record's own rules, on figures that fit no other
+        raise IntegrityError(f"{path} is not a valid {cls.__name__}: {_problem(error)}") from error
     if isinstance(record, Located):
         record.lies_in(path.parent)
     return record

@@ -20,6 +20,7 @@ from edgeprune import imagedata, intake
 from edgeprune.datasets import Dataset, model_input
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.factories import call_factory, one_line
+from edgeprune.paths import located
 from edgeprune.records import sha256_file
 from edgeprune.specs import Preprocess, Workload
 
@@ -125,7 +126,7 @@ def from_objects(
 
 
 def _weights_file(key: str, name: str, base: Path) -> dict[str, torch.Tensor]:
-    path = base / Path(name).expanduser()
+    path = located(name, base, what=key)
     if not path.is_file():
         raise SpecError(f"{key} names {name}, but there is no such file in {base}")
     return intake.read_weights(path)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -20,6 +20,7 @@ from edgeprune.compress.surgery import Removed, remove_block
 from edgeprune.errors import IntegrityError, ModelError, SpecError
 from edgeprune.factories import call_factory
 from edgeprune.intake import prepare
+from edgeprune.paths import located
 
 # What says how wide a layer is; surgery changes nothing else about a module.
 WIDTHS = (
@@ -82,7 +83,7 @@ def load_pruned(factory: Callable[[], nn.Module] | str, file: Path | str) -> nn.
         IntegrityError: the file is damaged, or is not one of a pruned model.
         ModelError: the factory builds another model than the one that was pruned.
     """
-    path = Path(file)
+    path = located(file, what="file")
     spec, tensors = _read(path)
     built = (
         call_factory(factory, Path.cwd(), key="model").value
@@ -144,7 +145,9 @@ def _read(path: Path) -> tuple[PrunedSpec, dict[str, Tensor]]:
                 )
             spec = PrunedSpec.model_validate_json(text)
             return spec, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (SafetensorError, ValidationError, OSError) as error:
+    except IntegrityError:
+        raise
+    except Exception as error:  # the library leaves unknown types and sizes to Python and torch
         raise IntegrityError(f"{path} is damaged, or not the file of a pruned model") from error
 
 

@@ -418,7 +418,7 @@ class Board:
         _, answer = self.request("infer", fields, blob.getvalue(), work_s=LINK_S + 15 * expected_s)
         try:
             outputs = np.load(io.BytesIO(answer), allow_pickle=False)
-        except (ValueError, EOFError, OSError, MemoryError) as error:
+        except Exception as error:  # numpy has errors of many types for damage
             raise DeviceError(f"device {self.name!r} sent outputs that are no array") from error
         is_array = isinstance(outputs, np.ndarray) and outputs.dtype == np.float32
         self._expect(is_array and outputs.ndim >= 1, "outputs that are not float32")

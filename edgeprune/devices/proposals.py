@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from edgeprune.devices.replies import Hello
 from edgeprune.errors import SpecError
+from edgeprune.paths import located
 
 DEFAULT_KEY = "~/.ssh/id_ed25519"
 # What /proc/device-tree/model says, and the target for it. The 64-bit ones need runtimes that are not made for 32 bits.
@@ -89,7 +90,7 @@ def login_method(
         return {"method": "agent", "key_fingerprint": agent_key}
     if password_ref is not None:
         return {"method": "password", "password_ref": password_ref}
-    if key is None and not Path(DEFAULT_KEY).expanduser().is_file():
+    if key is None and not located(DEFAULT_KEY, what="--key").is_file():
         raise SpecError(
             f"a way to log in must be given, as there is no {DEFAULT_KEY}",
             hint="add --key FILE, --agent-key SHA256:..., or --password-ref env:NAME",
@@ -102,7 +103,7 @@ def login_method(
 
 def _from_anywhere(path: str) -> str:
     """A path that means the same from every folder: from the home folder where it lies in it, else from the root."""
-    absolute = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - a link stays a link
+    absolute = Path(os.path.abspath(located(path, what="--key")))  # noqa: PTH100 - a link stays a link
     home = Path.home()
     if absolute.is_relative_to(home):
         return f"~/{absolute.relative_to(home).as_posix()}"

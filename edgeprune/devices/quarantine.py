@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgeprune.errors import IntegrityError
+from edgeprune.paths import user_folder
 from edgeprune.records import Record, read_json, write_json
 
 MAX_REASON = 300  # characters
@@ -33,10 +34,8 @@ class _File(Record):
 
 
 def path() -> Path:
-    """The file. The XDG base directory rules say to ignore a relative ``XDG_STATE_HOME``."""
-    root = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(root) if Path(root).is_absolute() else Path("~/.local/state").expanduser()
-    return base / "edgeprune" / "quarantine.json"
+    """The file."""
+    return user_folder("XDG_STATE_HOME", ".local/state") / "quarantine.json"
 
 
 def entries() -> dict[str, Entry]:

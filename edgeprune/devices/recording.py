@@ -23,7 +23,8 @@ from edgeprune.devices.agent_file import agent_digest
 from edgeprune.devices.exchanges import FrameStream, Message, Request, Requests
 from edgeprune.devices.frames import MAX_BLOB_BYTES, MAX_HEADER_BYTES, clean
 from edgeprune.devices.transports import Pipe
-from edgeprune.errors import IntegrityError, SpecError
+from edgeprune.errors import IntegrityError, SpecError, reason_of
+from edgeprune.paths import located
 from edgeprune.records import Record, atomic_path, sha256_bytes, to_json
 from edgeprune.results import Sha256
 from edgeprune.specs import Device, Name, ReportTier, Stamp
@@ -97,18 +98,20 @@ class Recording:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise SpecError(f"the recording {path} must be at most {MAX_FILE_BYTES} bytes")
             self._archive = zipfile.ZipFile(path)
+        except SpecError:
+            raise
         except OSError as error:
-            raise SpecError(f"cannot read the recording {path}: {error.strerror}") from error
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise SpecError(f"cannot read the recording {path}: {reason_of(error)}") from error
+        except Exception as error:  # zipfile has errors of many types for damage
             raise IntegrityError(f"{path} is no recording, or a damaged one") from error
         try:
             self.index = Index.model_validate_json(self._read(INDEX, MAX_INDEX_BYTES))
-        except ValueError as error:
-            self.close()
-            raise IntegrityError(f"{path} is no recording, or a damaged one: {INDEX}") from error
         except IntegrityError:
             self.close()
             raise
+        except Exception as error:
+            self.close()
+            raise IntegrityError(f"{path} is no recording, or a damaged one: {INDEX}") from error
         self.answers: dict[str, list[int]] = {}
         for number, exchange in enumerate(self.index.exchanges):
             self.answers.setdefault(exchange.request, []).append(number)
@@ -142,7 +145,10 @@ class Recording:
         blob = b""
         if exchange.blob is not None:
             blob = self._part(f"blobs/{number:08d}", exchange.blob, MAX_BLOB_BYTES)
-        header: Any = json.loads(text)
+        try:
+            header: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise IntegrityError(f"{self.path} is damaged: reply {number} is not JSON") from error
         if not isinstance(header, dict):
             raise IntegrityError(f"{self.path} is damaged: reply {number} is no JSON object")
         return header, blob
@@ -377,7 +383,7 @@ def check_recordable(path: Path) -> None:
 def recording_path(device: Device) -> Path:
     """The file of a ``replay`` device; relative to the current folder."""
     assert device.recording is not None
-    return Path(device.recording).expanduser()
+    return located(device.recording, what="recording")
 
 
 def origin_of(device: Device) -> Origin | None:

@@ -304,6 +304,8 @@ def checked(cls: type[R], reply: dict[str, Any], board: str) -> R:
     """
     try:
         return cls.model_validate_json(json.dumps(reply))
+    except RecursionError as error:
+        raise DeviceError(f"device {board!r} sent what nests too deep") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = clean(".".join(str(part) for part in first["loc"]), 100)

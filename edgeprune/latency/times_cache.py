@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edgeprune.errors import EdgepruneError, IntegrityError
 from edgeprune.latency.kernel_times import KernelTime, KernelTimes, read_times, write_times
+from edgeprune.paths import user_folder
 from edgeprune.results import Fingerprint
 from edgeprune.specs import FormatName, Precision
 from edgeprune.version import VERSION
@@ -36,13 +37,8 @@ def now_text() -> str:
 
 
 def cache_folder() -> Path:
-    """Where the files lie. Those of another version are apart: it may time otherwise, and the fingerprint does not tell.
-
-    The XDG base directory rules say to ignore a relative ``XDG_CACHE_HOME``.
-    """
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(root) if Path(root).is_absolute() else Path("~/.cache").expanduser()
-    return base / "edgeprune" / "kernel-times" / VERSION
+    """Where the files lie. Those of another version are apart: it may time otherwise, and the fingerprint does not tell."""
+    return user_folder("XDG_CACHE_HOME", ".cache") / "kernel-times" / VERSION
 
 
 def remove_expired(root: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgeprune.errors import SpecError
+from edgeprune.paths import located
 
 MAX_SECRET_BYTES = 64 * 1024
 
@@ -58,13 +59,13 @@ def read_private(path: Path, what: str = "secret file") -> bytes:
     Raises:
         SpecError: it cannot be read, is a link, is over 64 KiB, belongs to another user, or others may read it.
     """
-    path = path.expanduser()
+    path = located(path, what=f"the {what}")
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise SpecError(f"cannot read the {what} {path}: {error.strerror}") from error
-    with os.fdopen(handle, "rb") as stream:
-        facts = os.fstat(stream.fileno())
+    try:
+        facts = os.fstat(handle)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_SECRET_BYTES:
             raise SpecError(
                 f"the {what} {path} must be a regular file of at most {MAX_SECRET_BYTES} bytes"
@@ -75,4 +76,6 @@ def read_private(path: Path, what: str = "secret file") -> bytes:
                 f" but has mode {stat.S_IMODE(facts.st_mode):04o}",
                 hint=f"run: chmod 600 {path}",
             )
-        return stream.read()
+        return os.read(handle, MAX_SECRET_BYTES)
+    finally:
+        os.close(handle)

@@ -49,9 +49,18 @@ class ReplayPipe:
             for message in self._stream.feed(content):
                 number = message.header.get("id")
                 if isinstance(number, int):  # a sign of life or a cancellation has no answer
-                    header, blob = self._answer(message)
-                    self._output += frame({**header, "id": number}, blob)
+                    self._output += self._framed(number, message)
             self._changed.notify_all()
+
+    def _framed(self, number: int, message: Message) -> bytes:
+        header, blob = self._answer(message)
+        try:
+            return frame({**header, "id": number}, blob)
+        except (ValueError, RecursionError):
+            header, blob = _refusal(
+                "damaged", f"{self._recording.path} has an answer that is no JSON"
+            )
+            return frame({**header, "id": number}, blob)
 
     def _answer(self, message: Message) -> tuple[dict[str, Any], bytes]:
         op = str(message.header.get("op", ""))
