@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeprune import last_net
 from edgeprune.cli_bundle import bundle, verify
 from edgeprune.cli_devices import devices
 from edgeprune.cli_options import (
     AS_FLAGS,
+    GivenPath,
     budget_options,
     formats_option,
     importance_options,
@@ -39,13 +41,14 @@ _INTERRUPTED_TEXT = "interrupted; run the same command again to go on"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; intended errors become one line on stderr and the exit code of their family."""
+    """Run a command; intended errors become one line on stderr and the exit code of their family, all others one line and 70."""
+    last_net.ready_streams()
     try:
         earlier = signal.signal(signal.SIGTERM, _terminated)
     except ValueError:  # only a main thread handles signals
-        return _main(argv)
+        return last_net.caught(lambda: _main(argv))
     try:
-        _main(argv)
+        last_net.caught(lambda: _main(argv))
     finally:
         signal.signal(signal.SIGTERM, earlier)
 
@@ -80,7 +83,10 @@ def _terminated(number: int, frame: object) -> None:
     sys.exit(TERMINATED)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=last_net.Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(VERSION, prog_name="edgeprune")
 def cli() -> None:
     """Prune, heal, quantise and prove a PyTorch model on the board it has to run on.
@@ -102,7 +108,7 @@ def cli() -> None:
 )
 @click.option(
     "--plan",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=GivenPath(dir_okay=False),
     help="Take the widths of this plan.json of `edgeprune search` instead of searching.",
 )
 def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
@@ -236,7 +242,7 @@ def init(model: str | None, weights: str | None, data: str | None, target: str, 
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=GivenPath())
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def report(run: Path, as_json: bool) -> None:
     """Show the report of a finished run again."""
@@ -248,7 +254,7 @@ def report(run: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("runs", type=GivenPath(), nargs=-1, required=True)
 def compare(runs: Sequence[Path]) -> None:
     """Show finished runs side by side."""
     from edgeprune.report import compare_text

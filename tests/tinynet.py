@@ -24,6 +24,7 @@ from sshd import QUICK_REPORT
 from torch import nn
 
 from edgeprune.cli import main
+from edgeprune.last_net import SOFTWARE
 
 REPO = Path(__file__).parents[1]
 SIZE, CLASSES = 24, 4
@@ -186,7 +187,7 @@ def edgeprune(
 def edgeprune_here(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """The same in this process, without the start of another Python: for tests whose claim is what a command says and leaves behind.
 
-    An exception that the command line does not turn into a message is raised. What is written past Python, to the file descriptors, is
+    A fault of edgeprune itself fails the test, with what was said of it. What is written past Python, to the file descriptors, is
     not seen, and neither is what only a fresh process shows: those tests take :func:`edgeprune`.
     """
     out, err = io.StringIO(), io.StringIO()
@@ -204,6 +205,7 @@ def edgeprune_here(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
             main(args)
     except SystemExit as stop:
         code = int(stop.code or 0)
+        assert code != SOFTWARE, err.getvalue()
     finally:
         os.environ.clear()
         os.environ.update(before)
