@@ -15,6 +15,7 @@ from edgeprune.compress import importance as importances
 from edgeprune.compress import sparsity
 from edgeprune.context import Candidate, Context, Job, stand_in_runtime
 from edgeprune.devices.recording import as_recorded
+from edgeprune.devices.waiting import WAIT_MINUTES, wait_seconds
 from edgeprune.enough import require_enough
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.explaining import plan_file, search_result
@@ -95,6 +96,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
         int8=workload.int8.model_copy(update={"io": io}),
         for_runtime=first.for_runtime,
         candidates=tuple(candidates) if is_auto(options, workload) else (),
+        wait_s=wait_seconds(options.wait),
     )
 
 
@@ -157,6 +159,7 @@ def deploy(
     formats: str | None = None,
     tables: Path | str | None = None,
     plan: Path | str | None = None,
+    wait: float = WAIT_MINUTES,
     progress: Progress | None = None,
 ) -> Report:
     """From a trained model to a verified bundle, to a measured latency budget.
@@ -180,6 +183,7 @@ def deploy(
         formats: ``auto`` measures those that the target lists and ships the fastest that holds; a name ships that one.
         tables: a file of kernel times of this board; what it holds is not timed again, what is timed is added.
         plan: a ``plan.json`` of ``edgeprune search``, whose widths are taken instead of searching.
+        wait: minutes for a board that another client holds; 0 does not wait.
         progress: where to report; nowhere when not given.
 
     Returns:
@@ -202,6 +206,7 @@ def deploy(
         formats=formats,
         tables=None if tables is None else Path(tables),
         plan=None if plan is None else Path(plan),
+        wait=wait,
     )
     loaded = _loaded(model, data, settings, weights, _given(preprocess, labels))
     return deploy_loaded(loaded, options, progress or Silent()).report

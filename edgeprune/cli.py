@@ -397,6 +397,7 @@ def _options(flags: dict[str, Any]) -> Options:
         plan=flags.get("plan"),
         tables=flags.get("tables"),
         formats=flags.get("formats"),
+        wait=flags.get("wait"),
         command=shlex.join(["edgeprune", *sys.argv[1:]]),
     )
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from edgeprune.cli_options import GivenPath
-from edgeprune.console import plain
+from edgeprune.cli_options import GivenPath, wait_option
+from edgeprune.console import plain, say
 from edgeprune.errors import SpecError
 
 
@@ -31,17 +31,25 @@ from edgeprune.errors import SpecError
     is_flag=True,
     help="Fail where no --key is given to check a signature with.",
 )
+@wait_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(
-    bundle: Path, names: Sequence[str], key: Path | None, require_signature: bool, as_json: bool
+    bundle: Path,
+    names: Sequence[str],
+    key: Path | None,
+    require_signature: bool,
+    wait: float | None,
+    as_json: bool,
 ) -> None:
     """Check a bundle: structure, hashes, signature, model, golden samples here and on devices.
 
-    Exit code 0: every level that ran passed. 7: not what it says. 6: too slow on a device, all else fine. 4: a device could not be used.
+    Exit code 0: every level that ran passed. 7: not what it says. 6: too slow on a device, all else fine. 4: a device could not be
+    used. 75: another client holds it.
     """
     from edgeprune import catalog, records
     from edgeprune.bundle.verify import Level, require_ok
     from edgeprune.bundle.verify import verify as verify_bundle
+    from edgeprune.devices.waiting import WAIT_MINUTES
 
     if not bundle.exists():
         raise SpecError(
@@ -49,7 +57,14 @@ def verify(
             hint="give its folder or its zip, such as runs/rpi4-0123/bundle",
         )
     devices = [(name, catalog.device(name)) for name in names]
-    found = verify_bundle(bundle, devices=devices, key=key, require_signature=require_signature)
+    found = verify_bundle(
+        bundle,
+        devices=devices,
+        key=key,
+        require_signature=require_signature,
+        wait=WAIT_MINUTES if wait is None else wait,
+        say=say,
+    )
     shown = found
     if not names:
         missing = Level(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeprune.cli_entries import add, rekey, remove
-from edgeprune.cli_options import GivenPath
-from edgeprune.console import plain, print_list
+from edgeprune.cli_options import GivenPath, wait_option
+from edgeprune.console import plain, print_list, say
 from edgeprune.errors import Busy, DeviceError, SpecError
 
 if TYPE_CHECKING:
@@ -115,9 +115,11 @@ def _runtimes_of(device: Device) -> list[str]:
     return [name for name in dict.fromkeys(wanted) if name in (*RUNTIMES, "tensorrt")]
 
 
-def _open(name: str, *, exclusive: bool) -> Board:
+def _open(name: str, *, exclusive: bool, wait: float | None = None) -> Board:
+    """A board that answers; one that is to be held alone is waited for, for so many minutes."""
     from edgeprune import catalog
     from edgeprune.devices.board import open_board
+    from edgeprune.devices.waiting import wait_seconds
 
     device = catalog.device(name)
     if device.transport == "replay":
@@ -125,7 +127,7 @@ def _open(name: str, *, exclusive: bool) -> Board:
             f"{name!r} is a recording and no board: there is nothing to look over, set up or free",
             hint="use it with profile or deploy, or name the board that was recorded",
         )
-    return open_board(name, device, exclusive=exclusive)
+    return open_board(name, device, exclusive=exclusive, wait_s=wait_seconds(wait), say=say)
 
 
 @devices.command(short_help="Install the runtimes on a board.")
@@ -142,8 +144,11 @@ def _open(name: str, *, exclusive: bool) -> Board:
     type=GivenPath(file_okay=False, exists=True),
     help="Folder with wheels, for a computer without a network.",
 )
+@wait_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
-def setup(name: str, runtimes: Sequence[str], wheels: Path | None, quiet: bool) -> None:
+def setup(
+    name: str, runtimes: Sequence[str], wheels: Path | None, wait: float | None, quiet: bool
+) -> None:
     """Install the runtimes in a folder of their own on the board, and try them there."""
     from edgeprune import catalog
     from edgeprune.progress import Silent, Terminal
@@ -158,7 +163,7 @@ def setup(name: str, runtimes: Sequence[str], wheels: Path | None, quiet: bool) 
     from edgeprune.devices.provision import setup as set_up
 
     progress = Silent() if quiet else Terminal()
-    with _open(name, exclusive=True) as board:
+    with _open(name, exclusive=True, wait=wait) as board:
         found = set_up(board, wanted, progress=progress, wheels=wheels)
     from edgeprune.devices.checkup import size_text
 
@@ -265,24 +270,26 @@ def _agree(question: str, yes: bool) -> None:
 @click.option(
     "--all", "everything", is_flag=True, help="Also remove the runtimes that `setup` installed."
 )
-def clean(name: str, everything: bool) -> None:
+@wait_option
+def clean(name: str, everything: bool, wait: float | None) -> None:
     """Free the board's disk of cached model files and old agents."""
     from edgeprune.devices.checkup import asked, size_text
     from edgeprune.devices.replies import Cleaned
 
-    with _open(name, exclusive=True) as board:
+    with _open(name, exclusive=True, wait=wait) as board:
         done = asked(board, Cleaned, "clean", {"all": everything}, work_s=_CLEAN_S)
     click.echo(f"freed {size_text(done.freed_bytes)}, kept {size_text(done.kept_bytes)} on {name}")
 
 
 @devices.command(short_help="Put back the settings of a board.")
 @_name
-def restore(name: str) -> None:
+@wait_option
+def restore(name: str, wait: float | None) -> None:
     """Put back the settings of the board that were changed for a measurement."""
     from edgeprune.devices.checkup import asked
     from edgeprune.devices.replies import Restored
 
-    with _open(name, exclusive=True) as board:
+    with _open(name, exclusive=True, wait=wait) as board:
         done = asked(board, Restored, "restore", {})
     if not done.restored:
         click.echo(f"nothing to put back on {name}")

@@ -30,6 +30,14 @@ class GivenPath(click.Path):
         return found
 
 
+wait_option = click.option(
+    "--wait",
+    type=float,
+    metavar="MINUTES",
+    help="For a board that another client holds; default 10, 0 does not wait.",
+)
+
+
 def model_options(command: Command) -> Command:
     """Add the model, and the flags that say what it is, where it is to run and what is shown."""
     options = [
@@ -66,6 +74,7 @@ def model_options(command: Command) -> Command:
             type=GivenPath(dir_okay=False),
             help="Record all that the device answers, for a replay device (*.epr).",
         ),
+        wait_option,
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
         click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
     ]

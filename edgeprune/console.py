@@ -13,6 +13,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+def say(text: str) -> None:
+    """One line on stderr, where everything goes that is no result."""
+    click.echo(plain(text), err=True)
+
+
 def print_list(as_json: bool, rows: Mapping[str, Mapping[str, str]]) -> None:
     """Rows by name, all with the same columns: a table with a header for people, or one JSON object."""
     if as_json:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from edgeprune.budgets import Budget
 from edgeprune.compress.dead import remove_dead
@@ -27,6 +28,7 @@ from edgeprune.progress import Progress
 from edgeprune.records import sha256_file
 from edgeprune.results import Artifact, Fingerprint, FormatChoice, LedgerEntry, Measurement
 from edgeprune.specs import Device, Int8, Precision, Profile, Runtime, Target
+from edgeprune.tracing import traced
 from edgeprune.workload import LoadedWorkload
 
 INFER_CHUNK = 256
@@ -74,6 +76,7 @@ class Job:
     int8: Int8 = AUTO  # with the target's ``io`` filled in
     for_runtime: str = ""  # that the target names, where another one stands in for it
     candidates: tuple[Candidate, ...] = ()  # where measuring them decides about the format
+    wait_s: float = 0.0  # for a board that another client holds
 
     @property
     def shipped_runtime(self) -> str:
@@ -120,9 +123,9 @@ class Context:
     runs_ship: bool = True
     formats: FormatChoice | None = None  # how the format was chosen, where it was
 
-    def share(self, other: Context) -> None:
-        """Take over what a context of the same model and data has worked out and no format changes."""
-        for name in ("prepared", "example", "development", "reference", "groups"):
+    def share(self, other: object) -> None:
+        """Take over what a context of the same model and data, or what came before it, has worked out and no format changes."""
+        for name in ("prepared", "example", "development", "reference", "groups", "program"):
             if name in vars(other):
                 vars(self)[name] = vars(other)[name]
 
@@ -262,6 +265,11 @@ class Context:
     def groups(self) -> tuple[tuple[ChannelGroup, ...], tuple[FrozenGroup, ...]]:
         """Channel groups, and what stays frozen."""
         return find_groups(self.model, torch.from_numpy(self.example))
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """The dense model's forward pass as one graph. Raises as :func:`edgeprune.tracing.traced`."""
+        return traced(self.model, self.example)
 
     @property
     def full(self) -> dict[str, int]:

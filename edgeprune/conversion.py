@@ -5,7 +5,6 @@ Nothing here decides whether a file is good enough to ship (:mod:`edgeprune.verd
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from edgeprune.compress.sparsity import has_pattern, weighted
 from edgeprune.context import Context
 from edgeprune.converted import Converted
 from edgeprune.devices.frames import Refusal
-from edgeprune.errors import EdgepruneError, FormatError, IntegrityError, MissingTool, ModelError
+from edgeprune.errors import EdgepruneError, FormatError, IntegrityError, MissingTool
 from edgeprune.folders import model_bytes
 from edgeprune.formats import Format, QuantizeOptions, Resizable, ShowsSparsity, check_runtime
 from edgeprune.formats._resize import distinct_widths
@@ -43,24 +42,6 @@ MAX_REASON = 500  # characters of why a file was refused: a line of the manifest
 VARIANT_CALIBRATION = 8  # the variant's scales are never used, only its shapes
 
 
-def traced(model: nn.Module, example: np.ndarray) -> torch.export.ExportedProgram:
-    """The model's forward pass as one graph for every input.
-
-    Raises:
-        ModelError: it is not (a branch on the data, say); names what torch stumbled over.
-    """
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            return torch.export.export(model, (torch.from_numpy(example),), strict=False)
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ModelError(
-            f"the model cannot be traced: {(lines or [type(error).__name__])[0][:300]}",
-            hint="its forward must not branch on values of the data; rewrite that part, with torch.where for example",
-        ) from error
-
-
 def dense_files(context: Context, folder: Path) -> DenseFiles:
     """Export and quantise the dense model; its FP32 file must agree with torch, its INT8 file must run on the built-in kernels.
 
@@ -68,7 +49,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         ModelError: the model cannot be traced, or has an operator that the profile forbids.
         FormatError: the export fails, or its numbers are not torch's.
     """
-    program = traced(context.model, context.example)
+    program = context.program
     slow = operator_checks.check(program, context.job.profile, context.job.target.format)
     for line in slow:
         context.progress.say(f"      warning: {line}")

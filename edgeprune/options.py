@@ -17,6 +17,7 @@ from edgeprune.budgets import (
 )
 from edgeprune.devices import quarantine
 from edgeprune.devices.recording import check_recordable, origin_of
+from edgeprune.devices.waiting import wait_seconds
 from edgeprune.errors import FormatError, SpecError, UnknownName
 from edgeprune.latency.kernel_times import read_times
 from edgeprune.paths import located
@@ -47,6 +48,7 @@ class Options:
     plan: Path | None = None
     tables: Path | None = None
     formats: str | None = None
+    wait: float | None = None  # minutes for a board that another client holds; None: the default
 
 
 def chosen_target(options: Options, workload: Workload) -> Target:
@@ -281,6 +283,7 @@ def check_names(options: Options, workload: Workload) -> None:
     chosen_gates(options, workload, target)
     chosen_sustained(options)
     chosen_scope(options)
+    wait_seconds(options.wait)
     given_widths(options, target.name)
     check_tables(options)
     origin_of(device)  # opens the recording of a replay device

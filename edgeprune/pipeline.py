@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 
-from edgeprune import allocator, choosing, conversion, formats, records, schedule, stages
+from edgeprune import (
+    allocator,
+    choosing,
+    conversion,
+    formats,
+    records,
+    schedule,
+    stages,
+    static_checks,
+)
 from edgeprune.apps import for_app
 from edgeprune.closing import Closing, Outcome, Planned
 from edgeprune.context import Context, Job
@@ -89,8 +98,8 @@ def opened(
 
     Raises:
         SpecError: the run was measured before, and a recording that begins now would miss those times.
-        FormatError: no module for the target's format exists yet.
-        DeviceError: the device cannot be reached, or lacks the runtime.
+        FormatError, ModelError: as :func:`edgeprune.static_checks.check`, before any board is asked for.
+        DeviceError: the device cannot be reached, or lacks the runtime; another client holds it for longer than ``job.wait_s``.
     """
     check_format(job.target)
     if job.record is not None and not job.record.exists() and run is not None and run.has_stages:
@@ -101,13 +110,18 @@ def opened(
     allocator.keep_large_blocks()
     for note in job.notes:
         progress.say(f"note: {note}")
+    early = None
+    if (
+        run is None or not run.has_stages
+    ):  # else they were made once, and are where a stage is made anew
+        early = static_checks.check(job, for_planning=for_planning)
     with contextlib.ExitStack() as stack:
         with run.timed("opening the device", "other") if run else contextlib.nullcontext():
             boards = _boards(stack, job, progress, run, for_planning=for_planning)
             is_open = run is not None and bool(job.candidates)
-            context = None if is_open else _context(job, boards, progress)
+            context = None if is_open else _context(job, boards, progress, early)
         if context is None and run is not None:
-            context = choosing.chosen(job, run, lambda j: _context(j, boards, progress))
+            context = choosing.chosen(job, run, lambda j: _context(j, boards, progress, early))
         assert context is not None
         yield context
 
@@ -139,6 +153,7 @@ def _boards(
         open_board(
             job.device_name,
             job.device,
+            wait_s=job.wait_s,
             job=purpose,
             say=progress.say,
             record=job.record,
@@ -152,13 +167,26 @@ def _boards(
     if job.device.transport != "local":
         local = Device(transport="local", targets=(job.target.name,), stand_in=True)
         host = stack.enter_context(
-            open_board("this-machine", local, exclusive=is_replaced, job=purpose, store=store)
+            open_board(
+                "this-machine",
+                local,
+                exclusive=is_replaced,
+                wait_s=job.wait_s,
+                job=purpose,
+                say=progress.say,
+                store=store,
+            )
         )
     return _Boards(device, host if is_replaced else board, host)
 
 
-def _context(job: Job, opened_boards: _Boards, progress: Progress) -> Context:
-    """The context of a job whose format is decided, on boards that are open.
+def _context(
+    job: Job,
+    opened_boards: _Boards,
+    progress: Progress,
+    early: static_checks.HostSide | None = None,
+) -> Context:
+    """The context of a job whose format is decided, on boards that are open; ``early`` is what was worked out before them.
 
     Raises:
         FormatError: no module for the format exists yet.
@@ -182,6 +210,8 @@ def _context(job: Job, opened_boards: _Boards, progress: Progress) -> Context:
         progress=progress,
         runs_ship=form is ship or _all_have(job.target.runtime.name, (*boards, host)),
     )
+    if early is not None:
+        context.share(early)
     for opened_board in boards:
         runtime = context.runtime_on(opened_board)
         opened_board.fingerprint(runtime.name, runtime.threads)

@@ -73,6 +73,8 @@ LAYERS = {
     "int8": 5,
     "int8_checks": 5,
     "operator_checks": 5,
+    "static_checks": 5,
+    "tracing": 5,
     "schedule": 5,
     "verdict": 5,
     "runfolder": 5,

@@ -297,8 +297,9 @@ ROWS: tuple[tuple[int, str, str, str, tuple[str, ...]], ...] = (
         30,
         "two users, one board",
         "two clients",
-        "exit 75 with the owner's name",
+        "waits, with the owner's name; exit 75 when that takes longer than `--wait`",
         (
+            "test_waiting::test_a_busy_board_is_exit_code_75_after_the_wait_and_at_once_without",
             "test_agent_lease::test_two_clients_of_one_board_take_turns",
             "test_agent_lease::test_a_second_client_is_told_who_holds_the_board",
         ),

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -51,6 +52,7 @@ from edgeprune.devices.agent.coreml import UNITS
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import ModelFile, measure
 from edgeprune.devices.plans import SEARCH, Loaded
+from edgeprune.devices.waiting import WAIT_MINUTES, wait_seconds
 from edgeprune.errors import (
     BudgetError,
     Busy,
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 _BLOCKING = (0, 1, 2, 3)
+FREE = "free"  # what the check is called that a board held by another client does not get beyond
 _FLOAT = "float"  # what a board calls the float model
 
 
@@ -115,6 +118,8 @@ def verify(
     devices: Sequence[tuple[str, Device]] = (),
     key: Path | None = None,
     require_signature: bool = False,
+    wait: float = WAIT_MINUTES,
+    say: Callable[[str], None] = lambda _: None,
 ) -> VerifyReport:
     """Check a bundle, level by level; a failure is reported, not raised (see :func:`require_ok`).
 
@@ -123,10 +128,13 @@ def verify(
         devices: boards to run the golden samples on, each with its name.
         key: the public key of the maker. With one, a bundle that it did not sign fails before its model is looked at.
         require_signature: refuse to go on without a key.
+        wait: minutes for a board that another client holds; 0 does not wait.
+        say: told meanwhile who holds it.
 
     Raises:
-        SpecError: ``require_signature`` without ``key``, or a key that cannot be used.
+        SpecError: ``require_signature`` without ``key``, a key that cannot be used, or ``wait`` is no number of minutes.
     """
+    wait_s = wait_seconds(wait)
     if require_signature and key is None:
         raise SpecError(
             "a signature can only be required of a key",
@@ -135,6 +143,7 @@ def verify(
     levels: list[Level] = []
     with contextlib.ExitStack() as stack:
         subject = _Subject(path, stack, None if key is None else read_public_key(key))
+        subject.open_device = functools.partial(_open, wait_s=wait_s, say=say)
         checks: list[tuple[int, str, Callable[[], Finding]]] = [
             (0, "structure", subject.structure),
             (1, "hashes", subject.hashes),
@@ -166,6 +175,7 @@ def require_ok(report: VerifyReport) -> None:
         IntegrityError: a level failed; names the first and why.
         BudgetError: only the latency on a board did.
         DeviceError: a board that was asked for could not be used.
+        Busy: another client held it for as long as it was waited for.
     """
     for level in report.levels:
         if level.status == "failed":
@@ -177,7 +187,9 @@ def require_ok(report: VerifyReport) -> None:
             )
     for level in report.levels:
         if level.level == 5 and level.status == "not-run":
-            raise DeviceError(f"{report.bundle} was not checked: {level.name}: {level.detail}")
+            is_held = any(check.name == FREE for check in level.checks)
+            kind = Busy if is_held else DeviceError
+            raise kind(f"{report.bundle} was not checked: {level.name}: {level.detail}")
 
 
 def _run(number: int, name: str, check: Callable[[], Finding], before: Sequence[Level]) -> Level:
@@ -230,6 +242,7 @@ class _Subject:
         self._folder = path
         self._manifest: Manifest | None = None
         self._here: tuple[Board, Loaded] | None = None
+        self.open_device: Callable[[str, Device], Board] = _open
 
     @property
     def _checked(self) -> Manifest:
@@ -303,7 +316,7 @@ class _Subject:
         manifest = self._checked
         content = read_model(self._folder, manifest)
         try:
-            with _open(name, device) as board:
+            with self.open_device(name, device) as board:
                 if manifest.runtime.name == "coreml":
                     return self._on_each_processor(board, content), ()
                 loaded = load_model(board, manifest, content)
@@ -315,7 +328,10 @@ class _Subject:
                 if twin is not None:
                     load_model(board, twin, read_model(self._folder, twin), key=_FLOAT)
                 checks += self._float_golden(board)
-        except (RuntimeMissing, Unreachable, HostKeyMismatch, Busy) as error:
+        except Busy as error:
+            held = Check(name=FREE, status="not-run", detail=str(error))
+            raise _NotRun(str(error), (held,)) from error
+        except (RuntimeMissing, Unreachable, HostKeyMismatch) as error:
             raise _NotRun(str(error)) from error
         return _whole(golden.detail, checks)
 
@@ -352,10 +368,12 @@ class _Subject:
         return str(result)
 
 
-def _open(name: str, device: Device) -> Board:
+def _open(
+    name: str, device: Device, *, wait_s: float = 0.0, say: Callable[[str], None] = lambda _: None
+) -> Board:
     """A board, alone where nobody else measures on it, so that it may be timed and asked for its nodes; a stand-in also beside others."""
     try:
-        return open_board(name, device)
+        return open_board(name, device, wait_s=0.0 if device.stand_in else wait_s, say=say)
     except Busy:
         if not device.stand_in:
             raise

@@ -160,7 +160,7 @@ class Owner(Record):
         parts = [
             f"{self.user}@{self.host} (pid {self.pid})",
             self.job,
-            f"for {_span(self.since_s)}",
+            f"for {span(self.since_s)}",
         ]
         return ", ".join(part for part in parts if part)
 
@@ -285,7 +285,7 @@ class Profiled(Record):
     nodes: Annotated[tuple[Node, ...], Field(max_length=100_000)]
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A duration for people."""
     for size_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size_s:

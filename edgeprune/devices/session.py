@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
-import json
 import os
 import platform
 import random
@@ -32,8 +31,8 @@ from edgeprune.devices.agent.validity import LIMITS
 from edgeprune.devices.agent_file import agent_bytes, agent_digest, agent_name
 from edgeprune.devices.frames import Frames, Refusal, clean
 from edgeprune.devices.transports import Pipe, Transport, open_transport
+from edgeprune.devices.waiting import take_in_turn
 from edgeprune.errors import (
-    Busy,
     DeviceError,
     EdgepruneError,
     HungUp,
@@ -52,7 +51,6 @@ PATIENCE_S = (
 )
 CHUNK_BYTES = 4 << 20
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0)
-LEASE_POLL_S = 1.0
 RETURN_S = 600.0  # who had the board and let it go for a while waits for it at least that long
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 DEFAULT_WORKDIR: str = Device.model_fields["workdir"].default
@@ -196,18 +194,9 @@ class Session:
         if not self._lease.exclusive:
             return
         wait_s = self._lease.wait_s if self._beats is None else max(self._lease.wait_s, RETURN_S)
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                frames.request("lease", {}, work_s=LINK_S)
-                break
-            except Refusal as error:
-                if error.kind != "busy":
-                    raise
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise busy(self.name, error) from error
-                time.sleep(min(LEASE_POLL_S, left))
+        take_in_turn(
+            self.name, lambda: frames.request("lease", {}, work_s=LINK_S), wait_s, self._say
+        )
         if self.device.tuning.allow:
             frames.request("tune", {"governor": self.device.tuning.governor}, work_s=LINK_S)
 
@@ -356,20 +345,6 @@ class Session:
         """End the agent and the connection."""
         self._closed.set()
         self.close_link()
-
-
-def busy(name: str, refusal: Refusal) -> Busy:
-    """The error for a board that another client holds; names them as they named themselves."""
-    owner: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, IndexError):
-        owner = json.loads(refusal.message[refusal.message.index("{") :])
-    who = f"{owner.get('user') or 'somebody'}@{owner.get('host') or 'another computer'}"
-    since = owner.get("since_s")
-    since_text = f" for {since:.0f} s" if isinstance(since, int | float) and since else ""
-    return Busy(
-        f"device {name!r} is held by {clean(who, 120)}{since_text} ({clean(str(owner.get('job', '')), 80)})",
-        hint=f"wait for it with: edgeprune devices wait {name}",
-    )
 
 
 def ready(session: Session, expected_bytes: int, wait_s: float) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from edgeprune.errors import FormatError, UnknownName
+from edgeprune.errors import FormatError, MissingTool, UnknownName
 from edgeprune.results import Artifact
 from edgeprune.specs import ComputeUnits, Preprocess
 
@@ -294,6 +295,26 @@ def load(name: str) -> Format:
     module = importlib.import_module(f"edgeprune.formats.{name}")
     found: Format = module.FORMAT
     return found
+
+
+# What writes, reads and tries files of a format on this computer, by the names of the imports.
+TOOLS = {
+    "tflite": ("litert_torch", "ai_edge_quantizer", "ai_edge_litert"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "executorch": ("executorch", "torchao"),
+    "coreml": ("coremltools",),
+}
+
+
+def require_tools(name: str) -> None:
+    """Nothing, when the packages of a format are installed; none is imported.
+
+    Raises:
+        MissingTool: one is not.
+    """
+    for tool in TOOLS.get(name, ()):
+        if importlib.util.find_spec(tool) is None:
+            raise MissingTool(tool.replace("_", "-"), name)
 
 
 def golden_file(
