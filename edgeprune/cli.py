@@ -29,6 +29,7 @@ from edgeprune.cli_options import (
 from edgeprune.cli_usage import say_wrong_usage
 from edgeprune.console import plain, print_list
 from edgeprune.errors import BudgetError, EdgepruneError, SpecError
+from edgeprune.paths import located
 from edgeprune.version import VERSION
 
 if TYPE_CHECKING:
@@ -432,7 +433,7 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
     elif "model" not in given:
         raise SpecError("no model was named", hint="give MODEL, or run: edgeprune init")
     elif "data" not in given:
-        if (Path(given["model"]) / "stages").is_dir():
+        if (located(given["model"], what="MODEL") / "stages").is_dir():
             raise SpecError(
                 f"MODEL is the folder of a run: {given['model']}",
                 hint="add --run before it and repeat the run's own MODEL or --example, --target and --latency; finished stages are kept",

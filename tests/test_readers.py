@@ -458,3 +458,48 @@ def test_a_recording_with_a_strange_answer_is_an_error_of_the_board(sound_files,
         return
     with pytest.raises((DeviceError, IntegrityError)):
         replayed(path)
+
+
+LONG = "n" * 300
+NAMED = ("net.py:build", "--data", "data.npz", "--target", "this-machine")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("deploy", LONG),
+        ("deploy", f"{LONG}.py:build", *NAMED[1:]),
+        ("deploy", "net.py:build", "--data", LONG, "--target", "this-machine"),
+        ("deploy", *NAMED, "--weights", LONG),
+        ("deploy", *NAMED[:-1], f"{LONG}.yaml"),
+        ("deploy", *NAMED, "--rewind-weights", LONG, "--start", "rewound", "--color", "grey"),
+        ("deploy", "--target", "this-machine", "--run", LONG),
+        ("deploy", "--target", "this-machine", "--resume", LONG),
+        ("deploy", "--target", "this-machine", "--plan", LONG),
+        ("deploy", "--target", "this-machine", "--tables", LONG),
+        ("profile", "--target", "this-machine", "--record", f"{LONG}.epr"),
+        ("report", LONG),
+        ("compare", LONG, LONG),
+        ("verify", LONG),
+        ("verify", ".", "--key", LONG),
+        ("bundle", "sign", LONG, "--key", LONG),
+        ("bundle", "sign", ".", "--key", LONG),
+        ("bundle", "sign", ".", "--key", f"file:{LONG}"),
+        ("bundle", "schema", LONG),
+        ("init", "--yes", "--data", LONG),
+        ("targets", "show", f"./{LONG}"),
+        ("profiles", "show", f"~nosuchuser/{LONG}.yaml"),
+        ("devices", "add", "x", "pi@127.0.0.1:1", "--key", LONG, "--fingerprint", "SHA256:" + "A" * 43),
+        ("devices", "remove", "x", "--file", LONG),
+        ("devices", "setup", "this-machine", "--wheels", LONG),
+    ],
+    ids=lambda words: " ".join(words).replace(LONG, "LONG"),
+)  # fmt: skip
+def test_a_name_of_300_characters_is_one_line_in_every_flag(tmp_path, words):
+    project = tinynet.project(tmp_path / "project")
+    if words[0] == "init":
+        (project / "edgeprune.yaml").unlink()
+    done = tinynet.edgeprune_here(project, *words)
+    assert done.returncode in (2, 3, 4, 7), done.stderr
+    assert done.stderr.startswith("error:")
+    assert "Traceback" not in done.stderr

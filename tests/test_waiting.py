@@ -302,7 +302,12 @@ def forbidden(folder: Path) -> None:
         (folder / kind).mkdir()
     target = catalog.target("this-machine")
     record = yaml.safe_load(catalog.profiles()[target.profile].read_text())
-    fact = {"op": "adaptive_avg_pool", "cost": "missing", "source": "https://example.org/ops", "read_on": "2026-12-01"}
+    fact = {
+        "op": "adaptive_avg_pool",
+        "cost": "missing",
+        "source": "https://example.org/ops",
+        "read_on": "2026-12-01",
+    }
     record = {**record, "name": "bare", "forbidden_ops": [fact]}
     (folder / "profiles" / "bare.yaml").write_text(yaml.safe_dump(record))
     plain = yaml.safe_load(catalog.targets()["this-machine"].read_text())
