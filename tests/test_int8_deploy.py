@@ -11,9 +11,9 @@ from torch import nn
 
 from edgeprune import formats
 from edgeprune.compress.fakequant import FakeQuantised, fake_quantised, folded, plain
-from edgeprune.conversion import traced
 from edgeprune.int8_checks import calibration_report, warnings
 from edgeprune.int8_results import CalibrationReport, Int8Report, Int8Try, LayerFallback
+from edgeprune.tracing import traced
 
 
 def test_lines_say_cost_tries_float_layers_and_missing_classes():

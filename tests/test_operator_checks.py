@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from edgeprune import catalog
-from edgeprune.conversion import traced
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.operator_checks import check, places
 from edgeprune.operators import WORDS, word_of
 from edgeprune.records import parse
 from edgeprune.specs import Profile
+from edgeprune.tracing import traced
 
 SAID = {"cost": "runs on the CPU", "source": "a data sheet, page 4", "read_on": "2026-11-29"}
 
