@@ -187,8 +187,7 @@ def deploy(
         progress: where to report; nowhere when not given.
 
     Returns:
-        The report; ``report.passed`` says whether every gate was judged and met. ``report.folder`` is the run folder, and
-        ``report.bundle`` the bundle in it.
+        The report: ``passed`` says whether every gate was judged and met, ``folder`` is the run folder, ``bundle`` the bundle in it.
 
     Raises:
         SpecError, ModelError, DeviceError, FormatError, BudgetError: see :mod:`edgeprune.errors`.
@@ -201,15 +200,19 @@ def deploy(
         importance=importance,
         scope=scope,
         seed=seed,
-        run=None if run is None else Path(run),
+        run=_path(run),
         sustained=sustained,
         formats=formats,
-        tables=None if tables is None else Path(tables),
-        plan=None if plan is None else Path(plan),
+        tables=_path(tables),
+        plan=_path(plan),
         wait=wait,
     )
     loaded = _loaded(model, data, settings, weights, _given(preprocess, labels))
     return deploy_loaded(loaded, options, progress or Silent()).report
+
+
+def _path(given: Path | str | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _loaded(
