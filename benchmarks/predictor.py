@@ -58,7 +58,7 @@ def load(model: str, shape: Sequence[int]) -> LoadedWorkload:
     torch.manual_seed(0)
     made = call_factory(model, Path.cwd(), key="model").value
     x = np.random.default_rng(0).standard_normal((SAMPLES, *shape)).astype(np.float32)
-    return from_objects(made, x)
+    return from_objects(made, x, task="classify")
 
 
 def resizable(context: Context, precision: Precision, folder: Path) -> Resizable:

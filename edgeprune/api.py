@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -150,6 +150,7 @@ def deploy(
     weights: str | None = None,
     preprocess: Preprocess | None = None,
     labels: Sequence[str] | None = None,
+    task: Literal["classify"] | None = None,
     settings: Workload | None = None,
     importance: str = "fisher",
     scope: str = "global",
@@ -174,6 +175,7 @@ def deploy(
         weights: safetensors or a plain state dict, for a factory.
         preprocess: how raw samples become the model's input.
         labels: class names.
+        task: what the model is for; needed where the data has neither labels nor class names.
         settings: recovery, augmentation and the rest of ``edgeprune.yaml``.
         importance: ``fisher``, ``hessian``, ``taylor``, ``obs``, ``variance``, ``l2``, ``l1``, ``bn-scale``, ``fpgm`` or ``random``.
         scope: ``global`` compares channels between groups; ``local`` only within each, and every group keeps the same share of its own.
@@ -207,7 +209,7 @@ def deploy(
         plan=_path(plan),
         wait=wait,
     )
-    loaded = _loaded(model, data, settings, weights, _given(preprocess, labels))
+    loaded = _loaded(model, data, settings, weights, _given(preprocess, labels, task))
     return deploy_loaded(loaded, options, progress or Silent()).report
 
 
@@ -231,9 +233,15 @@ def _loaded(
     return load_workload(record.model_copy(update=changes), Path.cwd())
 
 
-def _given(preprocess: Preprocess | None, labels: Sequence[str] | None) -> dict[str, Any]:
+def _given(
+    preprocess: Preprocess | None, labels: Sequence[str] | None, task: str | None
+) -> dict[str, Any]:
     """The fields of a workload that were given, to be put over those of the settings."""
-    fields = {"preprocess": preprocess, "labels": None if labels is None else tuple(labels)}
+    fields = {
+        "preprocess": preprocess,
+        "labels": None if labels is None else tuple(labels),
+        "task": task,
+    }
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -450,6 +450,8 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
         record["recovery"] = {**record.get("recovery", {}), **schedule}
     if int8 := int8_settings(flags):
         record["int8"] = {**record.get("int8", {}), **int8}
+    if flags["task"] is not None:
+        record["task"] = flags["task"]
     # The file was checked when it was read.
     whole = {**record, **given}
     return records.parse(Workload, whole, where="the command line", said=AS_FLAGS), base

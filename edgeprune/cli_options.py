@@ -52,6 +52,11 @@ def model_options(command: Command) -> Command:
         ),
         click.option("--weights", help="Weights for the model: safetensors, or a state dict."),
         click.option("--data", help="Image folder, .npz, or file.py:factory."),
+        click.option(
+            "--task",
+            type=click.Choice(["classify"]),
+            help="What the model is for; needed where the data has no labels.",
+        ),
         click.option("--example", help="Use a shipped example, such as fashion-mnist."),
         click.option(
             "--size", type=(int, int), help="Height and width that images are resized to."

@@ -15,7 +15,7 @@ from torch import nn
 
 from edgeprune import int8_types, operator_checks
 from edgeprune.bundle.eight_bits import require_eight_bits
-from edgeprune.compress.evaluate import logits
+from edgeprune.compress.evaluate import answers
 from edgeprune.compress.groups import remove_channels
 from edgeprune.compress.silent import rescue_silent
 from edgeprune.compress.sparsity import has_pattern, weighted
@@ -69,7 +69,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
     for line in doubts:
         context.progress.say(f"      warning: {line}")
     x = context.inputs(context.job.loaded.dataset.development, PARITY_SAMPLES)
-    expected = logits(context.model, torch.from_numpy(x))
+    expected = answers(context.model, torch.from_numpy(x))
     found = context.run_file(context.host, folder / files["fp32"].path, x)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not error <= PARITY_TOLERANCE:

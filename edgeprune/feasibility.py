@@ -106,6 +106,7 @@ def dense_stage(context: Context, run: RunFolder, *, title: str = "") -> Stage[D
         "seed": job.seed,
         # Only where it differs, so that runs of the other formats keep their stages.
         **({"whole": context.whole.info.name} if context.has_twin else {}),
+        **({} if job.loaded.outputs == "logits" else {"outputs": job.loaded.outputs}),
         **({} if job.int8.io is None else {"io": job.int8.io}),
         **({"avoid": job.profile.avoid_ops} if job.profile.avoid_ops else {}),
         **({"forbidden": job.profile.forbidden_ops} if job.profile.forbidden_ops else {}),

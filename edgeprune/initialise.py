@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgeprune import discover, imagedata, imagefiles, imagefolder
+from edgeprune.classnumbers import ONLY
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.factories import call_factory, is_factory
 from edgeprune.paths import located
@@ -24,6 +25,7 @@ from edgeprune.specs import Workload
 
 FILE_NAME = "edgeprune.yaml"
 MAX_LOOKED_AT = 2000
+TASK = "classify"
 MAX_SIDE = 256  # pixels; larger image files are shrunk before their mean and std are taken
 
 Ask = Callable[[str, str], str]
@@ -44,6 +46,7 @@ class DataLook:
     std: tuple[float, ...]
     labels: tuple[str, ...]
     n_sizes: int = 1  # how many sizes the image files have
+    is_labelled: bool = False
 
 
 def initialise(
@@ -81,6 +84,7 @@ def initialise(
     seen = look_at(data, folder)
     seen = _confirmed_size(seen, ask)
     constants = _confirmed_constants(seen, found.normalise, ask)
+    _confirm_task(seen, ask)
     text = _document(model, weights, data, target, seen, constants)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -116,13 +120,20 @@ def look_at(data: str, folder: Path) -> DataLook:
     if path.is_dir():
         return _look_at_images(path)
     if path.is_file() and path.suffix == ".npz":
-        return _look_at_array(_training_array(imagedata.read_npz(path), data))
+        return _look_at_value(imagedata.read_npz(path), data)
     if is_factory(data):
-        value = call_factory(data, folder, key="data").value
-        return _look_at_array(_training_array(value, data))
+        return _look_at_value(call_factory(data, folder, key="data").value, data)
     raise SpecError(
         f"data must be a folder of images, an .npz file or file.py:factory, but got {data!r}"
     )
+
+
+def _look_at_value(value: Any, where: str) -> DataLook:
+    parts = value.values() if isinstance(value, dict) else [value]
+    is_labelled = any(
+        isinstance(p, (tuple, list)) and len(p) == 2 and p[1] is not None for p in parts
+    )
+    return replace(_look_at_array(_training_array(value, where)), is_labelled=is_labelled)
 
 
 def _training_array(value: Any, where: str) -> np.ndarray:
@@ -169,7 +180,7 @@ def _look_at_images(folder: Path) -> DataLook:
     pixels = (imagefiles.read_image(path, small, color) for path in chosen)
     mean, std = _moments(pixels, 1 if color == "grey" else 3)
     labels = tuple(sorted(name for name in by_class if name is not None))
-    return DataLook("image", color, size, mean, std, labels, len(sizes))
+    return DataLook("image", color, size, mean, std, labels, len(sizes), bool(labels))
 
 
 def _is_grey(path: Path) -> bool:
@@ -205,6 +216,15 @@ def _confirmed_size(seen: DataLook, ask: Ask | None) -> DataLook:
     if match is None or min(int(match[1]), int(match[2])) == 0:
         raise SpecError(f"the input size must look like 224x224, but got {answer!r}")
     return replace(seen, size=(int(match[1]), int(match[2])), n_sizes=1)
+
+
+def _confirm_task(seen: DataLook, ask: Ask | None) -> None:
+    """Nothing, where the data has labels, or the user says that the model is a classifier."""
+    if ask is None or seen.is_labelled:
+        return
+    answer = ask("task of the model (the data has no labels that show it)", TASK).strip()
+    if answer != TASK:
+        raise SpecError(f"the task must be {TASK}, but got {answer!r}", hint=ONLY)
 
 
 @dataclass(frozen=True)
@@ -282,6 +302,7 @@ def _document(
         *_preprocess_lines(seen, constants),
         "",
         *_label_lines(seen.labels),
+        *_task_lines(seen),
         "",
         f"target: {_quoted(target)}  # see: edgeprune targets list",
         "# latency: 60%  # of the dense latency on the device; 15ms and 2x are read too",
@@ -321,6 +342,12 @@ def _label_lines(labels: Sequence[str]) -> list[str]:
         "labels:  # in the order of the model's outputs",
         *(f"  - {_quoted(n)}" for n in labels),
     ]
+
+
+def _task_lines(seen: DataLook) -> list[str]:
+    if seen.is_labelled:
+        return []
+    return [f"task: {TASK}  # no labels show it: CHECK that each output is the score of one class"]
 
 
 def _quoted(text: str) -> str:

@@ -17,6 +17,7 @@ from edgeprune import records
 from edgeprune.compress.equalise import correct_biases, equalise
 from edgeprune.compress.evaluate import kl_nats, logits, quality, run_once
 from edgeprune.compress.fakequant import fake_quantised, plain
+from edgeprune.compress.outputs import file_logits
 from edgeprune.compress.recover import recover, updates_per_epoch
 from edgeprune.context import PIXEL_SEED, Context
 from edgeprune.datasets import model_input
@@ -94,6 +95,11 @@ class Search:
     def _quality(self, found: torch.Tensor) -> float:
         return quality(found, self.y, self.reference)[1]
 
+    def loss_nats(self, found: torch.Tensor) -> float:
+        """Divergence of what a file answered to the first samples from what the FP32 file did."""
+        dense, exact = self.context.model, self.exact[: len(found)]
+        return kl_nats(file_logits(exact, dense), file_logits(found, dense))
+
     def add(
         self, name: str, fp32: Path, model: nn.Module, options: QuantizeOptions, note: str = ""
     ) -> None:
@@ -110,7 +116,7 @@ class Search:
                 raise
             context.progress.say(f"      INT8 with {name} left out: {error.message}")
             return
-        loss = kl_nats(self.exact, found)
+        loss = self.loss_nats(found)
         tried = Int8Try(name=name, quality=self._quality(found), loss_nats=loss, note=note)
         self.found.append(Candidate(tried, path, artifact, fp32, model, options))
 
@@ -270,8 +276,7 @@ def layer_gains(search: Search, start: Candidate) -> dict[str, tuple[float, Path
         return {}
     layers = _heaviest(context, start)
     few = search.x[:SCANNED]
-    exact = search.exact[: len(few)]
-    loss = kl_nats(exact, context.run_file(context.host, start.path, few))
+    loss = search.loss_nats(context.run_file(context.host, start.path, few))
     scanned: dict[str, tuple[float, Path]] = {}
     with context.progress.bar("INT8 layer by layer", len(layers)) as bar:
         for layer in layers:
@@ -282,7 +287,7 @@ def layer_gains(search: Search, start: Candidate) -> dict[str, tuple[float, Path
                     start.fp32, context.calibration, path, model=start.model, options=options
                 )
                 found = context.run_file(context.host, path, few)
-                scanned[layer] = loss - kl_nats(exact, found), path
+                scanned[layer] = loss - search.loss_nats(found), path
             except FormatError as error:
                 context.progress.say(f"      {layer} cannot stay in float: {error.message}")
             bar.advance(1)

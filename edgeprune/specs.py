@@ -403,7 +403,7 @@ _FACTORY = "FILE.py:FACTORY or MODULE:FACTORY, such as net.py:make"
 class Workload(Record):
     """``edgeprune.yaml``: the user's model, weights, data and defaults. Paths are relative to the file.
 
-    ``author``, ``license`` (an SPDX expression) and ``version`` are of the model; bundles and Core ML files show them.
+    ``task`` is needed where no labels show it. ``author``, ``license`` (SPDX) and ``version`` are of the model; bundles show them.
     """
 
     schema_version: Literal[1] = 1
@@ -412,6 +412,7 @@ class Workload(Record):
     data: str
     preprocess: Preprocess = Preprocess()
     labels: tuple[str, ...] | None = None
+    task: Literal["classify"] | None = None
     author: Line | None = None
     target: str | None = None
     formats: str | None = None

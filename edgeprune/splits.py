@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edgeprune.classnumbers import check_class_numbers
 from edgeprune.datasets import Dataset, Split
 from edgeprune.enough import share_to_draw
 from edgeprune.errors import ModelError
@@ -112,13 +113,9 @@ def _image_hint(x: np.ndarray) -> str | None:
 def _checked_labels(
     y: np.ndarray, n_samples: int, labels: tuple[str, ...] | None, where: str
 ) -> np.ndarray:
-    if y.ndim != 1:
-        hint = "use y.argmax(axis=1) for one-hot rows" if y.ndim == 2 and y.shape[1] > 1 else None
-        raise ModelError(f"y must be [N] class numbers, but {where} has {list(y.shape)}", hint=hint)
+    check_class_numbers(y, where)
     if len(y) != n_samples:
         raise ModelError(f"x and y must be of one length, but {where} has {n_samples} and {len(y)}")
-    if not np.issubdtype(y.dtype, np.integer):
-        raise ModelError(f"y must be whole class numbers, but {where} is {y.dtype}")
     low, high = int(y.min()), int(y.max())
     if low < 0 or (labels is not None and high >= len(labels)):
         rule = (

@@ -10,13 +10,15 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import imagedata, intake
+from edgeprune import imagedata, intake, tasks
+from edgeprune.classnumbers import far_outside
+from edgeprune.compress.outputs import Outputs, mark, outputs_of, seen
 from edgeprune.datasets import Dataset, model_input
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.factories import call_factory, one_line
@@ -55,6 +57,11 @@ class LoadedWorkload:
         """The shape of the only input, without the batch."""
         return self.input_shapes[0]
 
+    @property
+    def outputs(self) -> Outputs:
+        """What the model was seen to answer with."""
+        return outputs_of(self.model)
+
 
 def load_workload(workload: Workload, base: Path) -> LoadedWorkload:
     """The live model and data that a workload names.
@@ -89,6 +96,7 @@ def from_objects(
     *,
     preprocess: Preprocess | None = None,
     labels: Sequence[str] | None = None,
+    task: Literal["classify"] | None = None,
     settings: Workload | None = None,
     base: Path | None = None,
 ) -> LoadedWorkload:
@@ -99,6 +107,7 @@ def from_objects(
         data: a mapping of split to ``(x, y)`` or ``x``, one ``(x, y)``, one ``x``, or the path of a folder or ``.npz``.
         preprocess: how ``x`` becomes the model's input; default: that of ``settings``, else plain rgb; float arrays are passed as they are.
         labels: class names.
+        task: what the model is for; needed where the data has neither labels nor class names.
         settings: where target, budgets, recovery and seed come from; its model, weights and data are not used.
         base: the folder that relative paths in ``data`` start from; default: the current one.
 
@@ -113,6 +122,8 @@ def from_objects(
         changes["preprocess"] = preprocess
     if labels is not None:
         changes["labels"] = tuple(labels)
+    if task is not None:
+        changes["task"] = task
     workload = Workload(**changes) if settings is None else settings.model_copy(update=changes)
     if isinstance(data, (str, Path)):
         loaded = imagedata.load_data(
@@ -186,6 +197,12 @@ def _assemble(
     batch = model_input(np.concatenate([first, first])[:2], data.preprocess)
     n_classes = check_accepts(ready, batch)
     _check_classes(n_classes, data)
+    said = tasks.ask(ready, data)
+    tasks.check_is_classifier(said, data, workload.task, batch[0].size)
+    outputs = seen(said)
+    for known in (ready, earlier):
+        if known is not None:
+            mark(known, outputs)
     return LoadedWorkload(
         model=ready,
         dataset=data.dataset,
@@ -197,7 +214,7 @@ def _assemble(
         base=base,
         model_digest=intake.digest(ready, source),
         dead_channels=intake.dead_channels(ready),
-        notes=(*notes, *model_notes, *data.notes),
+        notes=(*notes, *model_notes, *data.notes, *tasks.output_notes(said)),
         earlier=earlier,
         earlier_digest="" if earlier is None else intake.digest(earlier, ""),
     )
@@ -222,7 +239,8 @@ def check_accepts(model: nn.Module, batch: np.ndarray) -> int:
     shape = list(output.shape)
     if output.ndim != 2 or shape[0] != len(batch) or shape[1] < 2:
         raise ModelError(
-            f"the model must return logits [N, K] with K >= 2, but for N = {len(batch)} it returned {shape}"
+            f"the model must return logits [N, K] with K >= 2, but for N = {len(batch)} it returned {shape}",
+            hint=tasks.shape_hint(batch.shape, shape),
         )
     if not output.is_floating_point():
         raise ModelError(
@@ -276,5 +294,5 @@ def _check_classes(n_classes: int, data: imagedata.Data) -> None:
         if top >= n_classes:
             raise ModelError(
                 f"labels must be below the model's {n_classes} outputs, but {name} has {top}",
-                hint="count classes from 0",
+                hint=far_outside(top, n_classes),
             )

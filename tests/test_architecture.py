@@ -35,6 +35,7 @@ LAYERS = {
     "catalog": 2,
     "datasets": 2,
     "splits": 2,
+    "classnumbers": 2,
     "factories": 2,
     "enough": 2,
     "imagedata": 2,
@@ -47,6 +48,7 @@ LAYERS = {
     "compress": 3,
     "intake": 3,
     "workload": 3,
+    "tasks": 3,
     "devices": 3,
     "formats": 4,
     "bundle": 5,
@@ -90,7 +92,7 @@ LAYERS = {
     "__init__": 6,
     "__main__": 6,
 }
-TORCH_SIDE = {"compress", "intake", "workload"}
+TORCH_SIDE = {"compress", "intake", "tasks", "workload"}
 BOARD_SIDE = {"devices"}
 PLAIN = {
     "numpy",

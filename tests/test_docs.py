@@ -317,7 +317,7 @@ def test_the_usual_budgets_are_ten_between_30_and_90_percent():
 def test_a_budget_that_fails_is_a_row_and_not_the_end(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 4), np.uint8)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
-    loaded = from_objects(model, pixels, preprocess=Preprocess(color="grey"))
+    loaded = from_objects(model, pixels, preprocess=Preprocess(color="grey"), task="classify")
     taken = tmp_path / "a-file"
     taken.write_text("not a folder")
     options = Options(target="rpi4", latency="80%", run=taken)

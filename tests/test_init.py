@@ -284,3 +284,26 @@ def test_at_most_2000_samples_are_looked_at(tmp_path: Path) -> None:
     assert look_at("d.npz", tmp_path).mean[0] < 0.5
     np.savez(tmp_path / "d.npz", x=x[:2000])
     assert look_at("d.npz", tmp_path).mean == (0.5,)
+
+
+def test_data_without_labels_gets_a_task_that_a_person_is_asked_about(project) -> None:
+    np.savez(project / "samples.npz", x=grey())
+    asked: list[str] = []
+
+    def ask(question: str, default: str) -> str:
+        asked.append(question)
+        return default
+
+    path = start(project, data="samples.npz", ask=ask)
+    assert read_yaml(Workload, path).task == "classify"
+    assert sum("task" in question for question in asked) == 1
+    path.unlink()
+    with pytest.raises(SpecError, match="the task must be classify, but got 'detect'"):
+        start(project, data="samples.npz", ask=lambda q, d: "detect" if "task" in q else d)
+    assert not path.exists()
+    assert "CHECK" in start(project, data="samples.npz").read_text().split("task: classify")[1]
+
+
+def test_data_with_labels_needs_no_task(project) -> None:
+    path = start(project, data="samples.npz", ask=lambda question, default: default)
+    assert read_yaml(Workload, path).task is None

@@ -337,7 +337,8 @@ def test_samples_that_break_a_rule_are_refused_with_the_values(
     ("y", "labels", "words"),
     [
         (np.zeros(4, np.int64), None, "has 5 and 4"),
-        (np.zeros((5, 3), np.int64), None, "argmax"),
+        (np.eye(3, dtype=np.int64)[[0, 1, 2, 0, 1]], None, "argmax"),
+        (np.zeros((5, 3), np.int64), None, "several labels"),
         (np.zeros((5, 1), np.int64), None, r"\[5, 1\]"),
         (np.zeros(5), None, "float64"),
         (np.array([0, 1, 2, 3, -1]), None, "at least 0.*-1 to 3"),

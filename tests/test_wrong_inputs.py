@@ -78,6 +78,21 @@ def give_floats_of_another_width(project: Path, _: Path) -> None:
     np.savez(project / "data.npz", x=draw.random((64, 3, 24, 24), np.float32))
 
 
+def leave_the_labels_out(project: Path, _: Path) -> None:
+    tinynet.write_settings(project, labels=None)
+    np.savez(project / "data.npz", x=tinynet.arrays()["train"][0])
+
+
+def give_measured_values(project: Path, _: Path) -> None:
+    x, y = tinynet.arrays()["train"]
+    np.savez(project / "data.npz", x=x, y=y * 0.5)
+
+
+def give_several_labels(project: Path, _: Path) -> None:
+    x, y = tinynet.arrays()["train"]
+    np.savez(project / "data.npz", x=x, y=np.eye(4, dtype=int)[y] | np.eye(4, dtype=int)[0])
+
+
 def give_no_samples(project: Path, _: Path) -> None:
     np.savez(project / "data.npz", x=np.zeros((0, 24, 24), np.uint8), y=np.zeros(0, np.int64))
 
@@ -219,6 +234,10 @@ CASES = (
         ("does not accept the data",),
         give_floats_of_another_width,
     ),
+    Case("no labels and no task", DEPLOY, 2, ("--task classify",), leave_the_labels_out),
+    Case("unknown task", (*DEPLOY, "--task", "detect"), 2, ("'detect'", "classify")),
+    Case("measured values as labels", DEPLOY, 3, ("regression",), give_measured_values),
+    Case("several labels a sample", DEPLOY, 3, ("several labels",), give_several_labels),
     Case("empty data", DEPLOY, 3, ("at least one sample",), give_no_samples),
     Case("damaged data", DEPLOY, 3, ("data.npz",), cut_the_data_short),
     Case(

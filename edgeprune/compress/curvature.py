@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from edgeprune.compress.criteria import Places, Scores, places
 from edgeprune.compress.evaluate import BATCH, backward, device_of, private_copy
+from edgeprune.compress.outputs import as_logits
 from edgeprune.compress.surgery import ChannelGroup
 from edgeprune.errors import ModelError
 
@@ -78,7 +79,7 @@ def _diagonal(
     """Estimate of the Hessian's diagonal at open gates, of the mean divergence of one batch."""
     found = {name: torch.zeros(len(gate), dtype=torch.float64) for name, gate in gates.items()}
     with torch.no_grad():
-        dense = model(x).log_softmax(1)
+        dense = as_logits(model(x), model).log_softmax(1)
     for _ in range(turns):
         signs = {
             name: (torch.randint(0, 2, gate.shape, generator=generator) * 2.0 - 1).to(gate.device)
@@ -106,7 +107,7 @@ def _slopes(
         gate.data = 1 + shift[name]
         gate.grad = None
     with torch.enable_grad():
-        said = model(x).log_softmax(1)
+        said = as_logits(model(x), model).log_softmax(1)
         loss = functional.kl_div(said, dense, reduction="batchmean", log_target=True)
     if loss.requires_grad:
         backward(loss)

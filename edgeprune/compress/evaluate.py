@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from edgeprune.compress.inputs import batches, to_input
+from edgeprune.compress.outputs import as_logits
 from edgeprune.errors import ModelError
 from edgeprune.specs import Preprocess
 
@@ -92,10 +93,10 @@ def run_once(
             handle.remove()
 
 
-def logits(
+def answers(
     model: nn.Module, x: Tensor, *, batch_size: int = BATCH, device: torch.device | None = None
 ) -> Tensor:
-    """What the model says about prepared inputs, in eval mode and without gradients.
+    """What the model says about prepared inputs, in eval mode and without gradients: its outputs as they are.
 
     Args:
         model: not changed; it runs where it is, or as a copy on ``device``.
@@ -118,6 +119,13 @@ def logits(
     return _joined(found)
 
 
+def logits(
+    model: nn.Module, x: Tensor, *, batch_size: int = BATCH, device: torch.device | None = None
+) -> Tensor:
+    """:func:`answers` as logits; of a model that answers with probabilities, their logarithm."""
+    return as_logits(answers(model, x, batch_size=batch_size, device=device), model)
+
+
 def raw_logits(
     model: nn.Module,
     raw: np.ndarray,
@@ -135,7 +143,7 @@ def raw_logits(
             # The copy makes a read-only or memory-mapped array safe to wrap.
             x = to_input(torch.from_numpy(raw[part].copy()).to(place), preprocess)
             found.append(_checked(runner(x), part.stop - part.start))
-    return _joined(found)
+    return as_logits(_joined(found), model)
 
 
 def _placed(model: nn.Module, device: torch.device | None) -> nn.Module:

@@ -32,6 +32,7 @@ from edgeprune.compress.criteria import (
 from edgeprune.compress.curvature import hessian
 from edgeprune.compress.divergence import AfterRepair
 from edgeprune.compress.evaluate import BATCH, backward, device_of, private_copy
+from edgeprune.compress.outputs import as_logits
 from edgeprune.compress.reconstruct import obs, variance
 from edgeprune.compress.surgery import ChannelGroup
 from edgeprune.errors import ModelError
@@ -116,7 +117,7 @@ def _mean_over_samples(
     for batch in torch.split(x, batch_size):
         gates.clear()
         with torch.enable_grad():
-            output = watched(batch.to(place))
+            output = as_logits(watched(batch.to(place)), model)
             classes = label(output.detach().softmax(1).cpu()).to(place)
             loss = functional.cross_entropy(output, classes, reduction="sum")
         if loss.requires_grad:

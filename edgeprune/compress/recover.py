@@ -22,6 +22,7 @@ from edgeprune.compress import checkpoint as checkpoints
 from edgeprune.compress import sparsity
 from edgeprune.compress.evaluate import quality, raw_logits
 from edgeprune.compress.inputs import augmented, channels_last, to_input
+from edgeprune.compress.outputs import as_logits
 from edgeprune.datasets import Split
 from edgeprune.errors import IntegrityError, ModelError
 from edgeprune.progress import Bar, Progress
@@ -358,13 +359,13 @@ def _step(
     """One update of the student and of its average. Returns the loss, still on the device."""
     x = _batch(setup, chosen, generator)
     with _lowered(setup), torch.no_grad():
-        wanted = setup.teacher(x)
+        wanted = as_logits(setup.teacher(x), setup.teacher)
     with _lowered(setup):
-        found = state.student(x)
-    loss = _distillation(found.float(), wanted.float())
+        found = as_logits(state.student(x), setup.teacher)
+    loss = _distillation(found, wanted)
     if setup.train.y is not None:
         y = torch.from_numpy(setup.train.y[chosen]).to(setup.device)
-        loss = SOFT_SHARE * loss + (1 - SOFT_SHARE) * functional.cross_entropy(found.float(), y)
+        loss = SOFT_SHARE * loss + (1 - SOFT_SHARE) * functional.cross_entropy(found, y)
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     state.optimiser.zero_grad()
