@@ -43,6 +43,7 @@ def app_facts(job: Job) -> AppFacts:
         license=workload.license or "",
         version=workload.version or "",
         int8_scheme=next(iter(job.profile.int8_schemes), ""),
+        outputs=job.loaded.outputs,
         compute_units=job.target.compute_units or "ALL",
         notes={
             "target": job.target.name,

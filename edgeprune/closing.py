@@ -324,6 +324,7 @@ class Closing:
             edgeprune_version=VERSION,
             target=job.target.name,
             profile=job.profile.name,
+            outputs=job.loaded.outputs,
             version=job.loaded.workload.version,
             kind=job.target.bundle,
             license=job.loaded.workload.license,

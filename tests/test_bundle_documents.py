@@ -17,7 +17,7 @@ from report_fixture import make_report
 from test_bundle_metadata import tflite_bundle
 
 from edgeprune import cli
-from edgeprune.bundle.manifest import Manifest, Quality
+from edgeprune.bundle.manifest import Manifest, Quality, identity
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.schemas import SCHEMAS, schema_files
 from edgeprune.bundle.verify import verify
@@ -92,6 +92,19 @@ def test_the_card_says_what_is_missing(tmp_path):
         assert said in text
     assert "Gates missed: latency." in text
     assert text.rstrip().endswith("## License\n\nnot stated")
+
+
+def test_a_bundle_says_that_its_outputs_are_probabilities(tmp_path) -> None:
+    plain, said = (
+        make_bundle(tmp_path / kind, outputs=kind) for kind in ("logits", "probabilities")
+    )
+    for name in ("MODEL_CARD.md", "README.md"):
+        assert "probabilities" in (said / name).read_text()
+        assert "probabilities" not in (plain / name).read_text()
+    manifests = [read_json(Manifest, folder / "manifest.json") for folder in (plain, said)]
+    assert [m.outputs for m in manifests] == ["logits", "probabilities"]
+    assert len({identity(m.facts(), m.source_sha256) for m in manifests}) == 2
+    assert verify(said).ok
 
 
 def test_the_licence_is_the_stated_one_or_honestly_none(tmp_path):

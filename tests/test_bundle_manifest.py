@@ -123,6 +123,7 @@ def test_a_bundle_without_sparse_weights_and_float_layers_has_the_identity_that_
     assert stated.pop("sparsity") is None
     assert stated.pop("float_layers") == []
     assert stated.pop("why_fp32") is None
+    assert stated.pop("outputs") == "logits"
     assert identity(facts(), "0" * 64) == sha256_bytes(to_json_text([stated, "0" * 64]))
     sparse = SparseWeights(pattern="2:4", layers=2, of_layers=3, speed="not run")
     other = facts().model_copy(update={"sparsity": sparse})

@@ -25,7 +25,7 @@ def card_text(manifest: Manifest) -> bytes:
 An image or tensor classifier with {len(manifest.labels)} classes ({labels}), pruned, retrained and exported by edgeprune
 {manifest.edgeprune_version} for {manifest.target}. `{model.path}` ({model.precision}, {model.size_bytes} bytes) runs on
 {manifest.runtime.name}; it takes `{source.dtype} {list(source.shape)}` ({source.layout}). Version: {manifest.version or NOT_STATED}.
-{_sparsity(manifest)}{_float_model(manifest)}
+{_outputs(manifest)}{_sparsity(manifest)}{_float_model(manifest)}
 ## Data
 
 Digest of the data set: `{made.data_digest}`. Seed: {made.seed}. The data themselves are not part of the bundle, except for
@@ -82,6 +82,12 @@ def _quality(quality: Quality) -> str:
     )
 
 
+def _outputs(manifest: Manifest) -> str:
+    if manifest.outputs == "logits":
+        return ""
+    return "It answers with probabilities, one for each class.\n"
+
+
 def _sparsity(manifest: Manifest) -> str:
     return f"\nIts {manifest.sparsity.line()}.\n" if manifest.sparsity else ""
 
@@ -110,5 +116,7 @@ def _limits(manifest: Manifest) -> str:
             "There was no test split: the accuracy above is of the split that choices were made on."
         )
     if manifest.quality.metric == "agreement":
-        limits.append("There were no labels: agreement with the dense model is not accuracy.")
+        limits.append(
+            "There were no labels: agreement with the dense model is not accuracy, and that it is a classifier is its maker's word."
+        )
     return "".join(f"- {limit}\n" for limit in limits)

@@ -22,6 +22,7 @@ INT8_STEPS = 3
 # The kernels inside tflite-runtime 2.14 round sums twice and those of XNNPACK once, which adds up over layers; XNNPACK has no INT8 there.
 BUILTIN_STEPS = 8
 FP32_ATOL_RATIO = 1e-4
+SOFTMAX_STEP = 1 / 256  # in INT8, whatever the range of the answers is; TensorFlow Lite fixes it
 # TensorRT runs float files in FP16, and what stands between the INT8 kernels of a net too. Our own bounds; no Jetson was measured.
 FP16_ATOL_RATIO, FP16_STEPS = 1e-2, 8
 # A choice with room, not a measurement: half precision keeps 11 bits, and an engine may also add in half precision.
@@ -59,7 +60,9 @@ class GoldenResult:
         )
 
 
-def default_tolerance(model: Artifact, outputs: np.ndarray, runtime: str = "") -> Tolerance:
+def default_tolerance(
+    model: Artifact, outputs: np.ndarray, runtime: str = "", *, answers: str = "logits"
+) -> Tolerance:
     """What two correct runtimes may differ by on this file.
 
     INT8 kernels round differently between processors: three steps of the output, taken as 1/255 of the golden range when the file's
@@ -75,28 +78,32 @@ def default_tolerance(model: Artifact, outputs: np.ndarray, runtime: str = "") -
         model: the shipped file.
         outputs: golden outputs, ``float32 [n, K]``.
         runtime: what runs the file on the board.
+        answers: ``logits``, or ``probabilities``, which may all be far below 1.
     """
+    largest = max(1.0 if answers == "logits" else 0.0, float(np.abs(outputs).max()))
     is_half = model.format == "tensorrt"
     if model.precision == "fp32":
         ratio = FP16_ATOL_RATIO if is_half else FP32_ATOL_RATIO
-        atol = ratio * max(1.0, float(np.abs(outputs).max()))
-        return Tolerance(atol=atol, min_argmax_agreement=0.85 if is_half else 1.0)
+        return Tolerance(atol=ratio * largest, min_argmax_agreement=0.85 if is_half else 1.0)
     if model.precision == "fp16":
-        atol = HALF_ATOL_RATIO * max(1.0, float(np.abs(outputs).max()))
-        return Tolerance(atol=atol, min_argmax_agreement=0.85)
+        return Tolerance(atol=HALF_ATOL_RATIO * largest, min_argmax_agreement=0.85)
     steps = BUILTIN_STEPS if runtime == "tflite-runtime" else FP16_STEPS if is_half else INT8_STEPS
     if model.outputs[0].scale is not None:
         return Tolerance(max_abs_error_steps=steps, min_argmax_agreement=0.85)
-    step = output_step(model, outputs)
+    step = output_step(model, outputs, answers)
     assert step is not None
     return Tolerance(atol=steps * step, min_argmax_agreement=0.85)
 
 
-def output_step(model: Artifact, outputs: np.ndarray) -> float | None:
-    """The quantisation step of the output, 1/255 of the range of ``outputs`` where an INT8 file answers in floats; ``None`` for FP32."""
+def output_step(model: Artifact, outputs: np.ndarray, answers: str = "logits") -> float | None:
+    """The quantisation step of the output; ``None`` for FP32.
+
+    Where an INT8 file answers in floats, 1/255 of the range of ``outputs``, and of probabilities at least the step of a softmax.
+    """
     if model.precision == "fp32":
         return None
-    return model.outputs[0].scale or max(float(np.ptp(outputs)), 1e-6) / 255
+    least = SOFTMAX_STEP if answers == "probabilities" else 0.0
+    return model.outputs[0].scale or max(float(np.ptp(outputs)) / 255, 1e-6 / 255, least)
 
 
 def file_input(raw: np.ndarray, preprocess: Preprocess, spec: TensorSpec) -> np.ndarray:
@@ -198,7 +205,7 @@ def judge(outputs: np.ndarray, golden: np.ndarray, manifest: Manifest) -> Golden
         n=len(golden),
         max_abs_error=float(np.abs(outputs - golden).max()),
         mean_abs_error=float(np.abs(outputs - golden).mean()),
-        step=output_step(manifest.model, golden),
+        step=output_step(manifest.model, golden, manifest.outputs),
         limit=tolerance.limit(manifest.model.outputs[0]),
         argmax_agreement=float((outputs.argmax(1) == golden.argmax(1)).mean()),
         min_argmax_agreement=tolerance.min_argmax_agreement,

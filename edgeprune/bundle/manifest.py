@@ -199,8 +199,8 @@ class Provenance(Record):
 class Facts(Record):
     """What the maker of a bundle states about it; the files say the rest.
 
-    ``kind`` is the app platform whose samples lie in ``samples/<kind>``. ``quality`` is of the split that choices were made on, ``test`` of
-    the one that was read once, where there was one.
+    ``outputs`` is what the file answers with. ``kind`` is the app platform whose samples lie in ``samples/<kind>``. ``quality`` is of the
+    split that choices were made on, ``test`` of the one that was read once, where there was one.
     ``failed_gates`` were judged and missed. ``not_run`` could not be judged, because nothing that the maker had runs the file.
     The golden answers are then ``worked-out`` from the operations in the file, or those of a ``twin`` of another format.
     ``sparsity`` says which pattern of zeros its weights have, where they have one. ``float_layers`` names the layers of an INT8 file that
@@ -212,6 +212,7 @@ class Facts(Record):
     target: Name
     profile: Name
     task: Literal["classification"] = "classification"
+    outputs: Literal["logits", "probabilities"] = "logits"
     version: Line | None = None
     kind: Name = "python"
     license: Annotated[str, Field(pattern=SPDX)] | None = None
@@ -369,6 +370,8 @@ def identity(facts: Facts, source_sha256: str) -> str:
     stated = facts.model_dump(mode="json", include=set(Facts.model_fields))
     if stated["sparsity"] is None:
         del stated["sparsity"]  # so that bundles from before it was stated keep their identity
+    if stated["outputs"] == "logits":
+        del stated["outputs"]  # and here
     if not stated["float_layers"]:
         del stated["float_layers"]  # and here
     if stated["why_fp32"] is None:

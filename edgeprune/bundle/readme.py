@@ -32,6 +32,11 @@ def readme_text(manifest: Manifest) -> bytes:
     rows = [
         ("model", f"`{model.path}` ({model.precision}, {model.size_bytes} bytes)"),
         *_float_row(manifest),
+        *(
+            []
+            if manifest.outputs == "logits"
+            else [("answers", f"{manifest.outputs}, one a label")]
+        ),
         ("target", f"{manifest.target} (profile {manifest.profile})"),
         ("license of the model", manifest.license or "not stated"),
         (f"{quality.metric}, {quality.split} split, n = {quality.n}", _quality(manifest)),

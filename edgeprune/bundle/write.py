@@ -234,7 +234,9 @@ def _shipped(facts: Facts, payload: Payload) -> _Shipped:
         return _Shipped(model, {model.path: file}, keys, None, b"")
     source = _model_bytes(twin.model, twin.model_file)
     record, float_file, _ = _labelled(facts, twin.model, source, twin.model_file.suffix, named)
-    tolerance = default_tolerance(record, twin.golden_outputs, facts.runtime.name)
+    tolerance = default_tolerance(
+        record, twin.golden_outputs, facts.runtime.name, answers=facts.outputs
+    )
     float_model = FloatModel(
         model=record,
         source_sha256=twin.model.sha256,
@@ -290,7 +292,7 @@ def _manifest(
     created: str | None = None,
 ) -> Manifest:
     tolerance = payload.tolerance or default_tolerance(
-        shipped.model, payload.golden_outputs, facts.runtime.name
+        shipped.model, payload.golden_outputs, facts.runtime.name, answers=facts.outputs
     )
     listed = tuple(
         BundleFile(path=path, size_bytes=len(content), sha256=sha256_bytes(content), role=role)

@@ -47,7 +47,8 @@ class AppFacts:
     """What a file can say to the app that ships it, for formats that have a place for it.
 
     ``labels`` name the outputs in order. ``int8_scheme`` is the one of the profile that ships, ``compute_units`` which processors the app
-    should ask for. ``notes`` are further facts by name; they must not change with the day, so that equal nets give equal files.
+    should ask for. ``outputs`` says what the model answers with. ``notes`` are further facts by name; they must not change with the day,
+    so that equal nets give equal files.
     """
 
     preprocess: Preprocess
@@ -59,6 +60,7 @@ class AppFacts:
     int8_scheme: str = ""
     compute_units: ComputeUnits = "ALL"
     notes: Mapping[str, str] = field(default_factory=dict)
+    outputs: str = "logits"
 
 
 @dataclass(frozen=True)

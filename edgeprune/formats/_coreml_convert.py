@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeprune.compress.outputs import mark, outputs_of
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats._coreml_package import quiet, toolchain
 
@@ -70,7 +71,7 @@ def entry_for(facts: AppFacts | None, shape: Sequence[int]) -> Entry:
 
 
 class Dressed(nn.Module):
-    """The model as an app meets it: values normalised where the image type cannot, and probabilities beside the logits."""
+    """The model as an app meets it: values normalised where the image type cannot, and probabilities beside its own outputs."""
 
     def __init__(self, model: nn.Module, entry: Entry, with_probabilities: bool) -> None:
         super().__init__()
@@ -83,11 +84,16 @@ class Dressed(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Logits, and probabilities if they are wanted."""
+        """What the model says, and probabilities if they are wanted."""
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
-        logits = self.model(x)
-        return (logits, torch.softmax(logits, 1)) if self.with_probabilities else logits
+        said: torch.Tensor = self.model(x)
+        if not self.with_probabilities:
+            return said
+        if outputs_of(self.model) == "logits":
+            return said, torch.softmax(said, 1)
+        # Core ML wants an output of its own for the table of the classes; half precision does not sum to 1 exactly.
+        return said, said / said.sum(1, keepdim=True)
 
 
 def check_labels(labels: Sequence[str] | None, model: nn.Module, example: np.ndarray) -> None:
@@ -203,6 +209,7 @@ def calibrated_model(
             for start in range(0, len(samples), CALIBRATION_BATCH):
                 prepared(samples[start : start + CALIBRATION_BATCH])
             finished: nn.Module = quantizer.finalize().eval()
+            mark(finished, outputs_of(model))
     except Exception as error:
         raise FormatError(
             f"coremltools could not quantise the model: {_first(error)}",

@@ -298,7 +298,7 @@ def _describe(
     texts = {
         "classLabel": "the most probable class",
         "classLabel_probs": "the probability of each class",
-        "output": "logits, one for each class in the order of labels.txt",
+        "output": f"{facts.outputs}, one for each class in the order of labels.txt",
     }
     for output in spec.description.output:
         output.shortDescription = texts.get(output.name, "")
