@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from edgeprune.budgets import Budget
 from edgeprune.compress.dead import remove_dead
-from edgeprune.compress.evaluate import logits, quality
+from edgeprune.compress.evaluate import quality, raw_logits
 from edgeprune.compress.groups import ChannelGroup, find_groups
 from edgeprune.datasets import Split, model_input, to_layout
 from edgeprune.devices.board import Board
@@ -31,7 +31,10 @@ from edgeprune.specs import Device, Int8, Precision, Profile, Runtime, Target
 from edgeprune.tracing import traced
 from edgeprune.workload import LoadedWorkload
 
-INFER_CHUNK = 256
+INFER_CHUNK, INFER_NUMBERS = (
+    256,
+    1 << 22,
+)  # at most so many samples, or numbers, go to a board at once
 NOT_RUN = "not run"
 PIXEL_SEED = 20261123
 AUTO = Int8()
@@ -259,7 +262,8 @@ class Context:
     @cached_property
     def reference(self) -> torch.Tensor:
         """Logits of the dense model on the development split, ``[N, K]``."""
-        return logits(self.model, self.development)
+        split, preprocess = self.job.loaded.dataset.development, self.job.loaded.preprocess
+        return raw_logits(self.model, split.x, preprocess)
 
     @cached_property
     def groups(self) -> tuple[tuple[ChannelGroup, ...], tuple[FrozenGroup, ...]]:
@@ -306,10 +310,10 @@ class Context:
             key, model_bytes(file), runtime=runtime.name, threads=runtime.threads, delegate=delegate
         )
         try:
-            laid_out = to_layout(x, self.whole.info.layout)
+            size = max(1, min(INFER_CHUNK, INFER_NUMBERS // max(1, x[:1].size)))
             parts = [
-                board.infer(key, laid_out[i : i + INFER_CHUNK])
-                for i in range(0, len(laid_out), INFER_CHUNK)
+                board.infer(key, to_layout(x[i : i + size], self.whole.info.layout))
+                for i in range(0, len(x), size)
             ]
         finally:
             board.unload([key])

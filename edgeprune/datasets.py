@@ -11,6 +11,8 @@ import numpy as np
 
 from edgeprune.specs import Preprocess
 
+CHUNK = 64  # images
+
 
 @dataclass(frozen=True)
 class Split:
@@ -61,8 +63,14 @@ def model_input(x: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     images = x[..., None] if x.ndim == 3 else x
     mean = np.asarray(preprocess.mean, np.float32)
     std = np.asarray(preprocess.std, np.float32)
-    scaled = (images.astype(np.float32) / np.float32(255) - mean) / std
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+    n, height, width, own = images.shape
+    (channels,) = np.broadcast_shapes((own,), mean.shape, std.shape)
+    found = np.empty((n, channels, height, width), np.float32)
+    for start in range(0, n, CHUNK):  # all at once, each step would be a copy of all images
+        part = images[start : start + CHUNK].astype(np.float32)
+        scaled = (part / np.float32(255) - mean) / std
+        found[start : start + CHUNK] = scaled.transpose(0, 3, 1, 2)
+    return found
 
 
 def to_layout(x: np.ndarray, layout: str) -> np.ndarray:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgeprune.compress.coupling import WEIGHTED
-from edgeprune.compress.evaluate import BATCH, evaluating
-from edgeprune.compress.inputs import batches
+from edgeprune.compress.evaluate import BATCH, evaluating, logits
+from edgeprune.compress.inputs import passes
 from edgeprune.compress.surgery import ChannelGroup, remove_channels, weights_by_input
 
 CONSTANT_TOLERANCE = 1e-6  # of the value: what counts as the same at all positions of all samples
@@ -29,9 +29,10 @@ class InputRange:
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
 
-    def add(self, values: torch.Tensor) -> None:
-        """Widen by ``[positions, C]``."""
-        low, high = values.amin(0), values.amax(0)
+    def add(self, values: torch.Tensor, channel: int) -> None:
+        """Widen by values whose dimension ``channel`` is that of the channels."""
+        others = [d for d in range(values.ndim) if d != channel % values.ndim]
+        low, high = values.amin(others), values.amax(others)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
@@ -90,9 +91,8 @@ def remove_dead(
     smaller = copy.deepcopy(untouched)
     _fold(smaller, plan.folds)
     smaller = remove_channels(smaller, by_name, plan.removed, example)
-    with torch.no_grad():
-        expected, found = untouched(x), smaller(x)
-    difference = float((expected - found).abs().max())
+    expected, says = logits(untouched, x), logits(smaller, x)
+    difference = float((expected - says).abs().max())
     if not difference <= SAME_OUTPUT * max(1.0, float(expected.abs().max())):
         return untouched, (
             f"masked channels stay: without them the outputs would differ by {difference:.2g}",
@@ -187,8 +187,7 @@ def record_inputs(model: nn.Module, x: torch.Tensor, ranges: Mapping[str, InputR
     def look(layer: nn.Module, args: tuple[torch.Tensor, ...], *, into: InputRange) -> None:
         given = args[0]
         # Channels last, except for convolutions on images and signals.
-        channels = given.movedim(1, -1) if isinstance(layer, _ConvNd) else given
-        into.add(channels.flatten(0, -2))
+        into.add(given, 1 if isinstance(layer, _ConvNd) else -1)
 
     handles = [
         layers[name].register_forward_pre_hook(functools.partial(look, into=into))
@@ -196,7 +195,7 @@ def record_inputs(model: nn.Module, x: torch.Tensor, ranges: Mapping[str, InputR
     ]
     try:
         with evaluating(model), torch.no_grad():
-            for part in batches(len(x), BATCH, x[0].numel()):
+            for part in passes(x, BATCH):
                 model(x[part])
     finally:
         for handle in handles:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeprune.compress.evaluate import evaluating, logits, run_once
+from edgeprune.compress.evaluate import BATCH, evaluating, logits, run_once
+from edgeprune.compress.inputs import passes
 
 SAME_OUTPUT = 1e-3  # of the largest output: float32 arithmetic in another order
 SWEEPS = 20
@@ -250,11 +251,15 @@ def _constant_of(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, bool] 
 
 def _means(model: nn.Module, x: Tensor, only: str | None = None) -> dict[str, Tensor]:
     """Mean output of each channel, ``[C]``, of the layers that run once."""
-    sums: dict[str, list[Tensor]] = {}
+    sums: dict[str, list[Tensor]] = {}  # of every run
+    counts: Counter[str] = Counter()  # of values in a channel
 
     def ran(name: str, output: Tensor, is_linear: bool) -> None:
-        channels_last = output if is_linear else output.transpose(1, -1)
-        sums.setdefault(name, []).append(channels_last.flatten(0, -2).mean(0))
+        channel = output.ndim - 1 if is_linear else 1
+        mean = output.mean([d for d in range(output.ndim) if d != channel]).double()
+        count = output.numel() // len(mean)
+        sums.setdefault(name, []).append(mean * count)
+        counts[name] += count
 
     handles = [
         layer.register_forward_hook(
@@ -263,10 +268,16 @@ def _means(model: nn.Module, x: Tensor, only: str | None = None) -> dict[str, Te
         for name, layer in _layers(model)
         if (only is None or name == only)
     ]
+    parts = [*passes(x, BATCH)]
     try:
         with evaluating(model), torch.no_grad():
-            model(x)
+            for part in parts:
+                model(x[part])
     finally:
         for handle in handles:
             handle.remove()
-    return {name: parts[0] for name, parts in sums.items() if len(parts) == 1}
+    return {
+        name: (torch.stack(found).sum(0) / counts[name]).float()
+        for name, found in sums.items()
+        if len(found) == len(parts)
+    }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from edgeprune.compress.inputs import batches, to_input
+from edgeprune.compress.inputs import batches, passes, to_input
 from edgeprune.compress.outputs import as_logits
 from edgeprune.errors import ModelError
 from edgeprune.specs import Preprocess
@@ -114,7 +114,7 @@ def answers(
     place = device_of(runner)
     found = []
     with evaluating(runner), torch.inference_mode():
-        for part in batches(len(x), batch_size, x[0].numel() if len(x) else 0):
+        for part in passes(x, batch_size):
             found.append(_checked(runner(x[part].to(place)), part.stop - part.start))
     return _joined(found)
 
@@ -139,7 +139,7 @@ def raw_logits(
     place = device_of(runner)
     found = []
     with evaluating(runner), torch.inference_mode():
-        for part in batches(len(raw), batch_size, raw[0].size if len(raw) else 0):
+        for part in passes(raw, batch_size):
             # The copy makes a read-only or memory-mapped array safe to wrap.
             x = to_input(torch.from_numpy(raw[part].copy()).to(place), preprocess)
             found.append(_checked(runner(x), part.stop - part.start))

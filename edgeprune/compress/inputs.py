@@ -5,8 +5,10 @@ Notation: ``N`` samples, ``B`` samples of one batch, ``C`` channels, ``H`` and `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,13 +17,24 @@ from edgeprune.specs import Augment, Preprocess
 
 # Inputs of one batch hold at most this many numbers: large images run in smaller batches instead of filling the memory.
 MAX_BATCH_NUMBERS = 1 << 24
+# The same where a batch is a matter of memory alone. The layers of a net hold many times the numbers of its input.
+MAX_PASS_NUMBERS = 1 << 21
 
 
 def batches(n: int, batch_size: int, sample_numbers: int) -> Iterator[slice]:
     """Slices that cover ``n`` samples of ``sample_numbers`` numbers each, in order, within the memory bound."""
-    size = max(1, min(batch_size, MAX_BATCH_NUMBERS // max(1, sample_numbers)))
-    for start in range(0, n, size):
-        yield slice(start, min(n, start + size))
+    return _slices(n, min(batch_size, MAX_BATCH_NUMBERS // max(1, sample_numbers)))
+
+
+def passes(x: Tensor | np.ndarray, batch_size: int) -> Iterator[slice]:
+    """As :func:`batches` of ``x [N, ...]``, in which no sample has to do with another: large ones go a few at a time."""
+    numbers = math.prod(x.shape[1:])
+    return _slices(len(x), min(batch_size, MAX_PASS_NUMBERS // max(1, numbers)))
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, max(1, size)):
+        yield slice(start, min(n, start + max(1, size)))
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeprune.compress.inputs import passes
 from edgeprune.compress.outputs import mark, outputs_of
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats._coreml_package import quiet, toolchain
@@ -206,8 +207,8 @@ def calibrated_model(
             prepared = quantizer.prepare(example_inputs=(samples[:1],))
             quantizer.step()
             prepared.eval()
-            for start in range(0, len(samples), CALIBRATION_BATCH):
-                prepared(samples[start : start + CALIBRATION_BATCH])
+            for part in passes(samples, CALIBRATION_BATCH):
+                prepared(samples[part])
             finished: nn.Module = quantizer.finalize().eval()
             mark(finished, outputs_of(model))
     except Exception as error:
