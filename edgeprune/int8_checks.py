@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +48,14 @@ def warnings(form: Format, fp32: Path, x: np.ndarray, program: ExportedProgram) 
     """
     if not isinstance(form, Inspectable):
         return ()
-    few = x[:SAMPLES]
-    seen, made = spreads(lambda: form.activations(fp32, few)), form.readers(fp32)
+    made, few = form.readers(fp32), x[:SAMPLES]
+    widths = _Widths({tensor: layer for tensor, (op, layer, _) in made.items() if op in DEPTHWISE})
+    seen = spreads(lambda: map(widths.note, form.activations(fp32, few)))
     return (
         *_gates(program),
         *_concatenations(made, seen),
         *_tails(made, seen),
-        *_depthwise(form, fp32, few, made),
+        *_depthwise(widths),
     )
 
 
@@ -105,22 +107,27 @@ def _tails(
             yield f"the values of {layer} have a heavy tail, {ratio:.0f} times the range of 99.8 % of them; {ACTION}"
 
 
-def _depthwise(
-    form: Inspectable, fp32: Path, x: np.ndarray, made: dict[str, tuple[str, str, tuple[str, ...]]]
-) -> Iterator[str]:
-    layers = {tensor: layer for tensor, (op, layer, _) in made.items() if op in DEPTHWISE}
-    if not layers:
-        return
-    widths: dict[str, np.ndarray] = {}
-    for sample in form.activations(fp32, x):
-        for tensor in layers:
-            largest = np.abs(sample[tensor]).reshape(-1, sample[tensor].shape[-1]).max(0)
-            widths[tensor] = np.maximum(widths.get(tensor, largest), largest)
+@dataclass
+class _Widths:
+    """Largest absolute value of each channel ``[C]`` of the tensors that depthwise layers write, which are named by tensor."""
+
+    layers: dict[str, str]
+    largest: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def note(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Take in one sample, and pass it on; to see one twice changes nothing."""
+        for tensor in self.layers:
+            found = np.abs(sample[tensor]).reshape(-1, sample[tensor].shape[-1]).max(0)
+            self.largest[tensor] = np.maximum(self.largest.get(tensor, found), found)
+        return sample
+
+
+def _depthwise(widths: _Widths) -> Iterator[str]:
     found = []
-    for tensor, width in widths.items():
+    for tensor, width in widths.largest.items():
         alive = width[width > 0]
         if len(alive):
-            found.append((float(alive.max() / np.median(alive)), layers[tensor] or tensor))
+            found.append((float(alive.max() / np.median(alive)), widths.layers[tensor] or tensor))
     for ratio, layer in sorted(found, reverse=True)[:MOST_WARNINGS]:
         if ratio > UNEVEN_CHANNELS:
             yield (

@@ -16,7 +16,8 @@ from edgeprune.context import Context
 from edgeprune.devices.measure import compare, measure
 from edgeprune.devices.plans import SEARCH
 from edgeprune.errors import FormatError
-from edgeprune.formats.onnx import VARIANTS, OnnxFormat, OnnxTypes
+from edgeprune.formats._onnx_quantize import OnnxTypes
+from edgeprune.formats.onnx import VARIANTS, OnnxFormat
 from edgeprune.results import Artifact
 from edgeprune.stage_records import TypesRow
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import MissingTool
-from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
+from edgeprune.formats._onnx_links import (
+    DEQUANTIZE,
+    QUANTIZE,
+    onnx_package,
+    parse_model,
+    runtime_package,
+)
 
 
 def activations(content: bytes, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
     """The float tensors of a file that are no constants, sample by sample."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingTool("onnxruntime", "onnx") from error
-    onnx = onnx_package()
+    onnxruntime, onnx = runtime_package(), onnx_package()
     model = parse_model(content)
     shown = {value.name for value in model.graph.output}
     shapes = onnx.shape_inference.infer_shapes(model).graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,22 @@ def onnx_package() -> Any:
     except ImportError as error:
         raise MissingTool("onnx", "onnx") from error
     return onnx
+
+
+def runtime_package() -> Any:
+    """The ``onnxruntime`` package.
+
+    Raises:
+        MissingTool: it is not installed.
+    """
+    # The published wheels report usage over the network from the import on, unless this is set before.
+    # Source: https://github.com/microsoft/onnxruntime/pull/27379 (read 2026-11-23)
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingTool("onnxruntime", "onnx") from error
+    return onnxruntime
 
 
 def parse_model(content: bytes) -> Any:

@@ -13,6 +13,9 @@ BINS = 2048
 STEPS = 255  # of an 8-bit scale
 SHRINKS = 64  # ranges that are tried for the least squared error, from 1/64 of the full one on
 
+# The values of all tensors of a file, sample by sample; called once for each look at them.
+Passes = Callable[[], Iterable[Mapping[str, np.ndarray]]]
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -28,15 +31,13 @@ class Spread:
         return np.asarray((edges[1:] + edges[:-1]) / 2)
 
 
-def spreads(
-    passes: Callable[[], Iterable[Mapping[str, np.ndarray]]], *, counted: bool = True
-) -> dict[str, Spread]:
-    """The spread of every tensor over all samples.
+def spreads(passes: Passes) -> dict[str, Spread]:
+    """The spread of every tensor over all samples: one pass for the extremes, and one to count between them."""
+    return filled(extremes(passes), passes)
 
-    Args:
-        passes: gives the values of all tensors, sample by sample; called twice: once for the extremes, once to count between them.
-        counted: whether values are counted at all; without, every count is zero, and one pass is enough.
-    """
+
+def extremes(passes: Passes) -> dict[str, Spread]:
+    """The spread of every tensor over all samples with nothing counted, in one pass."""
     low: dict[str, float] = {}
     high: dict[str, float] = {}
     for sample in passes():
@@ -44,12 +45,18 @@ def spreads(
             if value.size:
                 low[name] = min(low.get(name, np.inf), float(value.min()))
                 high[name] = max(high.get(name, -np.inf), float(value.max()))
-    counts = {name: np.zeros(BINS, np.int64) for name in low}
-    for sample in passes() if counted else ():
+    return {name: Spread(low[name], high[name], np.zeros(BINS, np.int64)) for name in low}
+
+
+def filled(found: Mapping[str, Spread], passes: Passes) -> dict[str, Spread]:
+    """Spreads with the values counted between their ends, in one pass."""
+    counts = {name: np.zeros(BINS, np.int64) for name in found}
+    for sample in passes():
         for name, value in sample.items():
-            if value.size and high[name] > low[name]:
-                counts[name] += np.histogram(value, BINS, (low[name], high[name]))[0]
-    return {name: Spread(low[name], high[name], counts[name]) for name in low}
+            if value.size and found[name].high > found[name].low:
+                ends_ = (found[name].low, found[name].high)
+                counts[name] += np.histogram(value, BINS, ends_)[0]
+    return {name: Spread(s.low, s.high, counts[name]) for name, s in found.items()}
 
 
 def ends(spread: Spread, options: QuantizeOptions) -> tuple[float, float]:

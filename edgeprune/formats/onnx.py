@@ -6,27 +6,26 @@ import ast
 import contextlib
 import io
 import logging
-import os
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeprune import records
-from edgeprune.errors import FormatError, MissingTool
+from edgeprune.errors import EdgepruneError, FormatError, MissingTool
 from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
 from edgeprune.formats import _onnx_inspect as inspection
+from edgeprune.formats._calibration import calibrated
 from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._onnx_blocks import drop_zero_additions
 from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
+from edgeprune.formats._onnx_quantize import OnnxTypes, quantised
 from edgeprune.formats._onnx_resize import OnnxResizable, encode
-from edgeprune.formats._ranges import ends, spreads
+from edgeprune.formats._ranges import ends
 from edgeprune.formats._resize import WidthDecoder
 from edgeprune.results import Artifact, TensorSpec
 
@@ -39,25 +38,6 @@ IR_VERSION = (
 )
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's limit for one message
 PRODUCER = "edgeprune"
-
-
-@dataclass(frozen=True)
-class OnnxTypes:
-    """How a file is quantised: the integer type of activations, the scales of int8 weights, and options of onnxruntime's quantiser.
-
-    ``operators`` names the operator types that are quantised; all that onnxruntime knows where it is empty.
-    """
-
-    activations: Literal["uint8", "int8"] = "uint8"
-    per_channel: bool = True
-    operators: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """As ``U8S8 per channel``: activations first, then the weights, which are int8 always."""
-        sign = "U8" if self.activations == "uint8" else "S8"
-        return f"{sign}S8 {'per channel' if self.per_channel else 'per tensor'}"
 
 
 # What onnxruntime has INT8 kernels for; which of them is fastest differs by processor, so it is measured. The first is the default.
@@ -127,37 +107,20 @@ class OnnxFormat:
             raise FormatError(
                 "ONNX files take and return float; io int8 is for tflite", hint="set io: float"
             )
-        onnx = onnx_package()
-        tools = _quantizer()
-        proto = parse_model(fp32.read_bytes())
-        name = proto.graph.input[0].name
+        content = fp32.read_bytes()
+        proto = parse_model(content)
         check_calibration(calibration, _spec(proto.graph.input[0]).shape)
-        with tempfile.TemporaryDirectory(prefix="edgeprune-onnx-") as folder, quiet():
-            target = Path(folder) / "int8.onnx"
-            kinds = {"uint8": tools.QuantType.QUInt8, "int8": tools.QuantType.QInt8}
-            try:
-                tools.quantize_static(
-                    onnx.shape_inference.infer_shapes(proto),
-                    str(target),
-                    _samples(tools, name, calibration),
-                    quant_format=tools.QuantFormat.QDQ,
-                    op_types_to_quantize=list(self.types.operators) or None,
-                    per_channel=self.types.per_channel,
-                    reduce_range=False,
-                    activation_type=kinds[self.types.activations],
-                    weight_type=tools.QuantType.QInt8,
-                    calibrate_method=tools.CalibrationMethod.MinMax,
-                    nodes_to_exclude=inspection.float_nodes(proto, options.float_layers),
-                    extra_options={
-                        **dict(self.types.extra),
-                        **_overrides(fp32.read_bytes(), calibration, options),
-                    },
-                )
-            except Exception as error:
-                raise FormatError(
-                    f"onnxruntime could not quantise the model: {_first_line(error)}"
-                ) from error
-            quantized = parse_model(target.read_bytes())
+        floats = inspection.float_nodes(proto, options.float_layers)
+        try:
+            with quiet():
+                ranges = _ranges(content, np.asarray(calibration, np.float32), options)
+                quantized = quantised(proto, ranges, self.types, floats)
+        except EdgepruneError:
+            raise
+        except Exception as error:
+            raise FormatError(
+                f"onnxruntime could not quantise the model: {_first_line(error)}"
+            ) from error
         del quantized.metadata_props[:]
         del quantized.graph.value_info[:]
         quantized.producer_name, quantized.producer_version = PRODUCER, ""
@@ -238,17 +201,17 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _overrides(fp32: bytes, calibration: np.ndarray, options: QuantizeOptions) -> dict[str, Any]:
-    """The ranges of all activations as onnxruntime's quantiser takes them; nothing where its own are wanted."""
-    if options.ranges == "minmax":
-        return {}
-    found = spreads(lambda: inspection.activations(fp32, calibration))
-    overrides = {}
-    for name, spread in found.items():
-        low, high = ends(spread, options)
-        if high > low:
-            overrides[name] = [{"rmin": np.float32(low), "rmax": np.float32(high)}]
-    return {"TensorQuantOverrides": overrides}
+def _ranges(
+    content: bytes, calibration: np.ndarray, options: QuantizeOptions
+) -> dict[str, tuple[float, float]]:
+    """Where the range of every float tensor of a file ends."""
+    found = calibrated(
+        content,
+        calibration,
+        lambda: inspection.activations(content, calibration),
+        counted=options.ranges != "minmax",
+    )
+    return {name: ends(spread, options) for name, spread in found.items()}
 
 
 def _require_exporter() -> None:
@@ -256,17 +219,6 @@ def _require_exporter() -> None:
         import onnxscript  # noqa: F401  (torch's exporter is written in it)
     except ImportError as error:
         raise MissingTool("onnxscript", "onnx") from error
-
-
-def _quantizer() -> Any:
-    # The published wheels report usage over the network from the import on, unless this is set before.
-    # Source: https://github.com/microsoft/onnxruntime/pull/27379 (read 2026-11-23)
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime.quantization
-    except ImportError as error:
-        raise MissingTool("onnxruntime", "onnx") from error
-    return onnxruntime.quantization
 
 
 def _export(model: nn.Module, example: np.ndarray) -> Any:
@@ -447,18 +399,6 @@ def _tidy_constants(graph: Any) -> None:
     kept = [type(i).FromString(i.SerializeToString()) for i in graph.initializer if i.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-
-
-def _samples(tools: Any, name: str, calibration: np.ndarray) -> Any:
-    """Calibration samples one by one: the file's batch size is 1."""
-    feeds = iter([{name: calibration[i : i + 1]} for i in range(len(calibration))])
-
-    class _Reader(tools.CalibrationDataReader):  # type: ignore[misc]
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            """The next sample, or None after the last."""
-            return next(feeds, None)
-
-    return _Reader()
 
 
 def _quantized_ops(graph: Any) -> Counter[str]:

@@ -29,9 +29,10 @@ from edgeprune import records
 from edgeprune.errors import FormatError
 from edgeprune.formats import Format, FormatInfo
 from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
+from edgeprune.formats._onnx_quantize import OnnxTypes
 from edgeprune.formats._onnx_resize import encode
 from edgeprune.formats._onnx_sparsity import sparse_layers
-from edgeprune.formats.onnx import OnnxFormat, OnnxTypes
+from edgeprune.formats.onnx import OnnxFormat
 from edgeprune.results import Artifact
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from edgeprune.datasets import to_layout
 from edgeprune.errors import FormatError, MissingTool
 from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
 from edgeprune.formats import _tflite_inspect as inspection
+from edgeprune.formats._calibration import calibrated
 from edgeprune.formats._inputs import check_calibration
-from edgeprune.formats._ranges import ends, spreads
+from edgeprune.formats._ranges import ends
 from edgeprune.formats._resize import WidthDecoder
 from edgeprune.formats._tflite_blocks import drop_zero_additions
 from edgeprune.formats._tflite_graph import (
@@ -177,7 +178,7 @@ class TfliteFormat:
         """
         quantizer_module, _ = _quantizer()
         content = fp32.read_bytes()
-        samples = to_layout(np.asarray(calibration, np.float32), self.info.layout)
+        samples = _as_stored(calibration)
         float_model = read_model(content)
         entry = float_model.signatureDefs[0].inputs[0]
         check_calibration(samples, shape_of(float_model.subgraphs[0].tensors[entry.tensorIndex]))
@@ -229,8 +230,7 @@ class TfliteFormat:
 
     def activations(self, fp32: Path, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         """The values of all tensors for each sample; see :class:`edgeprune.formats.Inspectable`."""
-        laid_out = to_layout(np.asarray(x, np.float32), self.info.layout)
-        return inspection.activations(fp32.read_bytes(), laid_out)
+        return inspection.activations(fp32.read_bytes(), _as_stored(x))
 
     def ranges(self, int8: Path) -> dict[str, tuple[float, float]]:
         """What each quantised activation can hold; see :class:`edgeprune.formats.Inspectable`."""
@@ -254,6 +254,12 @@ class TfliteFormat:
         return TfliteResizable(dense.read_bytes(), variant.read_bytes(), decoder, leaves - {""})
 
 
+def _as_stored(x: np.ndarray) -> np.ndarray:
+    """Samples in the file's layout; images are a view, because a copy of all of them would be of no use."""
+    samples = np.asarray(x, np.float32)
+    return samples.transpose(0, 2, 3, 1) if samples.ndim == 4 else samples
+
+
 def _ranges(
     content: bytes,
     samples: np.ndarray,
@@ -262,8 +268,11 @@ def _ranges(
     feeds: Sequence[Mapping[str, np.ndarray]],
 ) -> dict[str, Any]:
     """The range of every activation in the quantiser's own terms, with our ends: its own smooth extremes over samples, and so clip them."""
-    found = spreads(
-        lambda: inspection.activations(content, samples), counted=options.ranges != "minmax"
+    found = calibrated(
+        content,
+        samples,
+        lambda: inspection.activations(content, samples),
+        counted=options.ranges != "minmax",
     )
     ranges: dict[str, Any] = quantizer.calibrate({SIGNATURE: feeds[:1]})
     if ranges.keys() - found.keys():  # tensors of its own, which it has to see all samples of
