@@ -6,6 +6,7 @@ depends on the processor, so no rule of thumb decides.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,23 +59,22 @@ def restore(context: Context, name: str) -> None:
 
 
 def choose(context: Context, fp32: Path, target: Path) -> Chosen:
-    """Quantise a dense file in every variant, time them in the same rounds on the board, and keep one at ``target``.
+    """Quantise a dense file in the other variants, time all in the same rounds on the board, and keep one at ``target``.
 
     A variant takes the place of the default only when the whole interval of its ratio is below 1, so that noise changes nothing.
 
-    Raises:
-        FormatError: the default variant cannot be written. Another that cannot is left out.
+    Args:
+        context: its board times the files, and its formats become those of the types that are chosen.
+        fp32: the dense float file.
+        target: its INT8 file in the first of :data:`VARIANTS`. A variant that cannot be written is left out.
     """
-    paths: dict[str, Path] = {}
-    artifacts: dict[str, Artifact] = {}
-    for number, types in enumerate(VARIANTS):
+    paths = {VARIANTS[0].name: target}
+    artifacts = {VARIANTS[0].name: context.form.describe(target)}
+    for number, types in enumerate(VARIANTS[1:], 1):
         path = target.with_name(f"types-{number}{target.suffix}")
-        try:
+        with contextlib.suppress(FormatError):
             artifacts[types.name] = OnnxFormat(types).quantize(fp32, context.calibration, path)
             paths[types.name] = path
-        except FormatError:
-            if number == 0:
-                raise
     rows = _rows(context, paths, artifacts)
     default = rows[0]
     faster = [row for row in rows if row.holds and row.ratio_high < 1]
@@ -83,9 +83,8 @@ def choose(context: Context, fp32: Path, target: Path) -> Chosen:
         best = max(rows, key=lambda row: row.agreement)
     types = next(t for t in VARIANTS if t.name == best.name)
     paths[best.name].replace(target)
-    for name, path in paths.items():
-        if name != best.name:
-            path.unlink()
+    for path in {*paths.values()} - {target, paths[best.name]}:
+        path.unlink()
     context.form = context.ship = OnnxFormat(types)
     return Chosen(types, context.ship.describe(target), rows)
 

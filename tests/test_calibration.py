@@ -6,16 +6,20 @@ import gc
 import tracemalloc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
+import int8_fixture
 import numpy as np
 import onnxruntime.quantization as tools
 import pytest
 import zoo
 
-from edgeprune import formats
+from edgeprune import catalog, conversion, formats, int8_types
+from edgeprune.devices.board import open_board
 from edgeprune.formats import QuantizeOptions, _calibration, _onnx_inspect, _tflite_inspect
 from edgeprune.formats._ranges import spreads
 from edgeprune.formats.onnx import VARIANTS, OnnxFormat
+from edgeprune.stage_records import TypesRow
 
 INSPECTION = {"onnx": _onnx_inspect, "tflite": _tflite_inspect}
 
@@ -118,6 +122,31 @@ def test_ranges_are_those_of_onnxruntimes_own_calibration(tmp_path):
         for name, (low, high) in theirs.items():
             assert ours[name] == pytest.approx((low, high), abs=1e-5 * (high - low)), name
         assert found.op_counts == form.describe(own).op_counts
+
+
+def timed(name: str) -> TypesRow:
+    return TypesRow(name=name, median_ms=1, ratio=1, ratio_high=1, agreement=1, holds=True)
+
+
+def test_the_pre_flight_quantises_each_variant_once_and_calibrates_once(tmp_path, monkeypatch):
+    looks, files = counted(monkeypatch, "onnx"), []
+    plain = OnnxFormat.quantize
+
+    def quantize(self, fp32: Path, *rest, **options):
+        files.append((fp32.name, self.types.name))
+        return plain(self, fp32, *rest, **options)
+
+    monkeypatch.setattr(OnnxFormat, "quantize", quantize)
+    monkeypatch.setattr(int8_types, "_rows", lambda context, paths, _: (*map(timed, paths),))
+    with open_board("here", int8_fixture.local(tmp_path)) as board:
+        context = int8_fixture.context_of(board, int8_fixture.uneven())
+        context.job.profile = catalog.profile("x86-64")
+        made = conversion.dense_files(context, tmp_path)
+    assert files == [("dense.fp32.onnx", types.name) for types in VARIANTS]
+    calibration = len(context.calibration)
+    warnings = min(32, calibration)
+    assert looks == [calibration, warnings, warnings]
+    assert {row.name for row in made.types} == {types.name for types in VARIANTS}
 
 
 # Memory

@@ -47,6 +47,13 @@ def context_of(dense):
     )
 
 
+def choose(dense, folder, context=None):
+    """The choice, of a folder with the dense file in the default types."""
+    context, target = context or context_of(dense), folder / "dense.int8.onnx"
+    context.form.quantize(dense[0], dense[1], target)
+    return int8_types.choose(context, dense[0], target)
+
+
 def types_of(path):
     """Dtype of the first activation's zero point, and whether a weight has several scales."""
     graph = onnx.load(path).graph
@@ -81,7 +88,7 @@ def test_every_variant_is_what_its_name_says(dense, tmp_path):
 def test_the_fastest_that_holds_is_kept(dense, tmp_path, monkeypatch, rows, taken):
     monkeypatch.setattr(int8_types, "_rows", lambda *_: tuple(rows))
     context = context_of(dense)
-    chosen = int8_types.choose(context, dense[0], tmp_path / "dense.int8.onnx")
+    chosen = choose(dense, tmp_path, context)
     assert chosen.types.name == taken
     assert context.form.types is chosen.types  # what is written from now on
     assert types_of(tmp_path / "dense.int8.onnx") == types_of_name(taken)
@@ -109,11 +116,11 @@ def test_a_variant_that_cannot_be_written_is_left_out_but_not_the_default(
         int8_types, "_rows", lambda c, p, a: seen.extend(p) or (row(NAMES[0], 1, 1),)
     )
     broken = NAMES[3]
-    int8_types.choose(context_of(dense), dense[0], tmp_path / "a.onnx")
+    choose(dense, tmp_path)
     assert seen == NAMES[:3]
     broken = NAMES[0]
     with pytest.raises(FormatError):
-        int8_types.choose(context_of(dense), dense[0], tmp_path / "b.onnx")
+        choose(dense, tmp_path)
 
 
 def test_a_finished_stage_sets_the_types_again_and_other_formats_have_no_choice(dense):
@@ -152,7 +159,7 @@ def test_the_board_times_all_variants_together(dense, tmp_path):
         context = Context(job, load("onnx"), load("onnx"), board, board, board, None)
         context.__dict__.update(calibration=dense[1], prepared=(trained(), ()))
         context.inputs = lambda *_: dense[1]
-        chosen = int8_types.choose(context, dense[0], tmp_path / "int8.onnx")
+        chosen = choose(dense, tmp_path, context)
     assert [r.name for r in chosen.rows] == NAMES
     assert all(r.median_ms > 0 and r.agreement > 0.8 for r in chosen.rows)
     assert chosen.rows[0].ratio == 1
