@@ -36,7 +36,6 @@ INFER_CHUNK, INFER_NUMBERS = (
     1 << 22,
 )  # at most so many samples, or numbers, go to a board at once
 NOT_RUN = "not run"
-PIXEL_SEED = 20261123
 AUTO = Int8()
 # tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine. TensorRT needs a GPU; onnxruntime runs
 # the files that its engines are built from.
@@ -237,10 +236,9 @@ class Context:
         """The dense model, in eval mode."""
         return self.prepared[0]
 
-    def inputs(self, split: Split, n: int, *, seed: int = PIXEL_SEED) -> np.ndarray:
-        """``n`` samples of a split, drawn by seed, as the torch model sees them: ``float32 [n, ...]``."""
-        order = np.random.default_rng(seed).permutation(len(split))[:n]
-        return model_input(split.x[np.sort(order)], self.job.loaded.preprocess)
+    def inputs(self, split: Split, n: int) -> np.ndarray:
+        """``n`` samples drawn from a split (:meth:`edgeprune.datasets.Split.drawn`) as the torch model sees them: ``float32 [n, ...]``."""
+        return model_input(split.drawn(n).x, self.job.loaded.preprocess)
 
     @cached_property
     def example(self) -> np.ndarray:

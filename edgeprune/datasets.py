@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeprune.draws import drawn
 from edgeprune.specs import Preprocess
 
 CHUNK = 64  # images
@@ -32,13 +33,19 @@ class Split:
         """The first ``n`` samples."""
         return Split(self.x[:n], None if self.y is None else self.y[:n])
 
+    def drawn(self, n: int) -> Split:
+        """``n`` samples of a split in a fair order, in a fair order: each class in proportion, and at least once if ``n`` allows it."""
+        rows = drawn(self.y, n, np.arange(len(self)))
+        return Split(self.x[rows], None if self.y is None else self.y[rows])
+
 
 @dataclass(frozen=True)
 class Dataset:
     """The four splits and what they are for.
 
     ``train`` heals and calibrates, ``selection`` picks epochs and scales importance, ``development`` fills the ledger and judges the gates,
-    ``test`` is read once, on the final artefact. ``digest`` identifies the content.
+    ``test`` is read once, on the final artefact. Each lies in a fair order (:mod:`edgeprune.draws`), so its first samples are a draw by
+    chance, and so is every part of it. ``digest`` identifies the content.
     """
 
     train: Split

@@ -19,7 +19,7 @@ from edgeprune.compress.evaluate import kl_nats, logits, quality, run_once
 from edgeprune.compress.fakequant import fake_quantised, plain
 from edgeprune.compress.outputs import file_logits
 from edgeprune.compress.recover import recover, updates_per_epoch
-from edgeprune.context import PIXEL_SEED, Context
+from edgeprune.context import Context
 from edgeprune.datasets import model_input
 from edgeprune.devices.measure import measure
 from edgeprune.devices.plans import SEARCH
@@ -142,13 +142,13 @@ def best_int8(
     settings, split = context.job.int8, context.job.loaded.dataset.selection
     folder = path.parent / "int8"
     folder.mkdir(exist_ok=True)
-    rows = np.sort(np.random.default_rng(PIXEL_SEED).permutation(len(split))[:JUDGED])
-    x = model_input(split.x[rows], context.job.loaded.preprocess)
+    judged = split.drawn(JUDGED)
+    x = model_input(judged.x, context.job.loaded.preprocess)
     search = Search(
         context,
         folder,
         x,
-        None if split.y is None else split.y[rows],
+        judged.y,
         logits(context.model, torch.from_numpy(x)),
         context.run_file(context.host, fp32, x),
     )
@@ -186,11 +186,8 @@ def best_int8(
 
 def _calibration_labels(context: Context) -> np.ndarray | None:
     """Labels of the samples that :attr:`Context.calibration` holds, drawn the same way."""
-    split = context.job.loaded.dataset.train
-    if split.y is None:
-        return None
     count = context.job.target.quantization.calibration_samples
-    return split.y[np.random.default_rng(PIXEL_SEED).permutation(len(split))[:count]]
+    return context.job.loaded.dataset.train.drawn(count).y
 
 
 def _try_all(

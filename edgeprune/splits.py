@@ -1,6 +1,7 @@
 """Rules for raw arrays, and the four splits made from what is given. No torch here.
 
-Missing splits are drawn from ``train`` with a fixed seed, so that every run of one workload sees the same samples in the same place.
+Missing splits are drawn from ``train``. The content of the samples decides which, and in what order the samples of every split lie
+(:mod:`edgeprune.draws`), so every run of one workload sees the same samples in the same place, whatever order they came in.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from edgeprune.classnumbers import check_class_numbers
 from edgeprune.datasets import Dataset, Split
+from edgeprune.draws import drawn, fair_order, spare, spread
 from edgeprune.enough import share_to_draw
 from edgeprune.errors import ModelError
 from edgeprune.specs import Preprocess
@@ -20,7 +22,6 @@ NAMES = ("train", "selection", "development", "test")
 _VALIDATION = ("val", "valid", "validation")
 ACCEPTED = (*NAMES, *_VALIDATION)
 MAX_DRAWN = 3000
-DRAW_SEED = 0
 DIGEST_BYTES = 256 * 1024 * 1024
 _ALIASES = {"training": "train", "testing": "test"}
 
@@ -126,11 +127,12 @@ def _checked_labels(
 
 
 def complete(given: Mapping[str, Split], *, where: str) -> tuple[Dataset, list[str]]:
-    """The dataset, and notes on what was drawn.
+    """The dataset, its samples in a fair order, and notes on what was drawn.
 
     ``selection`` and ``development``, where missing, are each drawn from ``train`` (a tenth of it and at most 3000 samples, but 8 where
     that leaves enough);
-    when there is a ``val`` split they are its two halves instead. ``test`` is never drawn: without one it stays ``None``.
+    when there is a ``val`` split they are its two halves instead. ``test`` is never drawn: without one it stays ``None``. Each class is
+    drawn in proportion and at least once, as far as the numbers allow, and stays in ``train``.
 
     Args:
         given: checked splits by name; ``val``, ``valid`` and ``validation`` mean the same.
@@ -144,15 +146,20 @@ def complete(given: Mapping[str, Split], *, where: str) -> tuple[Dataset, list[s
         problem = f"has {unknown[0]!r}" if unknown else f"has no 'train', only {sorted(given)}"
         raise ModelError(f"splits of {where} must be among {', '.join(ACCEPTED)}, but it {problem}")
     _check_alike(given, where)
-    parts = {name: given[name] for name in NAMES if name in given}
-    notes: list[str] = []
-    wanted = [name for name in ("selection", "development") if name not in parts]
+    wanted = [name for name in ("selection", "development") if name not in given]
     validation = [name for name in _VALIDATION if name in given]
+    must_draw = bool(wanted) and not validation
+    parts = {
+        name: take(split, fair_order(split.x, split.y))
+        for name, split in given.items()
+        if name in NAMES and not (must_draw and name == "train")
+    }
+    notes: list[str] = []
     if validation:
         _use_validation(given, validation, parts, wanted, where)
         notes.append(f"{' and '.join(wanted)} taken from {validation[0]}")
-    elif wanted:
-        _draw(parts, wanted, where)
+    elif must_draw:
+        _draw(given["train"], parts, wanted, where)
         counts = " and ".join(f"{len(parts[name])} for {name}" for name in wanted)
         notes.append(f"drawn from train: {counts}; {len(parts['train'])} left for training")
     if "test" not in parts:
@@ -184,23 +191,25 @@ def _use_validation(
     source = given[validation[0]]
     if len(source) < len(wanted):
         raise ModelError(f"{validation[0]} of {where} must have at least 2 samples to be halved")
-    order = np.random.default_rng(DRAW_SEED).permutation(len(source))
+    order = fair_order(source.x, source.y)
     for name, chosen in zip(wanted, np.array_split(order, len(wanted)), strict=True):
-        parts[name] = take(source, np.sort(chosen))
+        parts[name] = take(source, chosen)
 
 
-def _draw(parts: dict[str, Split], wanted: list[str], where: str) -> None:
-    train = parts["train"]
+def _draw(train: Split, parts: dict[str, Split], wanted: list[str], where: str) -> None:
     if len(train) <= len(wanted):
         raise ModelError(
             f"train must have at least {len(wanted) + 1} samples to draw {' and '.join(wanted)} from,"
             f" but {where} has {len(train)}"
         )
     each = min(MAX_DRAWN, share_to_draw(len(train), len(wanted)))
-    order = np.random.default_rng(DRAW_SEED).permutation(len(train))
-    for position, name in enumerate(wanted):
-        parts[name] = take(train, np.sort(order[position * each : (position + 1) * each]))
-    parts["train"] = take(train, np.sort(order[len(wanted) * each :]))
+    left = fair_order(train.x, train.y)
+    for name in wanted:
+        pool = spare(train.y, left)
+        chosen = drawn(train.y, each, pool if len(pool) >= each else left)
+        parts[name] = take(train, chosen)
+        left = left[~np.isin(left, chosen)]
+    parts["train"] = take(train, left if train.y is None else spread(train.y, left))
 
 
 def take(split: Split, chosen: np.ndarray) -> Split:

@@ -36,6 +36,7 @@ LAYERS = {
     "datasets": 2,
     "splits": 2,
     "classnumbers": 2,
+    "draws": 1,
     "factories": 2,
     "enough": 2,
     "imagedata": 2,
