@@ -20,12 +20,13 @@ from torch import nn
 from edgeprune import search, stages
 from edgeprune.basis import Basis
 from edgeprune.closing import Planned
-from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
+from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import logits
 from edgeprune.compress.importance import kept_channels
 from edgeprune.compress.initial import reinitialised
 from edgeprune.compress.recover import updates_per_epoch
 from edgeprune.compress.sparsify import masked_by_magnitude, sparsified
+from edgeprune.compress.statistics import best, held_back, judged
 from edgeprune.compress.surgery import cut, narrowed_groups
 from edgeprune.context import Context
 from edgeprune.errors import BudgetError
@@ -377,8 +378,8 @@ def prune_inputs(context: Context, last: LastStep) -> dict[str, Any]:
 def prune(context: Context, last: LastStep, folder: Path) -> PrunedResult:
     """The last cut, with the weights that its training starts from in ``compensated.safetensors``.
 
-    Kept weights are repaired as far as that goes without training; rewound ones get fresh batch-norm statistics; fresh ones nothing. Where
-    weights are to be sparse, they are from here on.
+    Kept weights are repaired as far as that goes without training; rewound ones get the batch-norm statistics that suit them best; fresh
+    ones nothing. Where weights are to be sparse, they are from here on.
     """
     recovery = context.job.loaded.workload.recovery
     model, result = _start(context, last)
@@ -400,8 +401,9 @@ def _start(context: Context, last: LastStep) -> tuple[nn.Module, PrunedResult]:
         entries = [context.entry("pruned", logits(model, context.development), note=note)]
     else:
         cut = stages.pruned_model(context, last.kept, context.job.loaded.earlier)
-        model = recalibrate_batchnorm(cut, _training_samples(context))
-        note = f"weights of {recovery.rewind_weights}; batch-norm statistics are fresh"
+        found = best(judged(cut, *held_back(_training_samples(context), context.model)))
+        model = found.model
+        note = f"weights of {recovery.rewind_weights}; batch-norm statistics are {found.statistics}"
         entries = [
             context.entry("pruned", logits(cut, context.development)),
             context.entry("compensated", logits(model, context.development), note=note),

@@ -20,13 +20,14 @@ from zoo import conv_bn, head
 from edgeprune import formats, guarantee, planning, schedule, search
 from edgeprune.basis import Basis
 from edgeprune.budgets import parse_budget
-from edgeprune.compress.compensate import recalibrate_batchnorm, repaired
+from edgeprune.compress.compensate import repaired
 from edgeprune.compress.divergence import AfterRepair
-from edgeprune.compress.evaluate import kl_nats, logits
+from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups import ChannelGroup, find_groups, mask_identity, remove_channels
 from edgeprune.compress.importance import cost_curves, l2
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
 from edgeprune.compress.source import model_source
+from edgeprune.compress.statistics import HeldOut, recalibrate_batchnorm
 from edgeprune.compress.structure import layer_widths
 from edgeprune.compress.surgery import Block, Removed
 from edgeprune.errors import FormatError, ModelError, SpecError
@@ -235,9 +236,8 @@ def test_the_first_group_bears_what_the_block_costs_and_no_width_costs_more(monk
     monkeypatch.setattr(AfterRepair, "__call__", counted)
     curves = cost_curves(model, groups, l2(model, groups, x, 0), grids, x)
     assert [names for names in asked if names] == [set(FIRST), set(SECOND)]  # once a block
-    bypass, dense = repaired(without(model, x, *FIRST), model, {}, x[:32]), logits(model, x[32:])
-    floor = kl_nats(dense, logits(recalibrate_batchnorm(model, x[:32]), x[32:]))
-    expected = kl_nats(dense, logits(bypass, x[32:])) - floor
+    held_out = HeldOut(x[32:], logits(model, x[32:]))
+    expected = repaired(without(model, x, *FIRST), model, {}, x[:32], held_out).nats
     assert expected > 0.01
     assert curves[FIRST[0]][0] == pytest.approx(expected, rel=1e-4)
     assert curves[FIRST[1]][0] == 0

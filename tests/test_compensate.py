@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.compress import compensate as module
-from edgeprune.compress import evaluate
-from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
+from edgeprune.compress import evaluate, relay
+from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import kl_nats, logits, quality
-from edgeprune.compress.least_squares import LayerFit, as_positions, input_rows, refit
+from edgeprune.compress.least_squares import LayerFit, RowSums, refit
+from edgeprune.compress.readings import as_positions, reading_of
+from edgeprune.compress.statistics import HeldOut, best, judged, recalibrate_batchnorm
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
 
@@ -130,15 +132,58 @@ def test_compensation_brings_a_pruned_net_closer_to_the_dense_one() -> None:
         assert not net.training
 
 
-@pytest.mark.parametrize("count", [100, 200])  # one batch of the statistics, and two
-def test_a_repair_leaves_the_statistics_of_its_samples(count: int) -> None:
-    dense, x = dense_net(), samples(count)
-    found = module.repaired(without_channels(dense, KEPT), dense, KEPT_OUTPUTS, x)
-    again = recalibrate_batchnorm(found, x).state_dict()
-    for name, tensor in found.state_dict().items():
-        if "running" in name:
-            torch.testing.assert_close(again[name], tensor, rtol=0.02, atol=1e-3)
-    assert not any(m.training for m in found.modules())
+def test_statistics_of_few_samples_are_not_taken_where_the_dense_ones_are_better() -> None:
+    dense, other = (
+        dense_net(),
+        samples(60, seed=3) * torch.linspace(0.2, 3, 60)[:, None, None, None],
+    )
+    held_out = HeldOut(samples(200, seed=4), logits(dense, samples(200, seed=4)))
+    pruned = without_channels(dense, KEPT)
+    found = judged(pruned, other, held_out)
+    assert [one.statistics for one in found] == ["kept", "mixed", "fresh"]
+    assert [one.nats for one in found] == [pytest.approx(held_out.nats(m.model)) for m in found]
+    assert best(found).statistics == "kept"
+    assert best(found).model is pruned
+    fresh, mixed = (found[i].model.norm1.running_var for i in (2, 1))
+    torch.testing.assert_close(fresh, recalibrate_batchnorm(pruned, other).norm1.running_var)
+    torch.testing.assert_close(mixed, (fresh + pruned.norm1.running_var) / 2)
+    shifted = samples(200, seed=4) * 3  # what the dense statistics do not know
+    held_out = HeldOut(shifted, logits(recalibrate_batchnorm(dense, shifted), shifted))
+    assert best(judged(pruned, shifted, held_out)).statistics == "fresh"
+    assert [
+        one.statistics
+        for one in judged(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), other, held_out)
+    ] == ["kept"]
+
+
+def test_the_dense_net_loses_nothing_to_a_repair_from_few_samples() -> None:
+    dense = dense_net()
+    found, report = compensate(dense, dense, {}, samples(20, seed=5), progress=Silent())
+    assert report.kl_pruned == report.kl_recalibrated == 0
+    assert report.statistics == "kept"
+    assert all(torch.equal(v, found.state_dict()[k]) for k, v in dense.state_dict().items())
+
+
+def test_a_repaired_layer_gives_the_mean_of_the_dense_one_under_the_statistics_it_had() -> None:
+    dense, x = dense_net(), samples(200)
+    held_out = HeldOut(samples(100, seed=9), logits(dense, samples(100, seed=9)))
+    found = module.repaired(without_channels(dense, KEPT), dense, KEPT_OUTPUTS, x, held_out)
+    assert found.nats == min(
+        one.nats for one in judged(found.model, x, held_out) if one.statistics == "kept"
+    )
+    seen: dict[str, list[Tensor]] = {"dense": [], "found": []}
+    solved = module._solved(
+        without_channels(dense, KEPT), dense, KEPT_OUTPUTS, x, 2304, 64, (1e-2,), Silent()
+    )[0]
+    assert solved is not None
+    for name, net in (("dense", dense), ("found", solved)):
+        evaluate.run_once(
+            net, x, [net.norm2.register_forward_hook(lambda *a, n=name: seen[n].append(a[2]))]
+        )
+    means = [torch.cat(parts).mean((0, 2, 3)) for parts in seen.values()]
+    torch.testing.assert_close(means[0], means[1], rtol=0, atol=0.05)
+    assert torch.equal(solved.norm1.running_mean, dense.norm1.running_mean[list(KEPT)])
+    assert not any(m.training for m in found.model.modules())
 
 
 def test_a_pass_ends_behind_the_last_layer_that_is_watched_and_leaves_no_hook() -> None:
@@ -173,7 +218,7 @@ def test_channels_that_others_repeat_cost_nothing_after_compensation() -> None:
     dense = recalibrate_batchnorm(dense, samples(400))
     pruned = without_channels(dense, KEPT)
     found, report = compensate(
-        pruned, dense, KEPT_OUTPUTS, samples(400), progress=Silent(), ridge=1e-6
+        pruned, dense, KEPT_OUTPUTS, samples(400), progress=Silent(), ridges=(1e-6,)
     )
     assert report.kl_recalibrated > 1e-2
     assert report.kl_compensated < 1e-3
@@ -200,7 +245,7 @@ def test_a_repair_that_does_not_help_is_not_kept() -> None:
     pruned = without_channels(dense, KEPT)
     x = samples(200)
     x[:160] = 0.01 * x[:160] + 5  # what is fitted says nothing about what is held out
-    found, report = compensate(pruned, dense, KEPT_OUTPUTS, x, progress=Silent(), ridge=1e-4)
+    found, report = compensate(pruned, dense, KEPT_OUTPUTS, x, progress=Silent(), ridges=(1e-4,))
     assert not report.used
     assert report.kl_compensated >= report.kl_recalibrated
     assert "not kept" in report.note
@@ -272,12 +317,19 @@ def test_linear_layers_over_tokens_are_fitted_with_their_bias() -> None:
     assert not torch.equal(found.down.bias, pruned.down.bias)
 
 
+def sums(x: Tensor, y: Tensor, *, centred: bool = True, batches: int = 3) -> RowSums:
+    found = RowSums(centred)
+    for a, b in zip(x.tensor_split(batches), y.tensor_split(batches), strict=True):
+        found.add(a, b)
+    return found
+
+
 def test_a_strong_pull_leaves_the_weights_where_they_are() -> None:
     dense = dense_net()
     pruned = without_channels(dense, KEPT)
     x, y = torch.randn(400, 72), torch.randn(400, 16)
     layer = copy.deepcopy(pruned.mix)
-    assert isinstance(refit("mix", layer, x, y, ridge=1e9, centred=True), LayerFit)
+    assert isinstance(refit("mix", layer, sums(x, y), ridge=1e9), LayerFit)
     torch.testing.assert_close(layer.weight, pruned.mix.weight, rtol=0, atol=1e-5)
 
 
@@ -291,7 +343,7 @@ def test_the_solution_is_that_of_the_stacked_least_squares_problem() -> None:
     rows = torch.cat([deviations, math.sqrt(pull) * torch.eye(5, dtype=torch.float64)])
     wanted = torch.cat([(y - y.mean(0)).double(), math.sqrt(pull) * now])
     expected = torch.linalg.lstsq(rows, wanted).solution
-    found = refit("layer", layer, x, y, ridge=0.1, centred=True)
+    found = refit("layer", layer, sums(x, y), ridge=0.1)
     assert isinstance(found, LayerFit)
     torch.testing.assert_close(layer.weight.T.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(layer(x).mean(0), y.mean(0), rtol=0, atol=1e-5)
@@ -299,7 +351,7 @@ def test_the_solution_is_that_of_the_stacked_least_squares_problem() -> None:
         y - y.mean(0)
     ).square().sum()
     assert found.error_after == pytest.approx(float(missed), rel=1e-3)
-    silent = refit("layer", layer, torch.zeros(90, 5), y, ridge=0.1, centred=True)
+    silent = refit("layer", layer, sums(torch.zeros(90, 5), y), ridge=0.1)
     assert silent == "its inputs or the dense outputs do not vary"
 
 
@@ -320,24 +372,41 @@ def test_sampled_rows_times_the_weight_are_the_convolution(options: dict) -> Non
     x = torch.randn(2, 3, 7, 8)
     output = as_positions(layer, layer(x)).detach()
     where = torch.randint(output.shape[1], (2, 9), generator=torch.Generator().manual_seed(0))
-    rows = input_rows(layer, x, where)
+    reading = reading_of(layer, x.shape[1:])
+    assert reading is not None
+    rows = reading.rows(x, where)
     expected = torch.stack([output[n, where[n]] for n in range(2)]).flatten(0, 1)
     torch.testing.assert_close(rows @ layer.weight.detach().flatten(1).T, expected)
 
 
-def test_the_bounds_on_memory_reduce_the_samples_and_positions(
+@pytest.mark.parametrize("centred", [True, False])
+def test_sums_do_not_depend_on_the_batches_nor_on_a_large_mean(centred: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(300, n, generator=generator) + 1000 * centred for n in (5, 3))
+    whole, parts = (sums(x, y, centred=centred, batches=n) for n in (1, 7))
+    x, y = x.double(), y.double()
+    x, y = (x - x.mean(0), y - y.mean(0)) if centred else (x, y)
+    for found in (whole.equations(0.1), parts.equations(0.1)):
+        assert found is not None
+        torch.testing.assert_close(found.gram, x.T @ x, rtol=0, atol=1e-2)
+        torch.testing.assert_close(found.cross, x.T @ y, rtol=0, atol=1e-2)
+        assert found.energy == pytest.approx(float(y.square().sum()), rel=1e-4)
+
+
+def test_a_bound_on_memory_reduces_the_positions_and_never_the_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dense = dense_net()
     pruned = without_channels(dense, KEPT)
     whole = compensate(pruned, dense, KEPT_OUTPUTS, samples(500), progress=Silent())[1]
     assert (whole.n_samples, whole.fitted[0].rows) == (400, 4400)
+    monkeypatch.setattr(relay, "MAX_BATCH_BYTES", 4 * 12 * 64 * 10)
+    streamed = compensate(pruned, dense, KEPT_OUTPUTS, samples(500), progress=Silent())[1]
+    assert streamed.fitted[0].rows == 4400
+    assert streamed.kl_compensated == pytest.approx(whole.kl_compensated, rel=1e-4)
     monkeypatch.setattr(module, "MAX_CACHE_BYTES", 4 * 400 * 3 * 16)
     fewer_rows = compensate(pruned, dense, KEPT_OUTPUTS, samples(500), progress=Silent())[1]
     assert (fewer_rows.n_samples, fewer_rows.fitted[0].rows) == (400, 1200)
-    monkeypatch.setattr(module, "MAX_ACTIVATION_BYTES", 100 * 4 * 4 * 16 * 64)
-    fewer = compensate(pruned, dense, KEPT_OUTPUTS, samples(500), progress=Silent())[1]
-    assert 100 <= fewer.n_samples < 400
 
 
 def test_kept_channels_must_fit_the_layers() -> None:

@@ -16,9 +16,10 @@ from torch import nn
 
 from edgeprune import conversion, records
 from edgeprune.closing import Prepared
-from edgeprune.compress.compensate import compensate, recalibrate_batchnorm
+from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.recover import recover
+from edgeprune.compress.statistics import recalibrate_batchnorm
 from edgeprune.context import Context
 from edgeprune.datasets import Split, model_input
 from edgeprune.devices.measure import ModelFile, compare, measure

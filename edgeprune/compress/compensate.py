@@ -1,7 +1,8 @@
-"""What can be repaired without a gradient step: layer-wise least squares and fresh batch-norm statistics.
+"""What can be repaired without a gradient step: layer-wise least squares, and the statistics of batch norms.
 
 A layer that lost input channels can often make up for them with the channels it kept. Front to back, each such layer gets the weights
-that bring its output closest to the dense layer's, on the inputs that it really sees in the (already repaired) pruned model.
+that bring its output closest to the dense layer's, on the inputs that it really sees in the (already repaired) pruned model. Batch norms
+keep their statistics meanwhile: repaired outputs are close to those that these are of.
 
 Notation: ``N`` samples, ``P`` sampled output positions a sample, ``T`` input taps (input channels x kernel area), ``O`` output channels.
 """
@@ -12,7 +13,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -22,9 +23,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from edgeprune.compress.evaluate import device_of, kl_nats, logits, run_once
-from edgeprune.compress.inputs import batches
-from edgeprune.compress.least_squares import Layer, LayerFit, as_positions, input_rows, refit
+from edgeprune.compress.evaluate import run_once
+from edgeprune.compress.least_squares import LayerFit, RowSums, best_ridge, refit
+from edgeprune.compress.readings import Layer, as_positions, reading_of
+from edgeprune.compress.relay import Relay
+from edgeprune.compress.statistics import HeldOut, Judged, best, held_back, judged
 from edgeprune.compress.surgery import Removed
 from edgeprune.errors import ModelError
 from edgeprune.progress import Progress, Silent
@@ -33,15 +36,19 @@ MIN_SAMPLES = 10  # a fifth of them must be enough to judge by
 ROWS_PER_TAP = 16  # beyond this the Gram matrix costs more than its noise is worth
 MIN_ROWS, MAX_ROWS = 4096, 24_576
 MAX_CACHE_BYTES = 500 * 1024**2  # of dense outputs
-MAX_ACTIVATION_BYTES = 1536 * 1024**2  # of the one pass that holds all samples at once
-MAX_INPUTS, POSITIONS, RIDGE = 2304, 64, 1e-2  # see compensate
-LIVE_ACTIVATIONS = 4  # tensors of the largest size that a residual block holds at its widest point
+MAX_INPUTS, POSITIONS, RIDGES = 2304, 64, (0.1, 0.01, 1.0)  # see compensate
+RIDGE = 0.01  # where a layer is to give again what it gave
+CHECKED = 4  # one of so many samples tells which ridge is best
 Solve: TypeAlias = Callable[..., LayerFit | str]  # as refit
 
 
 @dataclass(frozen=True)
 class CompensationReport:
-    """What the repair did, and whether it was kept. Divergences are KL(dense || model) in nats on held-out samples."""
+    """What the repair did, and what was kept. Divergences are KL(dense || model) in nats on held-out samples.
+
+    ``kl_pruned`` is that of the model as cut; the others are without and with fitted weights, each with its best statistics. ``used`` says
+    whether the fitted weights were kept, ``statistics`` which statistics of batch norms were (see :class:`Judged`).
+    """
 
     fitted: tuple[LayerFit, ...]
     skipped: tuple[tuple[str, str], ...]  # (layer, reason)
@@ -49,6 +56,7 @@ class CompensationReport:
     kl_recalibrated: float
     kl_compensated: float
     used: bool
+    statistics: str
     n_samples: int
     seconds: float
     note: str
@@ -62,63 +70,17 @@ class _Site:
     taps: int
     outputs: tuple[int, ...]
     positions: int
-    total_positions: int
+    seen: _Seen
     centred: bool
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a probe run saw of one layer."""
+    """What a probe run saw of one layer: output positions, input shape of one sample, and which batch norm reads its output."""
 
     positions: int
-    normalised: bool
-
-
-def recalibrate_batchnorm(model: nn.Module, x: Tensor, *, batch_size: int = 128) -> nn.Module:
-    """A copy of the model, in eval mode, whose batch-norm statistics are those of ``x``.
-
-    Every batch weighs the same (cumulative averaging). Dropout and all else stay in eval mode; a model without batch norm comes back
-    as a plain copy.
-
-    Args:
-        model: not changed.
-        x: ``[N, ...]`` prepared inputs, at least 2.
-        batch_size: largest batch; batches are equal to within one sample, because a batch of one has no variance.
-
-    Raises:
-        ModelError: fewer than two samples.
-    """
-    fresh = copy.deepcopy(model).eval()
-    momenta = _open_batchnorm(fresh)
-    if not momenta:
-        return fresh
-    if len(x) < 2:
-        raise ModelError(f"batch-norm statistics need at least 2 samples, but there are {len(x)}")
-    place = device_of(fresh)
-    n_batches = len(list(batches(len(x), batch_size, x[0].numel())))
-    with torch.no_grad():
-        for part in x.tensor_split(min(n_batches, len(x) // 2)):
-            fresh(part.to(place))
-    _close_batchnorm(momenta)
-    return fresh
-
-
-def _open_batchnorm(model: nn.Module) -> list[tuple[_BatchNorm, float | None]]:
-    """Reset and open the statistics of every batch norm that has them; the momenta go back by :func:`_close_batchnorm`."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
-            found.append((module, module.momentum))
-            module.reset_running_stats()
-            module.momentum = None  # torch's word for a cumulative average
-            module.train()
-    return found
-
-
-def _close_batchnorm(momenta: list[tuple[_BatchNorm, float | None]]) -> None:
-    for module, momentum in momenta:
-        module.momentum = momentum
-        module.eval()
+    shape: torch.Size
+    norm: str
 
 
 def compensate(
@@ -130,9 +92,9 @@ def compensate(
     progress: Progress,
     max_inputs: int = MAX_INPUTS,
     positions: int = POSITIONS,
-    ridge: float = RIDGE,
+    ridges: Sequence[float] = RIDGES,
 ) -> tuple[nn.Module, CompensationReport]:
-    """The pruned model with repaired weights and fresh batch-norm statistics, if that beats fresh statistics alone.
+    """The pruned model with repaired weights and the statistics that suit it, each only if it helps on held-out samples.
 
     Each convolution without groups and each linear layer that lost inputs, or runs behind a removed block, solves
     ``min |X W' - Y|^2 + l |W - W_now|^2`` with ``l = ridge * mean diag(X'X)``: ``X`` its inputs in the pruned model, repaired so far, and
@@ -142,11 +104,12 @@ def compensate(
         pruned: the pruned model; layers have the names of the dense model. Not changed.
         dense: the model before pruning. Not changed.
         kept_outputs: for each layer whose outputs were pruned, the dense channels that are left, in order.
-        x: ``[N, ...]`` prepared inputs, at least 10; the last fifth is held out to judge the repair.
+        x: ``[N, ...]`` prepared inputs in a fair order, at least 10; the last fifth is held out to judge the repair.
         progress: shown while solving.
         max_inputs: layers with more input taps than this are skipped (the solve grows with the cube).
         positions: output positions looked at in each sample, at most.
-        ridge: pull toward the present weights.
+        ridges: pulls toward the present weights. Each layer takes the one that, fitted to three quarters of the samples, is best on the
+            others.
 
     Raises:
         ModelError: too few samples, or ``kept_outputs`` does not fit the layers.
@@ -157,45 +120,43 @@ def compensate(
     started = time.monotonic()
     if len(x) < MIN_SAMPLES:
         raise ModelError(f"compensation needs at least {MIN_SAMPLES} samples, but got {len(x)}")
-    cut = len(x) - len(x) // 5
-    fit, held_out = x[:cut], x[cut:]
-    reference = logits(dense, held_out)
-    recalibrated = recalibrate_batchnorm(pruned, fit)
-    kl_pruned = kl_nats(reference, logits(pruned, held_out))
-    kl_recalibrated = kl_nats(reference, logits(recalibrated, held_out))
-
-    solved, fitted, skipped, n_samples = _solved(
-        pruned, dense, kept_outputs, fit, max_inputs, positions, ridge, progress
+    fit, held_out = held_back(x, dense)
+    plain = judged(pruned, fit, held_out)
+    solved, fitted, skipped = _solved(
+        pruned, dense, kept_outputs, fit, max_inputs, positions, ridges, progress
     )
-    kl_compensated, repaired = kl_recalibrated, recalibrated
-    if solved is not None:
-        repaired = recalibrate_batchnorm(solved, fit)
-        kl_compensated = kl_nats(reference, logits(repaired, held_out))
-    used = kl_compensated < kl_recalibrated
+    unfitted = best(plain)
+    refitted = unfitted if solved is None else best(judged(solved, fit, held_out))
+    used = refitted.nats < unfitted.nats
+    chosen = refitted if used else unfitted
     report = CompensationReport(
         fitted=fitted,
         skipped=tuple(skipped),
-        kl_pruned=kl_pruned,
-        kl_recalibrated=kl_recalibrated,
-        kl_compensated=kl_compensated,
+        kl_pruned=plain[0].nats,
+        kl_recalibrated=unfitted.nats,
+        kl_compensated=refitted.nats,
         used=used,
-        n_samples=n_samples,
+        statistics=chosen.statistics,
+        n_samples=len(fit),
         seconds=time.monotonic() - started,
-        note=_note(bool(fitted), used, kl_recalibrated, kl_compensated),
+        note=_note(bool(fitted), unfitted, refitted),
     )
-    return (repaired if used else recalibrated), report
+    return chosen.model, report
 
 
 def repaired(
-    pruned: nn.Module, dense: nn.Module, kept_outputs: Mapping[str, tuple[int, ...]], x: Tensor
-) -> nn.Module:
-    """The pruned model after the repair of :func:`compensate`, with its defaults, for a caller who judges it on other samples."""
-    solved, *_, count = _solved(
-        pruned, dense, kept_outputs, x, MAX_INPUTS, POSITIONS, RIDGE, Silent()
-    )
-    if solved is not None and count == len(x):
-        return solved  # the pass that solved it has seen all samples, and left their statistics
-    return recalibrate_batchnorm(pruned if solved is None else solved, x)
+    pruned: nn.Module,
+    dense: nn.Module,
+    kept_outputs: Mapping[str, tuple[int, ...]],
+    fit: Tensor,
+    held_out: HeldOut,
+) -> Judged:
+    """The pruned model after the repair of :func:`compensate`, with its defaults, as it is best on the samples that a caller holds out."""
+    solved, *_ = _solved(pruned, dense, kept_outputs, fit, MAX_INPUTS, POSITIONS, RIDGES, Silent())
+    if solved is None:
+        return best(judged(pruned, fit, held_out))
+    as_cut = Judged(pruned, "kept", held_out.nats(pruned))
+    return best((as_cut, *judged(solved, fit, held_out)))
 
 
 def solved_in_order(
@@ -208,11 +169,10 @@ def solved_in_order(
     Args:
         model: not changed.
         names: convolutions without groups, and linear layers.
-        x: ``[N, ...]`` prepared inputs; fewer are used where they would not fit the memory.
+        x: ``[N, ...]`` prepared inputs.
         solve: as :func:`edgeprune.compress.least_squares.refit`.
         progress: shown while solving.
     """
-    x = x[: _samples_that_fit(model, x)]
     layers = dict(model.named_modules())
     sites = []
     for name, seen in _probe(model, x[:2]).items():
@@ -220,12 +180,10 @@ def solved_in_order(
         if name not in names or _reason_to_skip(layer, seen, MAX_INPUTS):
             continue
         rows = _rows_wanted(layer, seen.positions, len(x), POSITIONS)
-        outputs, centred = range(len(layer.weight)), layer.bias is not None or seen.normalised
-        sites.append(
-            _Site(name, _taps(layer), tuple(outputs), rows // len(x), seen.positions, centred)
-        )
+        outputs, centred = range(len(layer.weight)), layer.bias is not None or bool(seen.norm)
+        sites.append(_Site(name, _taps(layer), tuple(outputs), rows // len(x), seen, centred))
     targets = _dense_targets(model, sites, x)
-    solved, fitted, _ = _solve_in_order(model, sites, targets, x, RIDGE, progress, solve)
+    solved, fitted, _ = _solve_in_order(model, sites, targets, x, (RIDGE,), progress, solve)
     return solved, fitted
 
 
@@ -236,39 +194,27 @@ def _solved(
     x: Tensor,
     max_inputs: int,
     positions: int,
-    ridge: float,
+    ridges: Sequence[float],
     progress: Progress,
-) -> tuple[nn.Module | None, tuple[LayerFit, ...], list[tuple[str, str]], int]:
-    """The model with its layers refitted (``None`` if none can be), what was fitted, what was skipped and why, and on how many samples."""
-    x = x[: _samples_that_fit(pruned, x)]
+) -> tuple[nn.Module | None, tuple[LayerFit, ...], list[tuple[str, str]]]:
+    """The model with its layers refitted (``None`` if none can be), what was fitted, and what was skipped and why."""
     sites, skipped = _sites(pruned, dense, kept_outputs, x, max_inputs, positions)
     if not sites:
-        return None, (), skipped, len(x)
+        return None, (), skipped
     targets = _dense_targets(dense, sites, x)
-    solved, fitted, unsolved = _solve_in_order(pruned, sites, targets, x, ridge, progress)
-    return solved, fitted, [*skipped, *unsolved], len(x)
+    solved, fitted, unsolved = _solve_in_order(pruned, sites, targets, x, ridges, progress)
+    return solved, fitted, [*skipped, *unsolved]
 
 
-def _note(any_fitted: bool, used: bool, kl_recalibrated: float, kl_compensated: float) -> str:
+def _note(any_fitted: bool, unfitted: Judged, refitted: Judged) -> str:
+    used = refitted.nats < unfitted.nats
+    statistics = f"batch-norm statistics are {(refitted if used else unfitted).statistics}"
     if not any_fitted:
-        return "no layer could be repaired; batch-norm statistics are fresh"
-    change = f"{kl_recalibrated:.4f} to {kl_compensated:.4f} nats on held-out samples"
+        return f"no layer could be repaired; {statistics}"
+    change = f"{unfitted.nats:.4f} to {refitted.nats:.4f} nats on held-out samples"
     if used:
-        return f"least squares changed the divergence from {change}"
-    return f"least squares was not kept: it would have changed the divergence from {change}"
-
-
-def _samples_that_fit(model: nn.Module, x: Tensor) -> int:
-    """How many samples can be held at one layer at once within the memory bound."""
-    largest = 0
-
-    def note_size(module: nn.Module, args: object, output: object) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output[:1].numel() * 4)
-
-    run_once(model, x[:1], [m.register_forward_hook(note_size) for m in model.modules()])
-    return max(2, min(len(x), MAX_ACTIVATION_BYTES // max(1, LIVE_ACTIVATIONS * largest)))
+        return f"least squares changed the divergence from {change}; {statistics}"
+    return f"least squares was not kept: it would have changed the divergence from {change}; {statistics}"
 
 
 def _sites(
@@ -298,8 +244,8 @@ def _sites(
                 taps=_taps(layer),
                 outputs=_outputs(name, layer, original, kept_outputs),
                 positions=rows // len(x),
-                total_positions=seen[name].positions,
-                centred=layer.bias is not None or seen[name].normalised,
+                seen=seen[name],
+                centred=layer.bias is not None or bool(seen[name].norm),
             )
         )
     return _within_cache(chosen, len(x)), skipped
@@ -343,14 +289,14 @@ def _narrowed(
 def _reason_to_skip(layer: Layer, seen: _Seen | None, max_inputs: int) -> str:
     if parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrisation"
-    if type(layer) not in (nn.Conv2d, nn.Linear):
-        return "a subclass may compute something else than its parent"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return "grouped convolution"
     if seen is None:
         return "it does not run exactly once on one tensor of all samples"
     if _taps(layer) > max_inputs:
         return f"{_taps(layer)} input taps are over the limit of {max_inputs}"
+    if reading_of(layer, seen.shape) is None:
+        return f"a {type(layer).__name__} computes something else than its weight says"
     return ""
 
 
@@ -391,7 +337,8 @@ def _within_cache(sites: list[_Site], n_samples: int) -> list[_Site]:
 def _probe(model: nn.Module, x: Tensor) -> dict[str, _Seen]:
     """Layers that run exactly once, on one tensor of all samples, in the order they run."""
     outputs: dict[str, Tensor] = {}
-    normalised: set[int] = set()
+    shapes: dict[str, torch.Size] = {}
+    norms: dict[int, str] = {}
     unusual: set[str] = set()
 
     def note_layer(name: str, args: tuple[object, ...], output: object) -> None:
@@ -399,11 +346,13 @@ def _probe(model: nn.Module, x: Tensor) -> dict[str, _Seen]:
             outputs[name] = output
         else:
             unusual.add(name)
-        if len(args) != 1 or not isinstance(args[0], Tensor) or len(args[0]) != len(x):
+        if len(args) == 1 and isinstance(args[0], Tensor) and len(args[0]) == len(x):
+            shapes[name] = args[0].shape[1:]
+        else:
             unusual.add(name)
 
-    def note_norm(module: nn.Module, args: tuple[object, ...]) -> None:
-        normalised.update(id(arg) for arg in args)
+    def note_norm(name: str, args: tuple[object, ...]) -> None:
+        norms.update((id(arg), name) for arg in args)
 
     handles: list[RemovableHandle] = []
     for name, module in model.named_modules():
@@ -411,12 +360,15 @@ def _probe(model: nn.Module, x: Tensor) -> dict[str, _Seen]:
             hook = functools.partial(note_layer, name)
             handles.append(module.register_forward_hook(lambda _, args, out, h=hook: h(args, out)))
         elif isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(note_norm))
+            norm = functools.partial(note_norm, name)
+            handles.append(module.register_forward_pre_hook(lambda _, args, h=norm: h(args)))
     run_once(model, x, handles)
     # All outputs are alive until here, so an id names one tensor.
     layers = dict(model.named_modules())
     return {
-        name: _Seen(as_positions(layers[name], output).shape[1], id(output) in normalised)
+        name: _Seen(
+            as_positions(layers[name], output).shape[1], shapes[name], norms.get(id(output), "")
+        )
         for name, output in outputs.items()
         if name not in unusual
     }
@@ -448,9 +400,10 @@ def _dense_targets(
 
 
 def _positions(n: int, site: _Site, generator: torch.Generator) -> Tensor:
-    if site.positions == site.total_positions:
-        return torch.arange(site.total_positions).expand(n, -1)
-    return torch.randint(site.total_positions, (n, site.positions), generator=generator)
+    total = site.seen.positions
+    if site.positions == total:
+        return torch.arange(total).expand(n, -1)
+    return torch.randint(total, (n, site.positions), generator=generator)
 
 
 def _solve_in_order(
@@ -458,36 +411,57 @@ def _solve_in_order(
     sites: list[_Site],
     targets: dict[str, tuple[Tensor, Tensor]],
     x: Tensor,
-    ridge: float,
+    ridges: Sequence[float],
     progress: Progress,
     solve: Solve = refit,
 ) -> tuple[nn.Module, tuple[LayerFit, ...], list[tuple[str, str]]]:
-    """A copy of ``pruned`` with repaired weights, from one pass of all samples.
-
-    Just before a layer runs, a hook solves for its weights on the input that has arrived. Batch norms use the statistics of the same
-    pass, so every layer sees what it will see in the finished model.
-    """
+    """A copy of ``pruned`` with repaired weights: front to back, each from all samples on what then reaches it."""
     model = copy.deepcopy(pruned).eval()
-    _open_batchnorm(model)
     layers = dict(model.named_modules())
+    relay = Relay(model, x)
     fitted: list[LayerFit] = []
     unsolved: list[tuple[str, str]] = []
     with progress.bar("compensating", len(sites)) as bar, torch.no_grad():
-
-        def repair(site: _Site, layer: Layer, x: Tensor) -> None:
-            where, wanted = targets.pop(site.name)
-            rows = input_rows(layer, x, where)
-            found = solve(site.name, layer, rows, wanted, ridge=ridge, centred=site.centred)
+        for number, site in enumerate(sites):
+            layer = layers[site.name]
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            fit, check = _row_sums(relay, layer, site, targets.pop(site.name))
+            sums, ridge = fit + check, best_ridge(layer, fit, check, ridges)
+            found = solve(site.name, layer, sums, ridge=ridge)
             if isinstance(found, LayerFit):
                 fitted.append(found)
+                _move_mean(layer, layers.get(site.seen.norm), sums)
             else:
                 unsolved.append((site.name, found))
+            if number + 1 < len(sites):
+                relay.wait(site.name, sites[number + 1].name)
             bar.advance(1, note=site.name)
+    return model, tuple(fitted), unsolved
 
-        for site in sites:
-            hook = functools.partial(repair, site)
-            layers[site.name].register_forward_pre_hook(lambda m, args, h=hook: h(m, args[0]))
-        model(x.to(device_of(model)))
-    solved = copy.deepcopy(pruned).eval()
-    solved.load_state_dict(model.state_dict())
-    return solved, tuple(fitted), unsolved
+
+def _row_sums(
+    relay: Relay, layer: Layer, site: _Site, target: tuple[Tensor, Tensor]
+) -> tuple[RowSums, RowSums]:
+    """The sums that a layer is fitted to, and those of every fourth sample, which check it."""
+    reading = reading_of(layer, site.seen.shape)
+    assert reading is not None
+    where, wanted = target[0], target[1].view(*target[0].shape, -1)
+    found = [RowSums(site.centred)]
+
+    def look(given: Tensor, part: slice) -> None:
+        checks = torch.arange(part.start, part.stop, device=given.device) % CHECKED == CHECKED - 1
+        for number, own in enumerate((~checks, checks)):
+            if bool(own.any()):
+                rows = reading.rows(given[own], where[part][own])
+                if number == len(found):
+                    found.append(found[0].beside())
+                found[number].add(rows, wanted[part][own].flatten(0, 1))
+
+    relay.reach(site.name, look)
+    return found[0], found[1] if len(found) > 1 else found[0].beside()
+
+
+def _move_mean(layer: Layer, norm: nn.Module | None, sums: RowSums) -> None:
+    """Take the change of a layer's mean output up where it has no bias: the batch norm behind it subtracts it."""
+    if layer.bias is None and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+        norm.running_mean += sums.x_mean @ layer.weight.flatten(1).T.double() - sums.y_mean

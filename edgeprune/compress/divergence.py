@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprune.compress.compensate import recalibrate_batchnorm, repaired
-from edgeprune.compress.evaluate import kl_nats, logits
+from edgeprune.compress.compensate import repaired
+from edgeprune.compress.evaluate import logits
 from edgeprune.compress.recover import recover, updates_per_epoch
+from edgeprune.compress.statistics import HeldOut, Judged
 from edgeprune.compress.surgery import ChannelGroup, cut
 from edgeprune.datasets import Split
 from edgeprune.progress import Silent
@@ -29,12 +30,10 @@ UNUSABLE_NATS = 1e3  # of a structure at which the model says NaN: finite, and n
 class AfterRepair:
     """KL divergence in nats, on held-out samples, of a structure after the repair that needs no gradient.
 
-    What the model itself loses when its batch norms are recalibrated on as few samples is taken off: it is no cost of the structure.
-
     Attributes:
         model: the model before the cut, in eval mode; not changed.
         groups: its channel groups.
-        x: ``[N, ...]`` prepared inputs; the first half repairs, the second half is evaluated.
+        x: ``[N, ...]`` prepared inputs in a fair order; the first half repairs, the second half is evaluated.
     """
 
     model: nn.Module
@@ -42,32 +41,30 @@ class AfterRepair:
     x: torch.Tensor
 
     @cached_property
-    def _halves(self) -> tuple[torch.Tensor, torch.Tensor]:
-        half = len(self.x) // 2
-        return self.x[:half], self.x[half:]
-
-    @cached_property
-    def _reference(self) -> torch.Tensor:
-        return logits(self.model, self._halves[1])
-
-    @cached_property
-    def _floor(self) -> float:
-        fit, held_out = self._halves
-        return kl_nats(self._reference, logits(recalibrate_batchnorm(self.model, fit), held_out))
+    def _held_out(self) -> HeldOut:
+        x = self.x[len(self.x) // 2 :]
+        return HeldOut(x, logits(self.model, x))
 
     def __call__(self, kept: Mapping[str, Sequence[int]]) -> float:
         """Nats, at least 0, of the structure with these channels; groups not named keep all, those without a channel lose their block."""
-        return max(self.divergence(self.repaired(kept)) - self._floor, 0.0)
+        return max(_usable(self._repaired(kept).nats), 0.0)
 
     def repaired(self, kept: Mapping[str, Sequence[int]]) -> nn.Module:
         """The model with these channels alone, after the repair."""
+        return self._repaired(kept).model
+
+    def _repaired(self, kept: Mapping[str, Sequence[int]]) -> Judged:
         smaller, outputs = cut(self.model, self.groups, kept, self.x[:1])
-        return repaired(smaller, self.model, outputs, self._halves[0])
+        fit = self.x[: len(self.x) // 2]
+        return repaired(smaller, self.model, outputs, fit, self._held_out)
 
     def divergence(self, changed: nn.Module) -> float:
         """Nats between the answers of the model and those of another one, on the held-out half."""
-        found = kl_nats(self._reference, logits(changed, self._halves[1]))
-        return found if math.isfinite(found) else UNUSABLE_NATS
+        return _usable(self._held_out.nats(changed))
+
+
+def _usable(nats: float) -> float:
+    return nats if math.isfinite(nats) else UNUSABLE_NATS
 
 
 @dataclass(frozen=True)

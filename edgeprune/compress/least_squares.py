@@ -1,19 +1,18 @@
-"""The weights of one layer that bring its output closest to what was wanted, from sampled rows.
+"""The weights of one layer that bring its output closest to what was wanted, from sampled rows that come batch by batch.
 
-Notation: ``N`` samples, ``P`` sampled output positions a sample, ``T`` input taps (input channels x kernel area), ``O`` output channels.
+Notation: ``T`` input taps (input channels x kernel area), ``O`` output channels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-Layer: TypeAlias = nn.Conv2d | nn.Linear
+from edgeprune.compress.readings import Layer
 
 
 @dataclass(frozen=True)
@@ -27,93 +26,73 @@ class LayerFit:
     error_after: float
 
 
-def as_positions(layer: nn.Module, output: Tensor) -> Tensor:
-    """A layer's output as ``[N, positions, O]``."""
-    if isinstance(layer, nn.Conv2d):
-        return output.flatten(2).transpose(1, 2)
-    return output.reshape(len(output), -1, output.shape[-1])
+@dataclass
+class RowSums:
+    """What a least-squares problem has to know of its rows, which need not be there at once.
 
-
-def input_rows(layer: Layer, x: Tensor, where: Tensor) -> Tensor:
-    """The inputs that make the outputs at sampled positions, in the order of the flattened weight.
-
-    Args:
-        layer: its padding, stride and dilation say which inputs belong to an output; a convolution must have no groups.
-        x: the layer's input, ``[N, C, H, W]`` or ``[N, ..., T]``.
-        where: flat output positions, ``int64 [N, P]``.
-
-    Returns:
-        ``[N * P, T]``.
+    ``centred``: fit deviations from the means; right where a bias or a batch norm takes the means up.
     """
-    if isinstance(layer, nn.Linear):
-        tokens = x.reshape(len(x), -1, x.shape[-1])
-        return tokens.gather(1, where[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1)
-    padded = _padded(layer, x)
-    (kernel_h, kernel_w), (step_y, step_x) = layer.kernel_size, layer.stride
-    gap_y, gap_x = layer.dilation
-    width = padded.shape[3]
-    out_width = (width - gap_x * (kernel_w - 1) - 1) // step_x + 1
-    top, left = where // out_width * step_y, where % out_width * step_x
-    rows = top[..., None, None] + torch.arange(kernel_h, device=x.device)[:, None] * gap_y
-    columns = left[..., None, None] + torch.arange(kernel_w, device=x.device) * gap_x
-    taps = (rows * width + columns).flatten(1)  # [N, P * kernel area]
-    channels = padded.shape[1]
-    values = padded.flatten(2).gather(2, taps[:, None, :].expand(-1, channels, -1))
-    values = values.view(len(x), channels, where.shape[1], kernel_h * kernel_w)
-    return values.transpose(1, 2).reshape(len(x) * where.shape[1], -1)
 
+    centred: bool
+    rows: int = 0
+    _found: dict[str, Tensor] = field(default_factory=dict)
 
-def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    sides: list[int] = []
-    for axis in (1, 0):  # functional.pad counts from the last axis
-        if layer.padding == "same":
-            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-            sides += [total // 2, total - total // 2]
-        elif layer.padding == "valid":
-            sides += [0, 0]
-        else:
-            sides += [int(layer.padding[axis])] * 2
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return functional.pad(x, sides, mode=mode)
+    def beside(self) -> RowSums:
+        """Sums of other rows of the same layer, which can be added to these."""
+        origin = {name: self._found[name] for name in ("x0", "y0")}
+        return RowSums(self.centred, 0, origin)
 
+    def __add__(self, other: RowSums) -> RowSums:
+        """The sums of all rows of both; ``other`` comes from :meth:`beside`."""
+        found = dict(self._found)
+        for name, value in other._found.items():
+            found[name] = value if name in ("x0", "y0") else found[name] + value
+        return RowSums(self.centred, self.rows + other.rows, found)
 
-@torch.no_grad()
-def refit(
-    name: str,
-    layer: Layer,
-    x: Tensor,
-    y: Tensor,
-    *,
-    ridge: float,
-    centred: bool,
-) -> LayerFit | str:
-    """Set the layer's weight, and its bias where it has one, to the least-squares solution near its present weight.
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Count inputs ``[rows, T]`` and the wanted outputs ``[rows, O]``."""
+        if not self._found:
+            # What all rows share is taken off first: squares of large means would drown what varies.
+            share = float(self.centred)
+            self._found = {"x0": x.mean(0) * share, "y0": y.mean(0) * share}
+        x, y = x - self._found["x0"], y - self._found["y0"]
+        self.rows += len(x)
+        # Single precision inside pieces, where its error is far below the ridge, for half the time.
+        for a, b in zip(torch.split(x, 4096), torch.split(y, 4096), strict=True):
+            self._add("gram", a.T @ a)
+            self._add("cross", a.T @ b)
+        self._add("x", x.double().sum(0))
+        self._add("y", y.double().sum(0))
+        self._add("energy", y.double().square().sum())
 
-    Args:
-        name: of the layer, for the answer.
-        layer: changed in place, unless the answer is a reason.
-        x: its inputs ``[rows, T]``, as :func:`input_rows` returns them.
-        y: the wanted outputs ``[rows, O]``.
-        ridge: pull toward the present weight, as a share of the mean diagonal of ``X'X``.
-        centred: fit deviations from the means; right where a bias or a batch norm takes the means up.
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.double()
+        self._found[name] = self._found[name] + value if name in self._found else value
 
-    Returns:
-        What it brought, or the reason why the layer was left alone.
-    """
-    found = normal_equations(x, y, ridge=ridge, centred=centred)
-    if found is None:
-        return "its inputs or the dense outputs do not vary"
-    gram, cross, pull = found.gram, found.cross, found.pull
-    now = layer.weight.flatten(1).T.double()
-    damped = gram + pull * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    best = torch.cholesky_solve(cross + pull * now, factor)
-    if int(failed) or not bool(best.isfinite().all()):
-        return "its least-squares problem has no stable solution"
-    layer.weight.copy_(best.T.reshape(layer.weight.shape))
-    if layer.bias is not None:
-        layer.bias.copy_(found.y_mean.double() - found.x_mean.double() @ best)
-    return LayerFit(name, x.shape[1], len(x), found.missed(now), found.missed(best))
+    @property
+    def x_mean(self) -> Tensor:
+        """Of the inputs, ``float64 [T]``."""
+        return self._found["x0"].double() + self._found["x"] / self.rows
+
+    @property
+    def y_mean(self) -> Tensor:
+        """Of the wanted outputs, ``float64 [O]``."""
+        return self._found["y0"].double() + self._found["y"] / self.rows
+
+    def equations(self, ridge: float) -> NormalEquations | None:
+        """The problem with a pull of this share of the mean diagonal of ``X'X``; ``None`` where inputs or outputs do not vary."""
+        if not self.rows:
+            return None
+        gram, cross, energy = (self._found[name] for name in ("gram", "cross", "energy"))
+        if self.centred:
+            x, y = self._found["x"], self._found["y"]
+            gram = gram - torch.outer(x, x) / self.rows
+            cross = cross - torch.outer(x, y) / self.rows
+            energy = energy - y.square().sum() / self.rows
+        pull = ridge * float(gram.diagonal().mean())
+        if not (0 < pull < math.inf and 0 < float(energy) < math.inf):
+            return None
+        return NormalEquations(gram, cross, pull, float(energy))
 
 
 @dataclass(frozen=True)
@@ -122,10 +101,15 @@ class NormalEquations:
 
     gram: Tensor
     cross: Tensor
-    x_mean: Tensor
-    y_mean: Tensor
     pull: float
     energy: float
+
+    def solved_near(self, now: Tensor) -> Tensor | None:
+        """The solution for weights that are now ``float64 [T, O]``; ``None`` where it is not stable."""
+        unit = torch.eye(len(now), dtype=torch.float64, device=now.device)
+        factor, failed = torch.linalg.cholesky_ex(self.gram + self.pull * unit)
+        best = torch.cholesky_solve(self.cross + self.pull * now, factor)
+        return None if int(failed) or not bool(best.isfinite().all()) else best
 
     def missed(self, weight: Tensor) -> float:
         """The share of the energy that weights ``float64 [T, O]`` miss."""
@@ -134,26 +118,45 @@ class NormalEquations:
         return max(0.0, left / self.energy)
 
 
-def normal_equations(
-    x: Tensor, y: Tensor, *, ridge: float, centred: bool
-) -> NormalEquations | None:
-    """The problem of :func:`refit`, whose arguments these are; ``None`` where inputs or outputs do not vary."""
-    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
-    if centred:
-        x, y = x - x_mean, y - y_mean
-    gram, cross = _products(x, y)
-    pull = ridge * float(gram.diagonal().mean())
-    energy = float(y.double().square().sum())
-    if not (0 < pull < math.inf and 0 < energy < math.inf):
-        return None
-    return NormalEquations(gram, cross, x_mean, y_mean, pull, energy)
+@torch.no_grad()
+def refit(name: str, layer: Layer, sums: RowSums, *, ridge: float) -> LayerFit | str:
+    """Set the layer's weight, and its bias where it has one, to the least-squares solution near its present weight.
+
+    Args:
+        name: of the layer, for the answer.
+        layer: changed in place, unless the answer is a reason.
+        sums: of its inputs, as :meth:`edgeprune.compress.readings.Reading.rows` gives them, and of the wanted outputs.
+        ridge: pull toward the present weight, as a share of the mean diagonal of ``X'X``.
+
+    Returns:
+        What it brought, or the reason why the layer was left alone.
+    """
+    found = sums.equations(ridge)
+    if found is None:
+        return "its inputs or the dense outputs do not vary"
+    now = layer.weight.flatten(1).T.double()
+    best = found.solved_near(now)
+    if best is None:
+        return "its least-squares problem has no stable solution"
+    set_weight(layer, best, sums)
+    return LayerFit(name, len(now), sums.rows, found.missed(now), found.missed(best))
 
 
-def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """``X'X`` and ``X'Y`` in float64; single precision inside pieces, where its error is far below the ridge, for half the time."""
-    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    cross = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
-    for a, b in zip(torch.split(x, 4096), torch.split(y, 4096), strict=True):
-        gram += (a.T @ a).double()
-        cross += (a.T @ b).double()
-    return gram, cross
+@torch.no_grad()
+def best_ridge(layer: Layer, fit: RowSums, check: RowSums, ridges: Sequence[float]) -> float:
+    """Of some ridges the one whose solution from ``fit`` misses least of what ``check`` wants; the first where none can tell."""
+    judge, now = check.equations(1.0), layer.weight.flatten(1).T.double()
+    missed: dict[float, float] = {}
+    for ridge in ridges if judge is not None and len(ridges) > 1 else ():
+        found = fit.equations(ridge)
+        weight = None if found is None else found.solved_near(now)
+        if weight is not None and judge is not None:
+            missed[ridge] = judge.missed(weight)
+    return min(missed, key=lambda ridge: missed[ridge], default=ridges[0])
+
+
+def set_weight(layer: Layer, best: Tensor, sums: RowSums) -> None:
+    """Give a layer the weights ``[T, O]``; a bias makes its mean output the wanted one."""
+    layer.weight.copy_(best.T.reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(sums.y_mean - sums.x_mean @ best)

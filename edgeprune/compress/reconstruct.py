@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgeprune.compress.criteria import Scores, by_channel, places, reader_energy
 from edgeprune.compress.evaluate import run_once
-from edgeprune.compress.least_squares import Layer, as_positions, input_rows
+from edgeprune.compress.readings import Layer, Reading, reading_of
 from edgeprune.compress.surgery import ChannelGroup, Coupling
 from edgeprune.errors import ModelError
 
@@ -157,7 +157,10 @@ def _is_solvable(layer: nn.Module) -> bool:
 
 
 class _Rows:
-    """The covariance of what a layer reads, from sampled output positions; ``None`` where the layer ran more than once a pass."""
+    """The covariance of what a layer reads, from sampled output positions; ``None`` where the layer ran more than once a pass.
+
+    There is none either where the layer computes something else than its weight says.
+    """
 
     def __init__(self, layer: nn.Module, samples: int, seed: int) -> None:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
@@ -175,21 +178,24 @@ class _Rows:
         self._seen += len(given)
         if self._seen > self._samples:
             return
-        total = self._positions(given)
+        reading = reading_of(self._layer, given.shape[1:])
+        if reading is None:
+            return
+        total = self._positions(reading, given)
         each = min(total, math.ceil(self._wanted / self._samples))
         where = torch.randint(total, (len(given), each), generator=self._generator)
         if each == total:
             where = torch.arange(total).expand(len(given), -1)
-        values = input_rows(self._layer, given, where.to(given.device)).double().cpu()
+        values = reading.rows(given, where.to(given.device)).double().cpu()
         self._rows += len(values)
         self._sum += values.sum(0)
         self._products += values.T @ values
 
-    def _positions(self, given: Tensor) -> int:
-        if isinstance(self._layer, nn.Linear):
+    @staticmethod
+    def _positions(reading: Reading, given: Tensor) -> int:
+        if reading.sources is None:
             return given[0].numel() // given.shape[-1]
-        # Not called as a layer: the hook that gave us this input would be called again.
-        return as_positions(self._layer, self._layer.forward(given[:1])).shape[1]
+        return len(reading.sources)
 
     def covariance(self) -> Tensor | None:
         """``float64 [taps, taps]``."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.compress import sparsity
-from edgeprune.compress.compensate import MIN_SAMPLES, recalibrate_batchnorm, solved_in_order
-from edgeprune.compress.evaluate import kl_nats, logits
-from edgeprune.compress.least_squares import Layer, LayerFit, normal_equations
+from edgeprune.compress.compensate import MIN_SAMPLES, solved_in_order
+from edgeprune.compress.least_squares import LayerFit, RowSums, set_weight
+from edgeprune.compress.readings import Layer
+from edgeprune.compress.statistics import best, held_back, judged
 from edgeprune.errors import ModelError
 from edgeprune.progress import Progress
 
@@ -26,21 +27,21 @@ class Sparsified:
     """What the pattern cost. Divergences are KL(model before || model after) in nats on held-out samples."""
 
     layers: tuple[str, ...]
-    kl_masked: float  # smallest magnitudes set to zero, statistics of batch norms fresh
+    kl_masked: float  # smallest magnitudes set to zero, with the best statistics of batch norms
     kl_refitted: float  # the same, with the weights that stay fitted again
     refitted: bool  # whether that was taken
     note: str
 
 
 def sparsified(model: nn.Module, x: Tensor, *, progress: Progress) -> tuple[nn.Module, Sparsified]:
-    """A copy of the model with 2:4 sparse weights in every eligible layer, and fresh batch-norm statistics.
+    """A copy of the model with 2:4 sparse weights in every eligible layer, and the batch-norm statistics that suit it.
 
     Each layer keeps the larger two weights of each group of four. Front to back, those are fitted again, so that the layer gives what it
     gave before on the inputs that it now gets from the layers in front. Where that diverges more on held-out samples, it is not kept.
 
     Args:
         model: in eval mode; not changed.
-        x: ``[N, ...]`` prepared inputs, at least 10; the last fifth is held out.
+        x: ``[N, ...]`` prepared inputs in a fair order, at least 10; the last fifth is held out.
         progress: shown while solving.
 
     Raises:
@@ -49,23 +50,19 @@ def sparsified(model: nn.Module, x: Tensor, *, progress: Progress) -> tuple[nn.M
     names = tuple(sparsity.require_eligible(model))
     if len(x) < MIN_SAMPLES:
         raise ModelError(f"2:4 sparsity needs at least {MIN_SAMPLES} samples, but got {len(x)}")
-    cut = len(x) - len(x) // 5
-    fit, held_out = x[:cut], x[cut:]
-    reference = logits(model, held_out)
-    plain = masked_by_magnitude(model)
-    plain = recalibrate_batchnorm(plain, fit)
-    fitted, _ = solved_in_order(model, names, fit, _solve, progress=progress)
-    sparsity.masked(fitted)  # also the layers that could not be solved
-    fitted = recalibrate_batchnorm(fitted, fit)
-    kl_masked = kl_nats(reference, logits(plain, held_out))
-    kl_refitted = kl_nats(reference, logits(fitted, held_out))
+    fit, held_out = held_back(x, model)
+    plain = best(judged(masked_by_magnitude(model), fit, held_out))
+    solved, _ = solved_in_order(model, names, fit, _solve, progress=progress)
+    sparsity.masked(solved)  # also the layers that could not be solved
+    fitted = best(judged(solved, fit, held_out))
+    kl_masked, kl_refitted = plain.nats, fitted.nats
     refitted = kl_refitted < kl_masked
     taken = f"{kl_refitted:.4f} with the weights that stay fitted again"
     if not refitted:
         taken = f"fitting the weights that stay again was not kept: {kl_refitted:.4f}"
     note = f"2:4 sparse in {len(names)} layers; masked by magnitude {kl_masked:.4f} nats, {taken}"
     found = Sparsified(names, kl_masked, kl_refitted, refitted, note)
-    return (fitted if refitted else plain), found
+    return (fitted if refitted else plain).model, found
 
 
 def masked_by_magnitude(model: nn.Module) -> nn.Module:
@@ -81,23 +78,19 @@ def masked_by_magnitude(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _solve(
-    name: str, layer: Layer, x: Tensor, y: Tensor, *, ridge: float, centred: bool
-) -> LayerFit | str:
+def _solve(name: str, layer: Layer, sums: RowSums, *, ridge: float) -> LayerFit | str:
     """Mask a layer and fit what stays; arguments and answer as of :func:`edgeprune.compress.least_squares.refit`."""
     kept = sparsity.mask_of(layer.weight)
-    found = normal_equations(x, y, ridge=ridge, centred=centred)
+    found = sums.equations(ridge)
     if found is None:
         return "its inputs or the dense outputs do not vary"
     now = layer.weight.flatten(1).double()
-    best = _restricted(found.gram, found.cross.T + found.pull * now, found.pull, kept.flatten(1))
-    if best is None:
+    solved = _restricted(found.gram, found.cross.T + found.pull * now, found.pull, kept.flatten(1))
+    if solved is None:
         return "its least-squares problem has no stable solution"
-    before, after = found.missed(now.T), found.missed(best.T)
-    layer.weight.copy_(best.reshape(layer.weight.shape))
-    if layer.bias is not None:
-        layer.bias.copy_(found.y_mean.double() - found.x_mean.double() @ best.T)
-    return LayerFit(name, x.shape[1], len(x), before, after)
+    before, after = found.missed(now.T), found.missed(solved.T)
+    set_weight(layer, solved.T, sums)
+    return LayerFit(name, now.shape[1], sums.rows, before, after)
 
 
 def _restricted(gram: Tensor, wanted: Tensor, pull: float, kept: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from edgeprune.compress.least_squares import Layer
+from edgeprune.compress.readings import Layer
 from edgeprune.errors import ModelError
 from edgeprune.patterns import GROUP, KEPT
 
