@@ -23,6 +23,8 @@ from edgeprune.specs import Preprocess
 
 # Larger CPU batches are slower: their activations leave the cache and are mapped and unmapped each time (measured: 3x at 500).
 BATCH = 64
+# Inputs of one batch hold at most this many numbers where hooks or a training mode keep several outputs of it alive.
+MAX_WATCHED_NUMBERS, FEWEST_WATCHED = 1 << 22, 16
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -64,6 +66,11 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+def watched_batch(x: Tensor, largest: int = 128) -> int:
+    """Samples of ``[N, ...]`` in one batch, at most ``largest``, where more than the present output is alive."""
+    return min(largest, max(FEWEST_WATCHED, MAX_WATCHED_NUMBERS // max(1, x[0].numel())))
+
+
 class _Reached(Exception):
     """Everything that was to be seen of a batch has run."""
 
@@ -85,7 +92,7 @@ def run_once(
     try:
         with evaluating(model), torch.no_grad():
             place = device_of(model)
-            for part in batches(len(x), 128, x[0].numel()):
+            for part in batches(len(x), watched_batch(x), x[0].numel()):
                 with contextlib.suppress(_Reached):
                     model(x[part].to(place))
     finally:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,8 +51,7 @@ class Relay:
         self._modules = dict(model.named_modules())
         self._few = x[:2]
         self._calls, self._answer, largest = _watched(model, self._few)
-        size = max(1, min(MAX_BATCH, MAX_BATCH_BYTES // max(1, 4 * largest)))
-        self._parts = [slice(i, min(len(x), i + size)) for i in range(0, len(x), size)]
+        self._parts = _even_parts(len(x), MAX_BATCH_BYTES // max(1, 4 * largest))
         self._x = x
         self._waiting: list[Tensor] = []  # one for each batch, once there is a waypoint
         self._replaced: tuple[
@@ -130,6 +131,13 @@ class Relay:
         if given is None:
             return contextlib.nullcontext()
         return _replacing(self._modules, self._replaced, given)
+
+
+def _even_parts(n: int, fitting: int) -> list[slice]:
+    """Batches of ``n`` samples, as even as can be: some models take no single sample."""
+    size = max(1, min(MAX_BATCH, fitting))
+    bounds = np.linspace(0, n, -(-n // size) + 1).round().astype(int).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def _watched(model: nn.Module, x: Tensor) -> tuple[dict[str, _Call], Tensor, int]:

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from edgeprune.compress.evaluate import device_of, kl_nats, logits
+from edgeprune.compress.evaluate import device_of, kl_nats, logits, watched_batch
 from edgeprune.compress.inputs import batches
 from edgeprune.errors import ModelError
 
 BATCH = 128
-MAX_BATCH_NUMBERS = (
-    1 << 22
-)  # of the inputs of one batch in training mode, where every layer's input is there twice
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,7 @@ def recalibrate_batchnorm(model: nn.Module, x: Tensor, *, batch_size: int = BATC
     if len(x) < 2:
         raise ModelError(f"batch-norm statistics need at least 2 samples, but there are {len(x)}")
     place = device_of(fresh)
-    size = min(batch_size, max(16, MAX_BATCH_NUMBERS // x[0].numel()))
-    n_batches = len(list(batches(len(x), size, x[0].numel())))
+    n_batches = len(list(batches(len(x), watched_batch(x, batch_size), x[0].numel())))
     with torch.no_grad():
         for part in x.tensor_split(min(n_batches, len(x) // 2)):
             fresh(part.to(place))
