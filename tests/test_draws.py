@@ -107,7 +107,7 @@ def test_what_is_drawn_from_train_has_every_class_and_leaves_every_class_in_it()
     single = dataset(in_class_order([99, 1]))
     assert 1 in single.train.y
     one_each = dataset(in_class_order([1] * 30))
-    assert (len(one_each.train), len(one_each.selection), len(one_each.development)) == (24, 3, 3)
+    assert (len(one_each.train), len(one_each.selection), len(one_each.development)) == (14, 8, 8)
 
 
 def test_the_halves_of_a_val_split_have_the_same_classes():
