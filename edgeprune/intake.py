@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from edgeprune.compress.modes import on_device, settle
 from edgeprune.errors import ModelError
 from edgeprune.factories import one_line
 
@@ -132,7 +133,11 @@ def prepare(
     types = sorted({str(t.dtype) for t in ready.state_dict().values() if t.is_floating_point()})
     if types not in ([], ["torch.float32"]):
         notes.append(f"weights converted from {', '.join(types)} to float32")
-    ready = ready.cpu().float().eval()
+    ready = on_device(ready, torch.device("cpu"))
+    if left := settle(ready):
+        notes.append(
+            f"its eval() leaves {_some(list(left))} in training mode; here all is in eval mode"
+        )
     _require_finite(ready, where)
     return ready, tuple(notes)
 
@@ -232,7 +237,10 @@ def _load(model: nn.Module, state: State, where: str) -> None:
             f"weights of {where} must fit the model, but {_some(wrong)}",
             hint="check that the factory builds the same net",
         )
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    found: Any = model.load_state_dict(state, strict=False)
+    if found is None:  # a model's own version may return nothing
+        found = (set(own) - set(state), set(state) - set(own))
+    missing, unexpected = map(sorted, found)
     # Files older than the counter of batch norm do not have it; it does not take part in inference.
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     problems = [f"lacks {name} {list(own[name].shape)}" for name in missing]

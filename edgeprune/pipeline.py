@@ -28,6 +28,7 @@ from edgeprune import (
 )
 from edgeprune.apps import for_app
 from edgeprune.closing import Closing, Outcome, Planned
+from edgeprune.compress.recover import STATE_VERSION
 from edgeprune.context import Context, Job
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.store import MeasurementStore
@@ -385,6 +386,7 @@ def _recover(
         {
             "prune": pruned.digest,
             "recovery": job.loaded.workload.recovery,
+            "version": STATE_VERSION,
             "seed": job.seed,
             "threads": torch.get_num_threads(),
         },

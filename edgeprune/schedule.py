@@ -24,7 +24,7 @@ from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import logits
 from edgeprune.compress.importance import kept_channels
 from edgeprune.compress.initial import reinitialised
-from edgeprune.compress.recover import updates_per_epoch
+from edgeprune.compress.recover import STATE_VERSION, updates_per_epoch
 from edgeprune.compress.sparsify import masked_by_magnitude, sparsified
 from edgeprune.compress.statistics import best, held_back, judged
 from edgeprune.compress.surgery import cut, narrowed_groups
@@ -280,6 +280,7 @@ class _Step:
             {
                 "prune": cut.digest,
                 "recovery": self.training,
+                "version": STATE_VERSION,
                 "seed": job.seed,
                 "threads": torch.get_num_threads(),
             },

@@ -20,7 +20,8 @@ from edgeprune.compress import importance as importances
 from edgeprune.compress.divergence import AfterHealing, AfterRepair, trial_settings
 from edgeprune.compress.evaluate import logits, quality
 from edgeprune.compress.groups import ChannelGroup, remove_channels
-from edgeprune.compress.inputs import channels_last
+from edgeprune.compress.memory import quick_input
+from edgeprune.compress.modes import in_eval
 from edgeprune.compress.recover import recover
 from edgeprune.compress.structure import work
 from edgeprune.context import NOT_RUN, Context
@@ -89,12 +90,12 @@ def score(
     """Score every channel of a model on training data and calibrate the cost of every width on the selection split."""
     data = context.job.loaded.dataset
     function = importances.BY_NAME[context.job.importance]
-    x = channels_last(torch.from_numpy(context.inputs(data.train, SCORE_SAMPLES)))
+    x = quick_input(model, torch.from_numpy(context.inputs(data.train, SCORE_SAMPLES)))
     with context.progress.bar("scoring channels", 1) as bar:
         scores = function(model, groups, x, context.job.seed)
         bar.advance(1)
     held = context.inputs(data.selection, curve_samples(model, groups, x[:1]))
-    samples = channels_last(torch.from_numpy(held))
+    samples = quick_input(model, torch.from_numpy(held))
     curves = importances.cost_curves(
         model, groups, scores, grids, samples, progress=context.progress
     )
@@ -148,7 +149,7 @@ def structure_loss(
     example = torch.from_numpy(context.example)
     n = curve_samples(model, groups, example)
     held = context.inputs(context.job.loaded.dataset.selection, n)
-    return AfterRepair(model, groups, channels_last(torch.from_numpy(held)))
+    return AfterRepair(model, groups, quick_input(model, torch.from_numpy(held)))
 
 
 def structure_trial(context: Context, loss: AfterRepair) -> AfterHealing | None:
@@ -196,16 +197,16 @@ def pruned_model(
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a state dict as safetensors, atomically."""
-    # As bytes: the library's own writer has an error of its own for a full disk.
+    # As bytes: the library's own writer has an error of its own for a full disk. As copies: it refuses tied weights.
     records.write_bytes(
-        path, save({k: v.contiguous().cpu() for k, v in model.state_dict().items()})
+        path, save({k: v.cpu().contiguous().clone() for k, v in model.state_dict().items()})
     )
 
 
 def with_weights(model: nn.Module, path: Path) -> nn.Module:
     """The model with the weights of a stage."""
     model.load_state_dict(load_file(path))
-    return model.eval()
+    return in_eval(model)
 
 
 def heal(

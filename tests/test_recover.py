@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from edgeprune.compress.evaluate import agreement, raw_logits
 from edgeprune.compress.inputs import augmented, to_input
-from edgeprune.compress.recover import _fast_copy, recover
+from edgeprune.compress.memory import fast_copy
+from edgeprune.compress.recover import recover
 from edgeprune.datasets import Split, model_input
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
@@ -315,7 +316,7 @@ def test_the_gradient_of_a_strided_pointwise_convolution_with_few_inputs_is_righ
     x = torch.randn(32, 4, 16, 16)
     exact = copy.deepcopy(layer).double()
     exact(x.double()).square().sum().backward()
-    trained = _fast_copy(nn.Sequential(nn.Identity(), layer), torch.device("cpu"))
+    trained = fast_copy(nn.Sequential(nn.Identity(), layer), torch.device("cpu"))
     for _ in range(20):
         trained.zero_grad()
         trained(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()

@@ -9,7 +9,6 @@ Notation: ``N`` samples, ``P`` sampled output positions a sample, ``T`` input ta
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import time
@@ -25,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from edgeprune.compress.evaluate import run_once
 from edgeprune.compress.least_squares import LayerFit, RowSums, best_ridge, refit
+from edgeprune.compress.modes import eval_copy
 from edgeprune.compress.readings import Layer, as_positions, reading_of
 from edgeprune.compress.relay import Relay
 from edgeprune.compress.statistics import HeldOut, Judged, best, held_back, judged
@@ -416,7 +416,7 @@ def _solve_in_order(
     solve: Solve = refit,
 ) -> tuple[nn.Module, tuple[LayerFit, ...], list[tuple[str, str]]]:
     """A copy of ``pruned`` with repaired weights: front to back, each from all samples on what then reaches it."""
-    model = copy.deepcopy(pruned).eval()
+    model = eval_copy(pruned)
     layers = dict(model.named_modules())
     relay = Relay(model, x)
     fitted: list[LayerFit] = []

@@ -24,6 +24,7 @@ from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 
+from edgeprune.compress.modes import trainable
 from edgeprune.compress.views import LOST, Pairs, edge_views, equal_parts, split_sizes
 from edgeprune.errors import ModelError
 
@@ -65,8 +66,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
     Raises:
         ModelError: the model cannot be traced; names the innermost layer that was running.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    trainable(model)
     entered: list[str] = []
     handles = []
     for name, module in model.named_modules():

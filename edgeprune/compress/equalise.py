@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgeprune.compress.evaluate import BATCH, evaluating, logits, run_once
 from edgeprune.compress.inputs import passes
+from edgeprune.compress.modes import eval_copy
 
 SAME_OUTPUT = 1e-3  # of the largest output: float32 arithmetic in another order
 SWEEPS = 20
@@ -43,7 +44,7 @@ def pairs(model: nn.Module, example: Tensor) -> tuple[Pair, ...]:
         example: one input ``[1, ...]``.
     """
     try:
-        program = torch.export.export(copy.deepcopy(model).eval(), (example,), strict=False)
+        program = torch.export.export(eval_copy(model), (example,), strict=False)
     except Exception:  # whatever stops the export: no pairs are known then, and nothing is changed
         return ()
     names = {**program.graph_signature.inputs_to_parameters}
@@ -135,7 +136,7 @@ def equalise(model: nn.Module, example: Tensor, x: Tensor) -> tuple[nn.Module, s
     Returns:
         A new model; an exact copy where there are no pairs, or where the outputs would change.
     """
-    original = copy.deepcopy(model).eval()
+    original = eval_copy(model)
     found = pairs(original, example)
     if not found:
         return original, "no pair of layers can be equalised"
@@ -196,7 +197,7 @@ def correct_biases(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
         model: in eval mode; not changed.
         x: real inputs ``[N, ...]``.
     """
-    corrected = copy.deepcopy(model).eval()
+    corrected = eval_copy(model)
     quantised = copy.deepcopy(corrected)
     changed = 0
     wanted = _means(corrected, x)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from edgeprune.compress.inputs import batches, passes, to_input
+from edgeprune.compress.modes import frozen_copy, in_eval, on_device
 from edgeprune.compress.outputs import as_logits
 from edgeprune.errors import ModelError
 from edgeprune.specs import Preprocess
@@ -36,7 +37,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def private_copy(model: nn.Module) -> nn.Module:
     """A copy that may be hooked: parameters want no gradient (activations do), and nothing overwrites what another layer has read."""
-    watched = copy.deepcopy(model).eval().requires_grad_(False)
+    watched = frozen_copy(model)
     for module in watched.modules():
         if getattr(module, "inplace", None) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -58,7 +59,7 @@ def backward(loss: Tensor) -> None:
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode; every module's own mode comes back when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    in_eval(model)
     try:
         yield model
     finally:
@@ -120,7 +121,7 @@ def answers(
     runner = _placed(model, device)
     place = device_of(runner)
     found = []
-    with evaluating(runner), torch.inference_mode():
+    with evaluating(runner), torch.no_grad():
         for part in passes(x, batch_size):
             found.append(_checked(runner(x[part].to(place)), part.stop - part.start))
     return _joined(found)
@@ -145,7 +146,7 @@ def raw_logits(
     runner = _placed(model, device)
     place = device_of(runner)
     found = []
-    with evaluating(runner), torch.inference_mode():
+    with evaluating(runner), torch.no_grad():
         for part in passes(raw, batch_size):
             # The copy makes a read-only or memory-mapped array safe to wrap.
             x = to_input(torch.from_numpy(raw[part].copy()).to(place), preprocess)
@@ -156,7 +157,7 @@ def raw_logits(
 def _placed(model: nn.Module, device: torch.device | None) -> nn.Module:
     if device is None or device_of(model) == device:
         return model
-    return copy.deepcopy(model).to(device)
+    return on_device(copy.deepcopy(model), device)
 
 
 def _checked(output: object, n: int) -> Tensor:
@@ -176,8 +177,7 @@ def _checked(output: object, n: int) -> Tensor:
 def _joined(parts: list[Tensor]) -> Tensor:
     if not parts:
         raise ModelError("a split must have at least one sample, but has none")
-    # A clone made outside inference mode may be saved for a later backward pass.
-    return torch.cat(parts).clone()
+    return torch.cat(parts)
 
 
 def _top(values: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ arXiv:1712.05877, section 3). Batch norms are folded before, as the converters f
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from edgeprune.compress.equalise import rounded
 from edgeprune.compress.evaluate import run_once
+from edgeprune.compress.modes import Learning, eval_copy, in_eval
 from edgeprune.compress.silent import norms_behind
 
 STEPS = 255
@@ -23,7 +22,7 @@ MOMENTUM = 0.01  # of the moving range
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
-class FakeQuantised(nn.Module):
+class FakeQuantised(Learning):
     """A layer whose input and weights are rounded. While it trains its range follows the input, until ``frozen_after`` batches."""
 
     low: Tensor
@@ -74,7 +73,7 @@ class FakeQuantised(nn.Module):
 
 def folded(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy of the model in which batch norms behind convolutions have become part of their weights and biases."""
-    copied = copy.deepcopy(model).eval()
+    copied = eval_copy(model)
     for name, norm_name in norms_behind(copied, example).items():
         layer, norm = copied.get_submodule(name), copied.get_submodule(norm_name)
         if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and isinstance(norm, _BatchNorm):
@@ -102,12 +101,12 @@ def fake_quantised(model: nn.Module, x: Tensor, *, frozen_after: int) -> nn.Modu
     run_once(prepared, x, [])
     for layer in wrapped:
         layer.watching = False
-    return prepared.eval()
+    return in_eval(prepared)
 
 
 def plain(model: nn.Module) -> nn.Module:
     """The trained model without rounding: its layers, with batch norms still folded."""
-    copied = copy.deepcopy(model).eval()
+    copied = eval_copy(model)
     for name, module in list(copied.named_modules()):
         if isinstance(module, FakeQuantised):
             copied.set_submodule(name, module.layer)

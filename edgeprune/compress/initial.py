@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
+from edgeprune.compress.modes import can_train, eval_copy
 from edgeprune.errors import ModelError
 
 
@@ -23,7 +22,7 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
     Raises:
         ModelError: a parameter belongs to a module that cannot set it anew.
     """
-    fresh = copy.deepcopy(model).eval()
+    fresh = eval_copy(model)
     names = {module: name for name, module in fresh.named_modules()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -33,7 +32,8 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
             if callable(reset):
                 reset()
                 continue
-            own = next((name for name, _ in module.named_parameters(recurse=False)), None)
+            values = module.named_parameters(recurse=False)
+            own = next((name for name, value in values if can_train(value)), None)
             if own is not None:
                 place = f"{names[module]}.{own}".lstrip(".")
                 raise ModelError(

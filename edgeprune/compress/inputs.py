@@ -37,11 +37,6 @@ def _slices(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(n, start + max(1, size)))
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """The same numbers; those of images ``[N, C, H, W]`` lie channel by channel for each pixel, which convolutions are quicker with."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
 def to_input(raw: Tensor, preprocess: Preprocess) -> Tensor:
     """Raw samples as the model sees them; the torch twin of :func:`edgeprune.datasets.model_input`.
 
@@ -50,14 +45,14 @@ def to_input(raw: Tensor, preprocess: Preprocess) -> Tensor:
         preprocess: the recorded constants.
 
     Returns:
-        ``float32 [N, C, H, W]`` on the same device; images come in ``channels_last`` memory.
+        ``float32 [N, C, H, W]`` on the same device.
     """
     if preprocess.kind == "none" or raw.dtype != torch.uint8:
         return raw.float()
     images = raw.unsqueeze(-1) if raw.ndim == 3 else raw
     mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=raw.device)
     std = torch.tensor(preprocess.std, dtype=torch.float32, device=raw.device)
-    return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+    return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2).contiguous()
 
 
 def augmented(raw: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:

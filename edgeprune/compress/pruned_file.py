@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgeprune import records
+from edgeprune.compress.modes import can_train, in_eval
 from edgeprune.compress.surgery import Removed, remove_block
 from edgeprune.errors import IntegrityError, ModelError, SpecError
 from edgeprune.factories import call_factory
@@ -99,7 +100,7 @@ def load_pruned(factory: Callable[[], nn.Module] | str, file: Path | str) -> nn.
     _take_out(model, spec, path)
     _set_widths(model, spec, path)
     _set_tensors(model, tensors, path)
-    return model.eval()
+    return in_eval(model)
 
 
 def _descriptions(model: nn.Module) -> dict[str, str]:
@@ -197,7 +198,7 @@ def _set_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
         old = owner._parameters[own_name]  # None where pruning gave a layer its first bias
         parameter = tied.get(id(old)) if old is not None else None
         if parameter is None or not torch.equal(parameter, value):
-            parameter = nn.Parameter(value)
+            parameter = nn.Parameter(value, requires_grad=can_train(value))
         owner._parameters[own_name] = parameter
         if old is not None:
             tied[id(old)] = parameter

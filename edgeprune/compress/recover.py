@@ -5,7 +5,6 @@ Notation: ``B`` batch, ``N`` samples, ``K`` classes, ``C`` channels, ``H`` and `
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from contextlib import AbstractContextManager
@@ -21,7 +20,9 @@ from torch.nn import functional
 from edgeprune.compress import checkpoint as checkpoints
 from edgeprune.compress import sparsity
 from edgeprune.compress.evaluate import quality, raw_logits
-from edgeprune.compress.inputs import augmented, channels_last, to_input
+from edgeprune.compress.inputs import augmented, to_input
+from edgeprune.compress.memory import channels_last, fast_copy, runs_channels_last
+from edgeprune.compress.modes import eval_copy, frozen_copy, in_healing, trainable
 from edgeprune.compress.outputs import as_logits
 from edgeprune.datasets import Split
 from edgeprune.errors import IntegrityError, ModelError
@@ -35,10 +36,9 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
 AVERAGE_DECAY = 0.998  # of the moving average of weights, once it is warm
 WARMUP_SHARE, MAX_WARMUP_STEPS = 0.05, 200
-ONEDNN_BLOCK = 16  # the largest block of channels of its convolutions
 GRADIENT_LIMIT = 10.0  # norm; healthy steps stay far below, so that only a diverging one is cut
 NOTE_EVERY = 10  # steps; reading the loss more often would stall an accelerator
-STATE_VERSION = 1
+STATE_VERSION = 2  # of the training and its checkpoint
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class _Setup:
     batch: int
     epoch_steps: int
     total_steps: int
+    quick: bool  # whether images and weights are in channels_last memory
 
 
 @dataclass
@@ -157,7 +158,7 @@ def recover(
             f"training diverged after {state.step} steps at learning_rate {settings.learning_rate}; "
             "the best model before that is kept"
         )
-    model = copy.deepcopy(student).eval()
+    model = eval_copy(student)
     model.load_state_dict(state.best)
     best = state.best_epoch()
     return RecoveryResult(
@@ -188,7 +189,9 @@ def _setup(
         raise ModelError(f"recovery needs at least 2 training samples, but got {len(train)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     epoch_steps = updates_per_epoch(settings, len(train))
-    frozen = _fast_copy(teacher, device).eval().requires_grad_(False)
+    first = to_input(torch.from_numpy(selection.x[:1].copy()).to(device), preprocess)
+    quick = runs_channels_last(teacher, first)
+    frozen = frozen_copy(fast_copy(teacher, device, quick=quick))
     return _Setup(
         teacher=frozen,
         train=train,
@@ -202,39 +205,8 @@ def _setup(
         batch=min(settings.batch_size, len(train)),
         epoch_steps=epoch_steps,
         total_steps=math.ceil(settings.epochs * epoch_steps),
+        quick=quick,
     )
-
-
-def _fast_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy on the device; 4-D weights in ``channels_last`` memory, which CPU and GPU convolutions prefer."""
-    placed: nn.Module = copy.deepcopy(model).float().to(device)
-    placed = placed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if device.type == "cpu":
-        _keep_plain_where_unsafe(placed)
-    return placed
-
-
-def _keep_plain_where_unsafe(model: nn.Module) -> None:
-    """Run strided 1x1 convolutions with few inputs in plain memory: in ``channels_last`` their weight gradient overruns a buffer.
-
-    oneDNN rounds the inputs up to a block (8 with AVX2, 16 with AVX-512) in a workspace that was made for the real number: heap
-    corruption, a hang, or wrong gradients. Pruned nets have such layers where a shortcut changes the resolution.
-    Source: https://github.com/uxlfoundation/oneDNN/issues/6035 (read 2026-11-25), and reproduced with torch 2.13 on AVX2.
-    """
-    for module in model.modules():
-        if (
-            isinstance(module, nn.Conv2d)
-            and module.kernel_size == (1, 1)
-            and module.stride != (1, 1)
-            and module.in_channels // module.groups < ONEDNN_BLOCK
-        ):
-            plain = module.weight.data.clone(memory_format=torch.contiguous_format)
-            module.weight.data = plain
-            module.register_forward_pre_hook(_plain_input)
-
-
-def _plain_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0].contiguous(), *args[1:])
 
 
 def low_precision(device: torch.device) -> torch.dtype | None:
@@ -249,14 +221,14 @@ def low_precision(device: torch.device) -> torch.dtype | None:
 
 
 def _start(student: nn.Module, setup: _Setup) -> _State:
-    trained = _fast_copy(student, setup.device).train().requires_grad_(True)
-    parameters = list(trained.parameters())
+    trained = in_healing(fast_copy(student, setup.device, quick=setup.quick))
+    parameters = trainable(trained)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         # Scales and biases: decay would pull a batch norm's channels toward silence.
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    average = _fast_copy(student, setup.device).eval().requires_grad_(False)
+    average = frozen_copy(fast_copy(student, setup.device, quick=setup.quick))
     held = sparsity.held(setup.settings.sparsity, student, (trained, average))
     rate = setup.settings.learning_rate
     return _State(
@@ -411,7 +383,8 @@ def _batch(setup: _Setup, chosen: np.ndarray, generator: torch.Generator) -> Ten
     raw = torch.from_numpy(setup.train.x[chosen])
     if setup.preprocess.kind == "image" and raw.dtype == torch.uint8:
         raw = augmented(raw, setup.settings.augment, generator)
-    return channels_last(to_input(raw.to(setup.device), setup.preprocess))
+    x = to_input(raw.to(setup.device), setup.preprocess)
+    return channels_last(x) if setup.quick else x
 
 
 def _judge(setup: _Setup, state: _State, loss: float | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from edgeprune.compress.modes import can_train
 from edgeprune.compress.surgery import Removed
 from edgeprune.errors import ModelError
 from edgeprune.factories import one_line
@@ -179,7 +180,8 @@ def _tensor(model: nn.Module, path: str) -> str:
     value = getattr(model.get_submodule(owner), name)
     shape = tuple(value.shape)
     if isinstance(value, nn.Parameter):
-        return f"nn.Parameter(torch.zeros({shape}))"
+        grad = "" if can_train(value) else ", requires_grad=False"
+        return f"nn.Parameter(torch.zeros({shape}, dtype={value.dtype}){grad})"
     if not isinstance(value, torch.Tensor) or path not in model.state_dict():
         raise ModelError(
             f"the model cannot be written as source: {path} is used and is in no state dict"

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgeprune.compress.evaluate import device_of, kl_nats, logits, watched_batch
 from edgeprune.compress.inputs import batches
+from edgeprune.compress.modes import eval_copy
 from edgeprune.errors import ModelError
 
 BATCH = 128
@@ -85,7 +86,7 @@ def recalibrate_batchnorm(model: nn.Module, x: Tensor, *, batch_size: int = BATC
     Raises:
         ModelError: fewer than two samples.
     """
-    fresh = copy.deepcopy(model).eval()
+    fresh = eval_copy(model)
     momenta = _open_batchnorm(fresh)
     if not momenta:
         return fresh
@@ -98,7 +99,7 @@ def recalibrate_batchnorm(model: nn.Module, x: Tensor, *, batch_size: int = BATC
             fresh(part.to(place))
     for module, momentum in momenta:
         module.momentum = momentum
-        module.eval()
+        module.training = False
     return fresh
 
 
@@ -114,7 +115,7 @@ def _open_batchnorm(model: nn.Module) -> list[tuple[_BatchNorm, float | None]]:
             found.append((module, module.momentum))
             module.reset_running_stats()
             module.momentum = None  # torch's word for a cumulative average
-            module.train()
+            module.training = True
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgeprune.compress.coupling import channel_dim, moves_whole_groups
+from edgeprune.compress.modes import eval_copy
 from edgeprune.errors import ModelError
 
 
@@ -160,7 +160,7 @@ def zero_channels(
         groups: by name.
         removed: group name -> channels of the group.
     """
-    masked = copy.deepcopy(model).eval()
+    masked = eval_copy(model)
     layers = dict(masked.named_modules())
     with torch.no_grad():
         for name, channels in removed.items():
@@ -206,7 +206,7 @@ def remove_block(model: nn.Module, layers: Sequence[str]) -> None:
     for path in layers:
         parent, _, name = path.rpartition(".")
         removed = Removed()
-        removed.train(model.get_submodule(path).training)
+        removed.training = model.get_submodule(path).training
         setattr(model.get_submodule(parent), name, removed)
 
 
@@ -228,7 +228,7 @@ def remove_channels(
         ModelError: a channel does not exist, none would be left (and the group lies in no block that goes as a whole), or the result does
             not run.
     """
-    smaller = copy.deepcopy(model).eval()
+    smaller = eval_copy(model)
     gone: dict[tuple[str, str], set[int]] = defaultdict(set)
     blocks: dict[str, None] = {}
     for name, channels in removed.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
+from edgeprune.compress.modes import eval_copy
 from edgeprune.errors import FormatError
 from edgeprune.formats._coreml_convert import LOGITS, Entry
 from edgeprune.formats._coreml_evaluate import Unknown, evaluate
@@ -104,7 +104,7 @@ def folded_weights(model: nn.Module) -> list[tuple[str, np.ndarray]] | None:
     """
     try:
         with quiet():
-            fused = fuse(copy.deepcopy(model).eval())
+            fused = fuse(eval_copy(model))
     except Exception:  # a model that torch.fx cannot follow; the answers are compared all the same
         return None
     nodes: Any = fused.graph.nodes  # type: ignore[union-attr]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from edgeprune.compress.inputs import passes
+from edgeprune.compress.modes import eval_copy, in_eval
 from edgeprune.compress.outputs import mark, outputs_of
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats._coreml_package import quiet, toolchain
@@ -130,7 +130,7 @@ def float_model(
         FormatError: torch or coremltools refuses the model; names the operation, and its layer where it can.
     """
     sample = torch.from_numpy(np.array(example, np.float32))
-    dressed = Dressed(copy.deepcopy(model), entry, with_probabilities).eval()
+    dressed = in_eval(Dressed(eval_copy(model), entry, with_probabilities))
     program: Any = None
     try:
         with quiet(), torch.no_grad():
@@ -202,7 +202,7 @@ def calibrated_model(
     try:
         with quiet(), torch.no_grad():
             quantizer = LinearQuantizer(
-                copy.deepcopy(model).eval(), LinearQuantizerConfig(global_config=settings)
+                eval_copy(model), LinearQuantizerConfig(global_config=settings)
             )
             prepared = quantizer.prepare(example_inputs=(samples[:1],))
             quantizer.step()
@@ -223,7 +223,7 @@ def quantized_model(
     calibrated: nn.Module, shape: Sequence[int], entry: Entry, with_probabilities: bool
 ) -> Any:
     """An ``MLModel`` with INT8 weights and activations, from what :func:`calibrated_model` gave."""
-    dressed = Dressed(calibrated, entry, with_probabilities).eval()
+    dressed = in_eval(Dressed(calibrated, entry, with_probabilities))
     sample = torch.zeros(tuple(shape))
     try:
         with quiet(), torch.no_grad():

@@ -5,7 +5,6 @@ A program cannot be cut to other widths; files of its twin, TFLite, are, which t
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -282,12 +281,13 @@ def _traced(model: nn.Module, example: np.ndarray) -> Any:
     """The model as a graph of ATen operators, its global averages in the form that XNNPACK takes."""
     import torch
 
+    from edgeprune.compress.modes import eval_copy
     from edgeprune.formats.tflite import quiet
 
     sample = (torch.from_numpy(np.array(example, np.float32)),)
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(copy.deepcopy(model).eval(), sample, strict=False)
+            program = torch.export.export(eval_copy(model), sample, strict=False)
             module = program.module(check_guards=False)
             if _keep_dimensions(module):
                 module = torch.export.export(module, sample, strict=False).module(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from edgeprune import records
+from edgeprune.compress.modes import in_eval
 from edgeprune.datasets import to_layout
 from edgeprune.errors import FormatError, MissingTool
 from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
@@ -142,7 +143,7 @@ class TfliteFormat:
         """Convert with litert-torch; images become channels-last inputs."""
         converter = _converter()
         copied, paths = labelled(model)
-        wrapped = (_ChannelsLast(copied) if example.ndim == 4 else copied).eval()
+        wrapped = in_eval(_ChannelsLast(copied) if example.ndim == 4 else copied)
         sample = torch.from_numpy(to_layout(np.array(example, np.float32), self.info.layout))
         log = Log()
         try:
