@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import imagedata, intake, tasks
+from edgeprune import imagedata, intake, preflight, tasks
 from edgeprune.classnumbers import far_outside
 from edgeprune.compress.outputs import Outputs, mark, outputs_of, seen
 from edgeprune.datasets import Dataset, model_input
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.factories import call_factory, one_line
+from edgeprune.factories import call_factory
 from edgeprune.paths import located
 from edgeprune.records import sha256_file
 from edgeprune.specs import Preprocess, Workload
@@ -72,8 +72,8 @@ def load_workload(workload: Workload, base: Path) -> LoadedWorkload:
 
     Raises:
         SpecError: a file, module or name in the record is not there.
-        ModelError: the model cannot be built, its weights do not fit or are not finite, the data breaks a rule, or the model does not
-            accept the data; says which.
+        ModelError: the model cannot be built, its weights do not fit or are not finite, the data breaks a rule, the model does not accept
+            the data, or it cannot do what it will have to (:mod:`edgeprune.preflight`); says which.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(workload.seed)  # a factory without weights gives the same model each time
@@ -203,6 +203,7 @@ def _assemble(
     for known in (ready, earlier):
         if known is not None:
             mark(known, outputs)
+    preflight.check(ready, data.dataset.train, data.preprocess, workload.recovery)
     return LoadedWorkload(
         model=ready,
         dataset=data.dataset,
@@ -230,7 +231,7 @@ def check_accepts(model: nn.Module, batch: np.ndarray) -> int:
     Raises:
         ModelError: the forward pass fails (names the layer and its input), or the output is not finite float ``[N, K]`` with ``K >= 2``.
     """
-    output = _forward(copy.deepcopy(model), torch.from_numpy(batch))
+    output = preflight.one_pass(copy.deepcopy(model), torch.from_numpy(batch))
     if not isinstance(output, torch.Tensor):
         raise ModelError(
             f"the model must return one tensor of logits, but returned {_kind(output)}",
@@ -252,32 +253,6 @@ def check_accepts(model: nn.Module, batch: np.ndarray) -> int:
             hint="check preprocess: mean and std, and the weights",
         )
     return int(shape[1])
-
-
-def _forward(model: nn.Module, batch: torch.Tensor) -> Any:
-    """One pass; a failure names the innermost layer that was entered and not left."""
-    entered: list[tuple[str, str, str]] = []
-
-    def enter(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        shapes = [str(list(i.shape)) for i in inputs if isinstance(i, torch.Tensor)]
-        entered.append((name, type(module).__name__, ", ".join(shapes) or "no tensor"))
-
-    def leave(*_: Any) -> None:
-        entered.pop()
-
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda m, i, name=name: enter(name, m, i))
-        module.register_forward_hook(leave)
-    try:
-        with torch.no_grad():
-            return model(batch)
-    except Exception as error:  # anything can be raised by the user's forward
-        name, kind, shapes = entered[-1] if entered else ("", type(model).__name__, "no tensor")
-        layer = f"layer {name!r} ({kind})" if name else f"{kind}.forward"
-        raise ModelError(
-            f"the model does not accept the data: {layer} failed on input {shapes}: {one_line(error)}",
-            hint=f"the data gives the model [N, {', '.join(map(str, batch.shape[1:]))}]; check preprocess",
-        ) from error
 
 
 def _check_classes(n_classes: int, data: imagedata.Data) -> None:

@@ -48,6 +48,7 @@ LAYERS = {
     "cost": 2,
     "compress": 3,
     "intake": 3,
+    "preflight": 3,
     "workload": 3,
     "tasks": 3,
     "devices": 3,
@@ -93,7 +94,7 @@ LAYERS = {
     "__init__": 6,
     "__main__": 6,
 }
-TORCH_SIDE = {"compress", "intake", "tasks", "workload"}
+TORCH_SIDE = {"compress", "intake", "preflight", "tasks", "workload"}
 BOARD_SIDE = {"devices"}
 PLAIN = {
     "numpy",
