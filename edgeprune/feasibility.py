@@ -167,7 +167,8 @@ def _resizable(
     variant = run.stage(
         "variant",
         "conversion",
-        {"dense": dense.digest, "precision": precision},
+        # The groups, too: what proves them may have become stricter since.
+        {"dense": dense.digest, "precision": precision, "groups": context.full},
         VariantFile,
         lambda f: conversion.variant_file(context, precision, f),
     )

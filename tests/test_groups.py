@@ -362,9 +362,11 @@ def test_where_one_group_of_many_fails_it_alone_is_kept_whole(monkeypatch) -> No
     broken = every[len(every) // 2].name
     asked = []
 
-    def identity(model, groups, removed, x):
+    def identity(model, groups, removed, x, dense):
         asked.append([g.name for g in groups])
-        return "it fails" if broken in asked[-1] else mask_identity(model, groups, removed, x)
+        return (
+            "it fails" if broken in asked[-1] else mask_identity(model, groups, removed, x, dense)
+        )
 
     monkeypatch.setattr(groups_module, "mask_identity", identity)
     left, frozen = find_groups(model, x[:1])

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from edgeprune.compress.coupling import WEIGHTED
 from edgeprune.compress.evaluate import BATCH, evaluating, logits
 from edgeprune.compress.inputs import passes
+from edgeprune.compress.modes import eval_copy
 from edgeprune.compress.surgery import ChannelGroup, remove_channels, weights_by_input
 
 CONSTANT_TOLERANCE = 1e-6  # of the value: what counts as the same at all positions of all samples
@@ -40,7 +41,10 @@ class InputRange:
         """The value of each channel, NaN where it varies."""
         assert self.low is not None
         assert self.high is not None
-        same = self.high - self.low <= CONSTANT_TOLERANCE * self.high.abs().clamp(min=1)
+        largest = torch.maximum(self.high.abs(), self.low.abs()).max()
+        # Values near 0 are rounded as the large ones of the layer are.
+        scale = self.high.abs().clamp(min=min(1.0, float(largest)))
+        same = self.high - self.low <= CONSTANT_TOLERANCE * scale
         return torch.where(same, (self.low + self.high) / 2, torch.nan)
 
 
@@ -78,7 +82,7 @@ def remove_dead(
         A new model, and one note on what was removed and on each group in which something had to stay.
     """
     candidates = {g.name: found for g in groups if (found := _candidates(model, g, dead_channels))}
-    untouched = copy.deepcopy(model).eval()
+    untouched = eval_copy(model)
     if not candidates:
         return untouched, ()
     by_name = {g.name: g for g in groups if g.name in candidates}
@@ -93,7 +97,7 @@ def remove_dead(
     smaller = remove_channels(smaller, by_name, plan.removed, example)
     expected, says = logits(untouched, x), logits(smaller, x)
     difference = float((expected - says).abs().max())
-    if not difference <= SAME_OUTPUT * max(1.0, float(expected.abs().max())):
+    if not difference <= SAME_OUTPUT * float(expected.abs().max()):
         return untouched, (
             f"masked channels stay: without them the outputs would differ by {difference:.2g}",
         )

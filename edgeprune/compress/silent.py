@@ -21,6 +21,7 @@ from edgeprune.compress.coupling import WEIGHTED, moves_whole_groups
 from edgeprune.compress.dead import SAME_OUTPUT, InputRange, filter_of, record_inputs
 from edgeprune.compress.evaluate import evaluating, logits
 from edgeprune.compress.groups import find_groups
+from edgeprune.compress.modes import eval_copy
 from edgeprune.compress.surgery import ChannelGroup, weights_by_input
 from edgeprune.errors import ModelError
 
@@ -55,7 +56,7 @@ def rescue_silent(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, tuple[s
     Returns:
         A new model and notes; for a model without such channels an exact copy and no notes. Calling it again changes nothing.
     """
-    original = copy.deepcopy(model).eval()
+    original = eval_copy(model)
     helped = copy.deepcopy(original)
     units = _units(helped, x[:2])
     ranges = _ranges(helped, units, x)
@@ -70,7 +71,7 @@ def rescue_silent(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, tuple[s
         return original, ()
     expected, found = logits(original, x), logits(helped, x)
     difference = float((expected - found).abs().max())
-    if not difference <= SAME_OUTPUT * max(1.0, float(expected.abs().max())):
+    if not difference <= SAME_OUTPUT * float(expected.abs().max()):
         return original, (
             f"channels too faint for INT8 stay: raising them would change the outputs by {difference:.2g}",
         )
