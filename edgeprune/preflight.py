@@ -213,7 +213,7 @@ def _require_healing(
     student = copy.deepcopy(model)
     watch = _Watch(student)
     try:
-        recover(
+        healed = recover(
             student,
             model,
             pair,
@@ -231,3 +231,5 @@ def _require_healing(
             f"the model cannot be healed, which takes gradients: {where}{one_line(error)}",
             hint="in its forward, write x = relu(x) in place of relu_(x), and leave no_grad() and detach() out",
         ) from error
+    if healed.interrupted:  # healing takes Ctrl-C as its end, and here there is more to end
+        raise KeyboardInterrupt

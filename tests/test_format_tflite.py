@@ -586,3 +586,28 @@ def test_quiet_works_without_a_terminal_stream() -> None:
     root = Path(formats.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=root, check=True)
     assert (done.stdout, done.stderr) == (b"visible", b"")
+
+
+class Viewed(nn.Module):
+    """Flattens by ``view``, which wants the numbers in torch's own order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8 * 64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(x))
+        return self.head(x.view(len(x), -1))
+
+
+def test_a_net_that_flattens_by_view_is_converted_and_says_what_torch_says(
+    board: Board, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = Viewed().eval(), np.random.default_rng(0).random((2, *SHAPE), np.float32)
+    FORMAT.export(model, x[:1], tmp_path / "net.tflite")
+    content = (tmp_path / "net.tflite").read_bytes()
+    assert "TRANSPOSE" not in {row[0] for row in structure(content)}
+    with torch.no_grad():
+        expected = model(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(run(board, content, nhwc(x)), expected, atol=1e-5)

@@ -154,3 +154,14 @@ def test_two_equal_samples_still_show_that_the_batch_matters() -> None:
     arrays["train"][0][1] = arrays["train"][0][0]
     with pytest.raises(ModelError, match="others in its batch"):
         from_objects(made(BatchStatistics), arrays)
+
+
+def test_ctrl_c_in_the_trial_step_ends_the_command() -> None:
+    class Pressed(Plain):
+        def forward(self, x: Tensor) -> object:
+            if torch.is_grad_enabled():
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        from_objects(made(Pressed), data())

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from edgeprune import records
+from edgeprune.compress.memory import runs_channels_last
 from edgeprune.compress.modes import in_eval
 from edgeprune.datasets import to_layout
 from edgeprune.errors import FormatError, MissingTool
@@ -55,13 +56,15 @@ MAX_LOG_BYTES = 64 * 1024
 class _ChannelsLast(nn.Module):
     """Takes images as ``[N, H, W, C]``, the layout TFLite kernels work in, so that no transpose is left at the input."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
         super().__init__()
         self.model = model
+        self.runs_so = runs_channels_last(model, example)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the model on channels-last images."""
-        return self.model(x.permute(0, 3, 1, 2))  # type: ignore[no-any-return]
+        x = x.permute(0, 3, 1, 2)
+        return self.model(x if self.runs_so else x.contiguous())  # type: ignore[no-any-return]
 
 
 class Log:
@@ -143,7 +146,8 @@ class TfliteFormat:
         """Convert with litert-torch; images become channels-last inputs."""
         converter = _converter()
         copied, paths = labelled(model)
-        wrapped = in_eval(_ChannelsLast(copied) if example.ndim == 4 else copied)
+        x = torch.from_numpy(np.array(example, np.float32))
+        wrapped = in_eval(_ChannelsLast(copied, x) if example.ndim == 4 else copied)
         sample = torch.from_numpy(to_layout(np.array(example, np.float32), self.info.layout))
         log = Log()
         try:
