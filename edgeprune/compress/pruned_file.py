@@ -78,6 +78,7 @@ def load_pruned(factory: Callable[[], nn.Module] | str, file: Path | str) -> nn.
 
     Returns:
         A float32 module in eval mode on the CPU, ready to run, to train on, or to export.
+        An auxiliary head that only training mode uses is as wide as it was: train without it.
 
     Raises:
         SpecError: there is no such file, or ``factory`` names none.
