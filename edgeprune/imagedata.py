@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune import imagefiles, imagefolder, splits
+from edgeprune.arrays import npz_arrays
 from edgeprune.datasets import Dataset, Split
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.factories import call_factory, is_factory, one_line
@@ -140,11 +141,11 @@ def read_npz(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             _require_room(sum(entry.file_size for entry in archive.infolist()), str(path))
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {key: content[key] for key in content.files}
+        with path.open("rb") as stream:
+            arrays = npz_arrays(stream, MAX_RAW_BYTES)
     except ModelError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy have errors of many types for damage
+    except Exception as error:  # zipfile and zlib have errors of many types for damage
         pickled = "pickle" in str(error).lower()
         problem = "holds pickled objects, which are not read" if pickled else "is not a whole .npz"
         raise ModelError(

@@ -23,6 +23,7 @@ LAYERS = {
     "operators": 0,
     "patterns": 0,
     "paths": 0,
+    "arrays": 1,
     "folders": 1,
     "orderstats": 0,
     "budgets": 1,

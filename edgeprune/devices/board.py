@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.arrays import npy_array
 from edgeprune.devices import replies
 from edgeprune.devices.agent.coreml import UNITS as COREML_UNITS
 from edgeprune.devices.agent.runtimes import LOAD_S, RUNTIMES
@@ -417,17 +418,18 @@ class Board:
         fields = {"key": key, "expected_s": expected_s}
         _, answer = self.request("infer", fields, blob.getvalue(), work_s=LINK_S + 15 * expected_s)
         try:
-            outputs = np.load(io.BytesIO(answer), allow_pickle=False)
-        except Exception as error:  # numpy has errors of many types for damage
-            raise DeviceError(f"device {self.name!r} sent outputs that are no array") from error
-        is_array = isinstance(outputs, np.ndarray) and outputs.dtype == np.float32
-        self._expect(is_array and outputs.ndim >= 1, "outputs that are not float32")
+            outputs = npy_array(answer)
+        except ValueError as error:
+            raise DeviceError(
+                f"device {self.name!r} sent outputs that are no array: {error}"
+            ) from error
+        is_float = outputs.dtype == np.float32 and outputs.ndim >= 1
+        self._expect(is_float, "outputs that are not float32")
         self._expect(
             len(outputs) == len(inputs), f"{len(outputs)} outputs for {len(inputs)} inputs"
         )
         self._expect(bool(np.isfinite(outputs).all()), "outputs that are not finite")
-        found: np.ndarray = outputs
-        return found
+        return outputs
 
     def profile(self, key: str, runs: int) -> tuple[NodeTime, ...] | None:
         """Median time of every node by the runtime's own profiler, in the order of execution; ``None`` where it has none."""
