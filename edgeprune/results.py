@@ -41,10 +41,10 @@ class Artifact(Record):
     """
 
     path: str
-    format: str
+    format: FormatName
     precision: FilePrecision
     sha256: Sha256
-    size_bytes: int
+    size_bytes: Annotated[int, Field(ge=0)]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     op_counts: dict[str, int] = {}

@@ -155,6 +155,8 @@ def make_bundle(folder: Path, *, eight_bit: bool = False, **changes: object) -> 
     """A bundle of the ONNX classifier, written to ``folder``; its ``.zip`` lies beside it."""
     file = folder.with_name(folder.name + ".source.onnx")
     artifact = onnx_file(file, eight_bit=eight_bit)
+    if changes.get("runtime") == "tensorrt":
+        artifact = artifact.model_copy(update={"format": "tensorrt"})
     payload = Payload(
         model=artifact,
         model_file=file,

@@ -175,12 +175,11 @@ def test_no_operator_in_xnnpack_is_no_fault_of_a_runtime_that_gives_it_none(
     ],
 )
 def test_the_share_of_xnnpack_in_a_pte_is_that_of_the_manifest(tmp_path, counts, status, detail):
-    manifest = read_json(
-        Manifest, make_bundle(tmp_path / "b", runtime="executorch") / "manifest.json"
-    )
+    manifest = read_json(Manifest, make_bundle(tmp_path / "b") / "manifest.json")
     model = manifest.model.model_copy(update={"format": "executorch", "op_counts": counts})
     loaded = Loaded("model", 1, 1, model.inputs, model.outputs)
-    manifest = manifest.model_copy(update={"model": model})
+    runtime = manifest.runtime.model_copy(update={"name": "executorch"})
+    manifest = manifest.model_copy(update={"model": model, "runtime": runtime})
     for must in (True, False):
         found = behaviour.delegate_check(Pi(), manifest, loaded, must=must)  # type: ignore[arg-type]
         assert found.status == status

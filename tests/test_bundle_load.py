@@ -82,6 +82,6 @@ def test_a_tampered_bundle_is_not_loaded(folder: Path, name: str) -> None:
 
 
 def test_a_missing_runtime_names_what_to_install(tmp_path: Path) -> None:
-    folder = make_bundle(tmp_path / "bundle", runtime="coreml")
-    with pytest.raises(RuntimeMissing, match=r"install coreml 1\.0 there"):
+    folder = make_bundle(tmp_path / "bundle", runtime="tensorrt")
+    with pytest.raises(RuntimeMissing, match=r"install tensorrt 1\.0 there"):
         load(folder)

@@ -148,8 +148,16 @@ def test_a_model_that_is_not_the_measured_one_fails_even_with_the_right_texts(tm
 
 def test_a_manifest_cannot_hide_that_its_model_carries_texts_or_take_another_identity(tmp_path):
     folder = make_bundle(tmp_path / "bundle")
+    found = read_json(Manifest, folder / "manifest.json")
     _resealed(folder, embedded=[])
-    assert "source_sha256 must be the model's own digest" in _failure(folder).detail
+    said = "embedded must list the 6 texts inside the model, but lists "
+    assert _failure(folder).detail == f"{said}none"
+    own = found.model.sha256
+    _resealed(folder, source_sha256=own, manifest_id=identity(found.facts(), own))
+    assert "inside the model does not say" in _failure(folder).detail
+    changes = {"source_sha256": found.source_sha256, "manifest_id": found.manifest_id}
+    _resealed(folder, embedded=["edgeprune.name", "edgeprune.size"], **changes)
+    assert _failure(folder).detail == f"{said}edgeprune.name, edgeprune.size"
     _resealed(folder, embedded=["edgeprune.name"], manifest_id="0" * 64)
     assert _failure(folder).detail == "manifest_id is not that of the manifest"
     _resealed(folder, name="other-net")
@@ -167,6 +175,9 @@ def test_a_bundle_without_texts_in_its_model_says_so(tmp_path, monkeypatch):
     assert report.ok
     (check,) = (c for c in report.levels[3].checks if c.name == "metadata")
     assert check.status == "not-run"
+    other = identity(manifest.facts(), "1" * 64)
+    _resealed(folder, source_sha256="1" * 64, manifest_id=other)
+    assert "source_sha256 must be the model's own digest" in _failure(folder).detail
 
 
 def _zip(entries: list[tuple[zipfile.ZipInfo, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:

@@ -240,7 +240,7 @@ def test_an_int8_bundle_must_hold_int8_weights(tmp_path: Path) -> None:
 
 
 def test_wrong_golden_outputs_fail_on_the_host_with_the_figures(folder: Path) -> None:
-    (folder / "golden/outputs.npy").write_bytes(golden.npy_bytes(expected(images()) + 1))
+    (folder / "golden/outputs.npy").write_bytes(golden.npy_bytes(expected(images()) - 1))
     _resealed(folder)
     failed = _failure(folder)
     assert (failed.level, failed.name) == (4, "golden on this machine")
@@ -257,6 +257,76 @@ def test_golden_arrays_with_pickles_or_nan_or_other_shapes_fail(folder: Path) ->
         path.write_bytes(golden.npy_bytes(wrong))
         _resealed(folder)
         assert "do not fit the manifest" in _failure(folder).detail
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"PK\x03\x04" + bytes(200), "does not begin as a .npy file"),
+        (b"\x93NUMPY\x01\x00\x76\x00" + b"(" * 118, "its header is not Python text"),
+        (golden.npy_bytes(expected(images()))[:-4], "92 follow"),
+        (
+            golden.npy_bytes(expected(images())).replace(b"(8, 3)", b"(8, 3000000000)"),
+            "needs 96000000000 bytes",
+        ),
+        (golden.npy_bytes(expected(images())).replace(b": False", b": True "), "not columns"),
+        (golden.npy_bytes(np.array(2.5, np.float32)), "do not fit the manifest"),
+        (golden.npy_bytes(np.array(["a"] * 8)), "do not fit the manifest"),
+    ],
+    ids=["zip", "nested", "cut", "huge", "columns", "scalar", "text"],
+)
+@pytest.mark.parametrize("name", ["inputs", "outputs"])
+def test_a_hostile_golden_array_is_one_line(
+    folder: Path, name: str, content: bytes, why: str
+) -> None:
+    (folder / f"golden/{name}.npy").write_bytes(content)
+    _resealed(folder)
+    failed = _failure(folder)
+    assert failed.level == 3
+    assert "golden" in failed.detail
+    assert "\n" not in failed.detail
+    assert why in failed.detail or name == "inputs"
+
+
+def _loosened(folder: Path, part: str = "", **changes: object) -> str:
+    """Why a bundle fails whose tolerance, and the small file that repeats it, say something else."""
+    value = json.loads((folder / "manifest.json").read_bytes())
+    golden_of = (value[part] if part else value)["golden"]
+    golden_of["tolerance"] = {**golden_of["tolerance"], **changes}
+    (folder / "manifest.json").write_bytes(json.dumps(value).encode())
+    found = read_json(manifest.Manifest, folder / "manifest.json")
+    (folder / manifest.TOLERANCE).write_bytes(to_json(found.golden_file()))
+    _resealed(folder)
+    failed = _failure(folder)
+    assert failed.level == 3
+    return failed.detail
+
+
+def test_a_tolerance_that_is_wider_than_edgeprune_gives_is_refused(tmp_path: Path) -> None:
+    fp32 = make_bundle(tmp_path / "fp32")
+    atol = read_json(manifest.Manifest, fp32 / "manifest.json").golden.tolerance.atol
+    said = "golden.tolerance must allow an error of at most"
+    assert _loosened(fp32, atol=1e30) == (
+        f"{said} {atol:.3g} for fp32 files of the format onnx, but allows 1e+30"
+    )
+    assert said in _loosened(fp32, atol=1.01 * atol)
+    assert _loosened(fp32, atol=atol, min_argmax_agreement=0.0) == (
+        "golden.tolerance must need the same class in at least 100% for fp32 files of the format onnx, but needs it in 0%"
+    )
+    int8 = make_bundle(tmp_path / "int8", eight_bit=True)
+    assert "at least 85% for int8" in _loosened(int8, min_argmax_agreement=0.8)
+
+
+def test_a_tighter_tolerance_is_the_makers_own_choice(folder: Path) -> None:
+    value = read_json(manifest.Manifest, folder / "manifest.json")
+    rules = value.golden.tolerance.model_copy(update={"atol": value.golden.tolerance.atol / 2})
+    changed = value.model_copy(
+        update={"golden": value.golden.model_copy(update={"tolerance": rules})}
+    )
+    write_json(changed, folder / "manifest.json")
+    (folder / manifest.TOLERANCE).write_bytes(to_json(changed.golden_file()))
+    _resealed(folder)
+    assert verify.verify(folder).ok
 
 
 def test_a_runtime_that_is_not_installed_here_is_not_run_with_the_reason(tmp_path: Path) -> None:

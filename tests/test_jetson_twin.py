@@ -184,7 +184,7 @@ def test_a_float_model_of_another_net_is_told(tmp_path):
 def test_a_float_model_with_other_answers_or_texts_fails(tmp_path):
     bundle = make_twin(tmp_path)
     answers = expected(images())
-    (bundle / FLOAT_OUTPUTS).write_bytes(npy_bytes(answers + np.float32(1)))
+    (bundle / FLOAT_OUTPUTS).write_bytes(npy_bytes(answers - np.float32(1)))
     _resealed(bundle)
     failed = _failure(bundle)
     assert failed.level == 4

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgeprune.arrays import npy_array
 from edgeprune.bundle.integrity import read_checked
 from edgeprune.bundle.manifest import MIN_GOLDEN, Manifest, Tolerance
 from edgeprune.datasets import model_input, to_layout
@@ -153,6 +154,8 @@ def check_golden(raw: np.ndarray, outputs: np.ndarray, classes: int) -> None:
     Raises:
         ModelError: too few samples, or outputs that are not finite ``float32 [n, K]``.
     """
+    if raw.dtype != np.uint8 and raw.dtype.kind != "f":
+        raise ModelError(f"golden samples must be uint8 images or floats, but are {raw.dtype}")
     if len(raw) < MIN_GOLDEN or len(raw) != len(outputs):
         raise ModelError(
             f"a bundle needs at least {MIN_GOLDEN} golden samples and as many outputs, "
@@ -177,15 +180,17 @@ def read_golden(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarra
     """Golden inputs (raw samples) and outputs (``float32 [n, K]``) of a bundle.
 
     Raises:
-        IntegrityError: they are not what the manifest lists, or not such arrays.
+        IntegrityError: they are not what the manifest lists, or not such arrays, or the manifest's tolerance is too wide for them.
     """
     arrays = []
     for path in (manifest.golden.inputs, manifest.golden.outputs):
         content = read_checked(folder, manifest, path)
         try:
-            arrays.append(np.load(io.BytesIO(content), allow_pickle=False))
-        except (ValueError, EOFError, OSError) as error:
+            arrays.append(npy_array(content))
+        except ValueError as error:
             raise IntegrityError(f"{path} is not a plain .npy array: {error}") from error
+        if not arrays[-1].flags.c_contiguous:
+            raise IntegrityError(f"{path} must hold rows one after another, not columns")
     raw, outputs = arrays
     try:
         check_golden(raw, outputs, len(manifest.labels))
@@ -193,7 +198,28 @@ def read_golden(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarra
         raise IntegrityError(f"the golden samples do not fit the manifest: {error}") from error
     if len(raw) != manifest.golden.n:
         raise IntegrityError(f"the bundle must hold {manifest.golden.n} golden samples")
+    _check_tolerance(manifest, outputs)
     return raw, outputs
+
+
+def _check_tolerance(manifest: Manifest, outputs: np.ndarray) -> None:
+    """Nothing, when the manifest allows no more than edgeprune gives such a file with such outputs.
+
+    Raises:
+        IntegrityError: it allows more; says how much and the cap.
+    """
+    given, output = manifest.golden.tolerance, manifest.model.outputs[0]
+    cap = default_tolerance(manifest.model, outputs, manifest.runtime.name)
+    what = f"for {manifest.model.precision} files of the format {manifest.model.format}"
+    if given.limit(output) > cap.limit(output) * _ROUNDING:
+        raise IntegrityError(
+            f"golden.tolerance must allow an error of at most {cap.limit(output):.3g} {what}, but allows {given.limit(output):.3g}"
+        )
+    if given.min_argmax_agreement < cap.min_argmax_agreement:
+        raise IntegrityError(
+            f"golden.tolerance must need the same class in at least {cap.min_argmax_agreement:.0%} {what},"
+            f" but needs it in {given.min_argmax_agreement:.0%}"
+        )
 
 
 def judge(outputs: np.ndarray, golden: np.ndarray, manifest: Manifest) -> GoldenResult:

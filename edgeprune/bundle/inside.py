@@ -38,14 +38,14 @@ def metadata_check(manifest: Manifest, content: bytes) -> Check:
 
 def _texts_check(manifest: Manifest, content: bytes) -> Check:
     found = carrier(PurePosixPath(manifest.model.path).suffix)
-    if found is None or not manifest.embedded:
+    inside = None if found is None else found.read(content)
+    if inside is None and not manifest.embedded:
         if manifest.source_sha256 != manifest.model.sha256:
             raise IntegrityError(
                 "source_sha256 must be the model's own digest where it carries no texts"
             )
         detail = _OWN_TEXTS.get(manifest.model.format, "the model file carries no texts")
         return Check(name="metadata", status="not-run", detail=detail)
-    inside = found.read(content)
     if inside is None:
         raise IntegrityError(
             "the model must carry the texts that the manifest lists, but carries none"
@@ -54,6 +54,10 @@ def _texts_check(manifest: Manifest, content: bytes) -> Check:
     for key in sorted({*wanted, *inside.texts}):
         if inside.texts.get(key) != wanted.get(key):
             raise IntegrityError(f"{key} inside the model does not say what the manifest says")
+    if manifest.embedded != tuple(sorted(inside.texts)):
+        raise IntegrityError(
+            f"embedded must list the {len(inside.texts)} texts inside the model, but lists {', '.join(manifest.embedded) or 'none'}"
+        )
     if inside.labels != labels_text(manifest.labels):
         raise IntegrityError("the labels inside the model are not those of the manifest")
     if sha256_bytes(inside.model) != manifest.source_sha256:

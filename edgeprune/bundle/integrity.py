@@ -20,6 +20,7 @@ from edgeprune.bundle.manifest import (
     Manifest,
     Recipe,
 )
+from edgeprune.bundle.outside import check_self_contained
 from edgeprune.errors import IntegrityError
 from edgeprune.folders import packed
 from edgeprune.records import read_json, sha256_bytes, sha256_file
@@ -111,15 +112,22 @@ def read_model(folder: Path, manifest: Manifest) -> bytes:
     """The model, read once and checked once more, so that what is run is what was checked; a model that is a folder comes packed.
 
     Raises:
-        IntegrityError: the content is not the manifest's.
+        IntegrityError: the content is not the manifest's, or a value of the model lies in another file.
     """
     path, parts = manifest.model.path, manifest.model_parts()
-    if not parts:
-        return read_checked(folder, manifest, path)
-    start = len(path) + 1
-    content = packed({p[start:]: read_checked(folder, manifest, p) for p in parts})
+    pieces = [read_checked(folder, manifest, part) for part in parts or (path,)]
+    content = pieces[0]
+    if parts:
+        start = len(path) + 1
+        content = packed({p[start:]: piece for p, piece in zip(parts, pieces, strict=True)})
     if sha256_bytes(content) != manifest.model.sha256:
         raise IntegrityError(f"the files of {path} are not the model that the manifest names")
+    size_bytes = sum(map(len, pieces))
+    if size_bytes != manifest.model.size_bytes:
+        raise IntegrityError(
+            f"{path} must have the {manifest.model.size_bytes} bytes of size_bytes, but has {size_bytes}"
+        )
+    check_self_contained(manifest.model, content)
     return content
 
 

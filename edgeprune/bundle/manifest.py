@@ -18,7 +18,7 @@ from edgeprune.errors import SpecError
 from edgeprune.patterns import SparseWeights
 from edgeprune.records import Record, sha256_bytes, to_json_text
 from edgeprune.results import Artifact, Sha256, TensorSpec
-from edgeprune.specs import SPDX, Name, Preprocess, Stamp
+from edgeprune.specs import SPDX, FormatName, Name, Preprocess, Stamp
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -42,6 +42,14 @@ REQUIRED = (
 )
 NOT_STATED = "not stated"
 
+# Suffix and runtimes of each format: what is called by another name would pass by checks of what it is.
+FORMS: dict[FormatName, tuple[str, tuple[str, ...]]] = {
+    "tflite": (".tflite", ("litert", "tflite-runtime")),
+    "onnx": (".onnx", ("onnxruntime",)),
+    "tensorrt": (".onnx", ("tensorrt", "onnxruntime")),
+    "executorch": (".pte", ("executorch",)),
+    "coreml": (".mlpackage", ("coreml",)),
+}
 MIN_GOLDEN = 8
 MAX_PATH = 240
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
@@ -276,6 +284,13 @@ class Manifest(Facts):
     @classmethod
     def _check_model(cls, model: Artifact) -> Artifact:
         check_path(model.path)
+        suffix, _ = FORMS[model.format]
+        if not model.path.endswith(suffix):
+            raise ValueError(
+                f"a model of the format {model.format} must be a {suffix}, not {model.path!r}"
+            )
+        if model.precision == "fp16" and model.format != "coreml":
+            raise ValueError(f"a model in fp16 must be of the format coreml, not {model.format}")
         if len(model.inputs) != 1 or len(model.outputs) != 1:
             raise ValueError("a classification model must have one input and one output")
         return model
@@ -296,6 +311,11 @@ class Manifest(Facts):
     def _check_whole(self) -> Manifest:
         if (self.status == "best-effort") != bool(self.failed_gates):
             raise ValueError("status must be best-effort exactly when failed_gates is not empty")
+        _, runtimes = FORMS[self.model.format]
+        if self.runtime.name not in runtimes:
+            raise ValueError(
+                f"a model of the format {self.model.format} must run in {' or '.join(runtimes)}, not {self.runtime.name}"
+            )
         listed = {file.path: file for file in self.files}
         model = listed.get(self.model.path)
         # The digest of a folder is that of its files packed, which integrity.read_model compares.
