@@ -17,6 +17,7 @@ _KINDS = "biufcSU"  # booleans, numbers and texts
 _KEYS = {"descr", "fortran_order", "shape"}
 _SUFFIX = ".npy"
 _MAX_DEFLATE_RATIO = 1032  # what DEFLATE can reach at most
+_PIECE = 1 << 20
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -77,13 +78,13 @@ def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytearray:
         raise ValueError("it must be stored or deflated, and not encrypted")
     if entry.file_size > _MAX_DEFLATE_RATIO * (entry.compress_size + 1):
         raise ValueError(f"{entry.compress_size} bytes cannot unpack to {entry.file_size}")
-    content = bytearray(entry.file_size)
-    with archive.open(entry) as stream, memoryview(content) as view:
-        at = 0
-        while got := stream.readinto(view[at:]):
-            at += got
-        if at < len(view) or stream.read(1):
-            raise ValueError(f"it must unpack to {entry.file_size} bytes")
+    content, at = bytearray(entry.file_size), 0
+    with archive.open(entry) as stream:
+        while piece := stream.read(_PIECE):
+            content[at : at + len(piece)] = piece
+            at += len(piece)
+    if at != entry.file_size:
+        raise ValueError(f"it must unpack to {entry.file_size} bytes")
     return content
 
 

@@ -151,12 +151,14 @@ def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
 
 def _missed(report: Any) -> BudgetError:
     """What to say when a best-effort bundle was written."""
+    from edgeprune.verdict import judged_text
+
     lines, advice = [], []
     for gate in report.gates:
         if not gate.missed:
             continue
         if gate.name == "latency":
-            lines.append(f"latency is {gate.value:.4g} {gate.unit}, the budget {gate.limit:.4g}")
+            lines.append(f"latency is {judged_text(gate)}, the budget {gate.limit:.4g}")
             fastest = min(c.measured_ms for c in report.checks)
             advice.append(f"the fastest structure measured took {fastest:.4g} ms")
         elif gate.name == "numerics":

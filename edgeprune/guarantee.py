@@ -6,11 +6,12 @@ import contextlib
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from edgeprune import search
 from edgeprune.basis import Basis
 from edgeprune.budgets import Budget
+from edgeprune.certainty import PLAN_SHARE, Confirmation, Limit
 from edgeprune.compress.groups import ChannelGroup
 from edgeprune.compress.importance import kept_channels
 from edgeprune.devices.measure import compare
@@ -35,8 +36,6 @@ from edgeprune.search_results import (
 from edgeprune.stage_records import PlanResult
 
 CHECK_ROUNDS = 6
-# A plan must fit into this much of the budget: the last measurement is another session.
-PLAN_SHARE = 0.995
 TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %
 BLOCK_REMOVED = "block removed"
 CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
@@ -74,7 +73,8 @@ def make_plan(
     checks: list[PlanCheck] = []
     known: dict[Structure, float] = {}
     failures = 0  # rounds in a row in which nothing fitted
-    confirm, chosen = _Confirmation(stand, file, nets.dense_ms, limit_ms, progress), None
+    limit = Limit(budget, nets.dense_ms)
+    confirm, chosen = Confirmation(stand, file, limit, progress), None
     with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
         for number in range(CHECK_ROUNDS):
             tried = {_structure(c.widths) for c in checks}
@@ -83,7 +83,7 @@ def make_plan(
                 _options(basis, aim_ms), tried | {_structure(s.widths) for s in wider}
             )
             options, losses = _promising(basis, [*wider, *others], known, always=len(wider))
-            found = _check(stand, file, options, nets.dense_ms, limit_ms, f"check-{number}")
+            found = _check(stand, file, options, limit, f"check-{number}")
             found = [
                 c.model_copy(update={"loss_nats": n}) for c, n in zip(found, losses, strict=True)
             ]
@@ -94,16 +94,18 @@ def make_plan(
             bar.advance(1, f"best {best.measured_ms / limit_ms:.1%} of budget" if best else "")
             if best is not None and (not found or _settled(checks, limit_ms)):
                 checks = _with_trials(basis, checks, progress)
-                chosen = confirm.best(checks)
+                chosen = confirm.sure(_best(checks), checks)
                 if chosen is not None:
                     break
-            failures = 0 if any(c.within_budget for c in found) else failures + 1
+                failures += 1  # what was too near to the budget is looked for further away
+            else:
+                failures = 0 if any(c.within_budget for c in found) else failures + 1
             aim_ms = _next_aim(limit_ms, checks, basis.model) * 0.99**failures
     while chosen is None and _best(checks) is not None:  # no round is left to look for more
         checks = _with_trials(basis, checks, progress)
-        chosen = confirm.best(checks)
+        chosen = confirm.sure(_best(checks), checks)
     if chosen is None:
-        chosen = _smallest_if_it_fits(stand, file, basis, checks, budget)
+        chosen = confirm.nearest(checks) or _smallest_if_it_fits(stand, file, basis, checks, limit)
     return _result(_plan(chosen, basis, stand, limit_ms), checks, basis)
 
 
@@ -127,8 +129,9 @@ def given_plan(
     check_widths(chosen, model.grids, basis.together)
     cost = sum(basis.cost_nats(name, width) for name, width in chosen.items())
     solution = Solution(chosen, model.predict(chosen), cost)
-    limit_ms = budget.limit_ms(nets.dense_ms)
-    checks = _check(stand, file, [solution], nets.dense_ms, limit_ms, "check-given")
+    limit = Limit(budget, nets.dense_ms)
+    limit_ms = limit.ms
+    checks = _check(stand, file, [solution], limit, "check-given")
     if not checks[0].within_budget:
         progress.say(
             f"      note: the given plan was measured at {checks[0].measured_ms:.4g} ms, and the budget is {limit_ms:.4g} ms"
@@ -281,8 +284,7 @@ def _check(
     stand: Stand,
     file: Resizable,
     options: Sequence[Solution],
-    dense_ms: float,
-    limit_ms: float,
+    limit: Limit,
     purpose: str,
 ) -> list[PlanCheck]:
     if not options:
@@ -296,10 +298,10 @@ def _check(
             PlanCheck(
                 widths=dict(solution.widths),
                 predicted_ms=solution.predicted_ms,
-                measured_ms=comparison.ratio * dense_ms,
+                measured_ms=comparison.ratio * limit.dense_ms,
                 ratio_to_dense=comparison.ratio,
                 ratio_high=comparison.high,
-                within_budget=comparison.high * dense_ms <= PLAN_SHARE * limit_ms,
+                within_budget=limit.holds(comparison, found[str(i)].blocks),
                 cost_nats=solution.cost_nats,
                 unreliable=found[str(i)].unreliable or found["dense"].unreliable,
             )
@@ -349,64 +351,28 @@ def _settled(checks: Sequence[PlanCheck], limit_ms: float) -> bool:
     return True
 
 
-@dataclass
-class _Confirmation:
-    """Compares the best structure with dense once more, alone: the best of many measured times was a lucky one more often than not."""
-
-    stand: Stand
-    file: Resizable
-    dense_ms: float
-    limit_ms: float
-    progress: Progress
-    asked: int = 0
-
-    def best(self, checks: list[PlanCheck]) -> PlanCheck | None:
-        """The best structure if it stays within the budget. One that is surely over it now counts as such, in ``checks``."""
-        best = _best(checks)
-        if best is None:
-            return None
-        files = self.file.resized(best.widths), self.file.resized({})
-        found = self.stand.judge(*files, self.limit_ms / self.dense_ms, f"confirm-{self.asked}")
-        self.asked += 1
-        if found.budget != "over":
-            return best
-        self.progress.say(
-            f"    {best.ratio_to_dense:.1%} of dense became {found.ratio:.1%} when it was measured again, over the budget"
-        )
-        checks[checks.index(best)] = best.model_copy(
-            update={
-                "measured_ms": found.ratio * self.dense_ms,
-                "ratio_to_dense": found.ratio,
-                "ratio_high": found.high,
-                "within_budget": False,
-            }
-        )
-        return None
-
-
 def _next_aim(limit_ms: float, checks: Sequence[PlanCheck], model: LatencyModel) -> float:
-    """The prediction to solve for, so that the upper bound of its measurement ends at the budget.
+    """The prediction to solve for, so that the upper bound of its measurement ends at the budget, with half an interval to spare.
 
     Two things lie between a prediction and that bound: what the corrected model still gets wrong, and the width of the interval.
     """
     bias = statistics.median(c.measured_ms / model.predict(c.widths) for c in checks)
     interval = statistics.median(c.ratio_high / c.ratio_to_dense for c in checks)
-    return PLAN_SHARE * limit_ms / (bias * interval)
+    return PLAN_SHARE * limit_ms / (bias * interval**2)
 
 
 def _smallest_if_it_fits(
-    stand: Stand, file: Resizable, basis: Basis, checks: list[PlanCheck], budget: Budget
+    stand: Stand, file: Resizable, basis: Basis, checks: list[PlanCheck], limit: Limit
 ) -> PlanCheck:
     """The smallest structure, checked last; nothing else fitted."""
-    dense_ms = basis.nets.dense_ms
-    limit_ms = budget.limit_ms(dense_ms)
+    dense_ms = limit.dense_ms
     smallest = [search.fastest(basis.problem())]
-    found = _check(stand, file, smallest, dense_ms, limit_ms, "check-smallest")
+    found = _check(stand, file, smallest, limit, "check-smallest")
     checks.extend(found)
     if not found[0].within_budget:
         fastest = min(c.measured_ms for c in checks)
         raise BudgetError(
-            f"no structure was measured within {budget.text} ({limit_ms:.4g} ms);"
+            f"no structure was measured within {limit.budget.text} ({limit.ms:.4g} ms);"
             f" the fastest took {fastest:.4g} ms ({fastest / dense_ms:.1%} of dense)",
             hint=f"ask for at least {math.ceil(fastest / dense_ms * 100) + 1}%"
             + (", or take --scope global" if basis.scope == "local" else ""),

@@ -5,6 +5,7 @@ Times are integer nanoseconds in records (``_ns``) and milliseconds where people
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from edgeprune.int8_results import Int8Report
-from edgeprune.orderstats import percentile_overs
+from edgeprune.orderstats import Centre, centre, percentile_overs
 from edgeprune.patterns import SparseWeights
 from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records import Located, Record
 from edgeprune.specs import FilePrecision, FormatName, Precision, Stamp
 
 P99_SAMPLES = 1000
+STRETCHES = 30  # of a sustained run; neighbouring moments of one are much alike
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -260,12 +262,18 @@ class SustainedRun(Record):
     @property
     def steady_ms(self) -> float:
         """Median over the last third of the run: what the model takes on a board that has warmed up."""
+        return self.steady.estimate
+
+    @property
+    def steady(self) -> Centre:
+        """The same, with an interval of 99 % for the centre of its medians, of up to 30 stretches; it holds the median."""
         last = len(self.points) - 1
-        return statistics.median(
-            p.median_ms
-            for i, p in enumerate(self.points)
-            if p.t_s >= self.seconds * 2 / 3 or i == last
-        )
+        points = enumerate(self.points)
+        ms = [p.median_ms for i, p in points if p.t_s >= self.seconds * 2 / 3 or i == last]
+        step = math.ceil(len(ms) / STRETCHES)
+        parts = [statistics.median(ms[at : at + step]) for at in range(0, len(ms), step)]
+        found, median = centre(parts), statistics.median(ms)
+        return Centre(median, min(found.low, median), max(found.high, median), found.coverage)
 
     @property
     def slowdown_ratio(self) -> float:
@@ -418,7 +426,10 @@ class ProfileReport(Record):
 
 
 class Gate(Record):
-    """One promise, judged on the exported file on the device; ``not_run`` where nothing here runs it: then neither met nor missed."""
+    """One promise, judged on the exported file on the device; ``not_run`` where nothing here runs it: then neither met nor missed.
+
+    ``low`` and ``high`` bound the value where it was measured with an interval; then ``high`` is what was judged.
+    """
 
     name: Literal["latency", "accuracy", "agreement", "numerics"]
     limit: float
@@ -427,6 +438,8 @@ class Gate(Record):
     met: bool
     note: str = ""
     not_run: bool = False
+    low: float | None = None
+    high: float | None = None
 
     @property
     def missed(self) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgeprune.budgets import Budget
 from edgeprune.errors import FormatError
+from edgeprune.intervals import interval_ms
+from edgeprune.orderstats import Centre
 from edgeprune.results import Artifact, Comparison, Gate, Measurement, SustainedRun, VariantRow
 from edgeprune.specs import Precision
 
@@ -34,6 +36,15 @@ class Measured:
                 return c.ratio
         return self.measurements[candidate].median_ms / self.measurements[reference].median_ms
 
+    def interval(self, candidate: str, reference: str) -> Centre:
+        """The ratio of two files with its interval; that of their medians where they share no round."""
+        for c in self.comparisons:
+            if (c.candidate, c.reference) == (candidate, reference):
+                return Centre(c.ratio, c.low, c.high, c.confidence)
+        above, below = (interval_ms(self.measurements[n]) for n in (candidate, reference))
+        ratio = self.ratio(candidate, reference)
+        return Centre(ratio, above.low / below.high, above.high / below.low, 0.0)
+
     def drop(self, name: str) -> float:
         """Quality lost against the dense FP32 model."""
         return self.quality["dense-fp32"] - self.quality[name]
@@ -51,46 +62,55 @@ class Choice:
 def latency_gate(measured: Measured, budget: Budget, precision: Precision) -> Gate:
     """The latency promise for one precision: a relative budget is judged on the paired ratio to dense in the same precision.
 
+    Judged is the upper end of the interval, so that what is met is met by more than luck.
+
     Where the file has a sustained run, its steady latency is judged instead: as it is, or as a share of the median of dense, which was
     timed on a board that had not warmed up.
     """
     name, dense = f"pruned-{precision}", f"dense-{precision}"
-    run = measured.sustained
-    if run is not None and run.name == name:
-        return _sustained_gate(run, measured.measurements[dense].median_ms, budget, precision)
-    if budget.kind == "ratio":
-        value = measured.ratio(name, dense)
-        return Gate(
-            name="latency",
-            limit=budget.value,
-            value=value,
-            unit=f"of dense {precision}",
-            met=value <= budget.value,
-            note=f"{measured.measurements[name].median_ms:.4g} ms on the device",
-        )
-    value = measured.measurements[name].median_ms
-    return Gate(
-        name="latency", limit=budget.value, value=value, unit="ms", met=value <= budget.value
-    )
-
-
-def _sustained_gate(
-    run: SustainedRun, dense_ms: float, budget: Budget, precision: Precision
-) -> Gate:
     is_ratio = budget.kind == "ratio"
-    value = run.steady_ms / dense_ms if is_ratio else run.steady_ms
-    throttled = ""
-    if run.throttled_from_s is not None:
-        throttled = f", throttled from {run.throttled_from_s:.0f} s on"
+    run, note = measured.sustained, ""
+    if run is not None and run.name == name:
+        found, note = run.steady, _sustained_note(run)
+        if is_ratio:
+            found = _divided(found, measured.measurements[dense].median_ms)
+    elif is_ratio:
+        found = measured.interval(name, dense)
+        note = f"{measured.measurements[name].median_ms:.4g} ms on the device"
+    else:
+        found = interval_ms(measured.measurements[name])
     return Gate(
         name="latency",
         limit=budget.value,
-        value=value,
+        value=found.estimate,
         unit=f"of dense {precision}" if is_ratio else "ms",
-        met=value <= budget.value,
-        note=f"steady {run.steady_ms:.4g} ms after {run.seconds:g} s without a pause,"
-        f" {run.start_ms:.4g} ms at the start{throttled}",
+        met=found.high <= budget.value,
+        note=note,
+        low=found.low,
+        high=found.high,
     )
+
+
+def _divided(found: Centre, by: float) -> Centre:
+    changes = {name: getattr(found, name) / by for name in ("estimate", "low", "high")}
+    return replace(found, **changes)
+
+
+def _sustained_note(run: SustainedRun) -> str:
+    throttled = ""
+    if run.throttled_from_s is not None:
+        throttled = f", throttled from {run.throttled_from_s:.0f} s on"
+    return (
+        f"steady {run.steady_ms:.4g} ms after {run.seconds:g} s without a pause,"
+        f" {run.start_ms:.4g} ms at the start{throttled}"
+    )
+
+
+def judged_text(gate: Gate) -> str:
+    """What a gate found, with what was judged where that is the end of an interval."""
+    if gate.high is None or gate.high == gate.value:
+        return f"{gate.value:.4g} {gate.unit}"
+    return f"{gate.value:.4g} {gate.unit} (judged on its upper bound, {gate.high:.4g})"
 
 
 def quality_gate(measured: Measured, max_drop: float, precision: Precision) -> Gate:
@@ -160,7 +180,7 @@ def in_place_of_int8(measured: Measured, budget: Budget, why: str) -> Choice:
     gate = latency_gate(measured, budget, "fp32")
     if not gate.met:
         raise FormatError(
-            f"INT8 was refused: {why}; FP32 misses the budget: {gate.value:.4g} {gate.unit}, the budget {gate.limit:.4g}",
+            f"INT8 was refused: {why}; FP32 misses the budget: {judged_text(gate)}, the budget {gate.limit:.4g}",
             hint="give a larger budget, or set precisions: [fp32] in the target, which plans for FP32",
         )
     return Choice("fp32", refused_line(why), refused_line(why))

@@ -17,7 +17,8 @@ from report_fixture import make_report
 from test_bundle_metadata import tflite_bundle
 
 from edgeprune import cli
-from edgeprune.bundle.manifest import Manifest, Quality, identity
+from edgeprune.bundle.integrity import sums_text
+from edgeprune.bundle.manifest import Judged, Manifest, Quality, identity
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.schemas import SCHEMAS, schema_files
 from edgeprune.bundle.verify import verify
@@ -82,6 +83,49 @@ def test_the_card_gives_accuracy_with_split_and_n_and_latency_with_its_stamp(tmp
     assert "Median 1.5 ms, p90 1.75 ms with 1 thread(s) on this-machine;\nstand-in" in text
     assert "The latency was not measured on the board." in text
     assert "how they were labelled: not stated" in text
+
+
+def test_unreliable_times_are_the_first_thing_in_every_document(tmp_path):
+    why = "9 of 20 blocks that were timed together were disturbed"
+    judged = Judged(value=0.52, low=0.51, high=0.53, limit=0.55, unit="of dense int8")
+    latency = facts().latency.model_copy(update={"unreliable": (why,), "judged": judged})
+    folder = make_bundle(tmp_path / "b", latency=latency)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    assert manifest["status"] == "passed-on-unreliable-times"
+    assert manifest["latency"]["unreliable"] == [why]
+    readme, card = ((folder / n).read_text() for n in ("README.md", "MODEL_CARD.md"))
+    assert readme.startswith("# tiny-net - UNRELIABLE TIMES, measure again")
+    assert f"| unreliable times | {why} |" in readme
+    assert card.startswith(f"# Model card: tiny-net\n\n**Unreliable times.** {why}. Measure again")
+    for text in (readme, card):
+        found = (
+            "0.52 of dense int8, between 0.51 and 0.53; judged on the upper end, the limit is 0.55"
+        )
+        assert found in text
+    assert "stand-in, unreliable, 1 thread(s)" in (folder / "sbom/bom.cdx.json").read_text()
+    report = verify(folder)
+    assert report.ok
+    assert report.levels[0].detail == (
+        f"tiny-net for rpi4, passed-on-unreliable-times, unreliable times: {why}"
+    )
+    missed = make_bundle(tmp_path / "c", latency=latency, failed_gates=("latency",))
+    assert read_json(Manifest, missed / "manifest.json").status == "best-effort"
+    title = (missed / "README.md").read_text().splitlines()[0]
+    assert "BEST EFFORT, gates missed: latency - UNRELIABLE TIMES" in title
+
+
+def test_a_status_that_hides_unreliable_times_is_refused_and_earlier_manifests_still_read(tmp_path):
+    latency = facts().latency.model_copy(update={"unreliable": ("busy",)})
+    folder = make_bundle(tmp_path / "b", latency=latency)
+    value = json.loads((folder / "manifest.json").read_bytes())
+    with pytest.raises(ValidationError, match="must be passed-on-unreliable-times"):
+        Manifest.model_validate_json(json.dumps({**value, "status": "passed"}))
+    earlier = make_bundle(tmp_path / "earlier")
+    value = json.loads((earlier / "manifest.json").read_bytes())
+    del value["latency"]["judged"], value["latency"]["unreliable"]
+    (earlier / "manifest.json").write_text(json.dumps(value))
+    (earlier / "SHA256SUMS").write_bytes(sums_text(earlier))
+    assert verify(earlier).ok
 
 
 def test_the_card_says_what_is_missing(tmp_path):

@@ -124,12 +124,15 @@ def test_a_bundle_without_sparse_weights_and_float_layers_has_the_identity_that_
     assert stated.pop("float_layers") == []
     assert stated.pop("why_fp32") is None
     assert stated.pop("outputs") == "logits"
+    assert stated["latency"].pop("judged") is None
+    assert stated["latency"].pop("unreliable") == []
     assert identity(facts(), "0" * 64) == sha256_bytes(to_json_text([stated, "0" * 64]))
     sparse = SparseWeights(pattern="2:4", layers=2, of_layers=3, speed="not run")
     other = facts().model_copy(update={"sparsity": sparse})
     mixed = facts(float_layers=("stem",))
     float_one = facts(why_fp32="INT8 was refused: too coarse; FP32 ships")
-    for changed in (other, mixed, float_one):
+    doubted = facts(latency=facts().latency.model_copy(update={"unreliable": ("busy",)}))
+    for changed in (other, mixed, float_one, doubted):
         assert identity(changed, "0" * 64) != identity(facts(), "0" * 64)
 
 

@@ -114,6 +114,24 @@ def test_a_budget_in_milliseconds_is_judged_on_the_median() -> None:
     assert "ms stand-in; budget 6.60 ms" in text
 
 
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_interval_stands_beside_the_value_and_it_is_said_which_end_was_judged(
+    width: int,
+) -> None:
+    report = make_report()
+    gates = tuple(
+        g.model_copy(update={"low": 0.47, "high": 0.4849}) if g.name == "latency" else g
+        for g in report.gates
+    )
+    judged_on = report.model_copy(update={"gates": gates})
+    text = render_terminal(judged_on, width=width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for shown in (flat(text), render_html(judged_on).decode()):
+        assert "47.91 % of dense int8, up to 48.49 %" in shown or width == 60
+        assert "Latency is judged on the upper end of its interval" in shown
+    assert "is judged on the upper end" not in flat(render_terminal(report, width=100))
+
+
 def test_a_best_effort_names_the_missed_gates() -> None:
     gates = tuple(g.model_copy(update={"met": g.name != "latency"}) for g in make_report().gates)
     text = render_terminal(make_report(passed=False, gates=gates), width=100)
@@ -170,6 +188,20 @@ def test_compared_runs_stand_in_columns() -> None:
     assert "9ms (9.00 ms)" in lines["budget"]
     assert lines["speed-up*"].count(TIMES) == 4  # value and interval, twice
     assert "!" not in text
+
+
+def test_a_run_with_unreliable_times_is_called_that_in_a_comparison() -> None:
+    report = make_report()
+    doubtful = {
+        name: m.model_copy(update={"unreliable": "9 of 24 blocks were disturbed"})
+        for name, m in report.measurements.items()
+    }
+    other = report.model_copy(update={"measurements": doubtful})
+    text = compare_text([report, other], width=110)
+    (result,) = (line for line in text.splitlines() if line.startswith("result"))
+    assert result.split("  ")[-1].strip() == "PASSED, UNRELIABLE"
+    assert "! the times of run 2 are unreliable: 9 of 24 blocks were disturbed" in flat(text)
+    assert "run 1 are unreliable" not in text
 
 
 def test_runs_that_do_not_compare_are_called_out() -> None:

@@ -193,6 +193,16 @@ def test_the_steady_latency_is_what_is_judged(budget, met, value):
     assert gate(budget, None).met  # 4 ms, half of dense
 
 
+def test_a_steady_latency_is_judged_on_its_upper_end():
+    ms = [4.0] * 60 + [5.9, 5.9, 6.1, 6.1, 6.0, 6.0] * 20
+    found = gate("6.05ms", run_of(ms))
+    assert found.value == 6.0
+    assert 6.0 < found.high < 6.2
+    assert gate("6.2ms", run_of(ms)).met
+    long = run_of([6.0] * 20_000).steady  # over an hour
+    assert (long.low, long.high) == (6.0, 6.0)
+
+
 def test_a_sustained_run_of_another_file_judges_nothing():
     assert gate("5ms", run_of([6.0] * 9, name="pruned-fp32")).value == 4.0
 

@@ -70,6 +70,46 @@ def test_the_ratio_within_rounds_counts_where_it_was_measured():
     assert not gate.met
 
 
+def test_what_is_judged_is_the_upper_end_of_the_interval():
+    pair = {"candidate": "pruned-int8", "reference": "dense-int8", "confidence": 0.99, "rounds": 24}
+    near = Comparison(ratio=0.545, low=0.535, high=0.555, **pair)
+    seen = replace(found(), comparisons=[near])
+    gate = verdict.latency_gate(seen, parse_budget("55%"), "int8")
+    assert (gate.value, gate.low, gate.high, gate.met) == (0.545, 0.535, 0.555, False)
+    assert verdict.judged_text(gate) == ("0.545 of dense int8 (judged on its upper bound, 0.555)")
+    assert verdict.latency_gate(seen, parse_budget("55.5%"), "int8").met
+    with pytest.raises(FormatError, match=r"judged on its upper bound"):
+        verdict.in_place_of_int8(_scattered(), parse_budget("6.05ms"), "it stores 0%")
+
+
+def _scattered() -> Measured:
+    """As :func:`found`, but the pruned FP32 file takes 5.9 to 6.1 ms, at random."""
+    seen = found()
+    calm = seen.measurements["pruned-fp32"]
+    ms = (5.9, 6.1, 5.95, 6.05, 6.0, 6.02, 5.98, 6.08, 5.93)
+    blocks = tuple(
+        b.model_copy(update={"samples_ns": (round(t * 1e6),)})
+        for b, t in zip(calm.blocks, ms, strict=True)
+    )
+    noisy = calm.model_copy(update={"blocks": blocks})
+    return replace(seen, measurements={**seen.measurements, "pruned-fp32": noisy})
+
+
+def test_an_absolute_budget_is_judged_on_the_upper_end_too():
+    gate = verdict.latency_gate(_scattered(), parse_budget("6.05ms"), "fp32")
+    assert gate.value == 6.0
+    assert gate.low < 6.0 < 6.05 < gate.high <= 6.1
+    assert not gate.met
+    assert verdict.latency_gate(_scattered(), parse_budget("6.1ms"), "fp32").met
+
+
+def test_without_common_rounds_the_interval_is_that_of_both_medians():
+    gate = verdict.latency_gate(_scattered(), parse_budget("60%"), "fp32")
+    assert gate.value == 0.6
+    assert 0.59 < gate.low < 0.6 < gate.high < 0.62
+    assert not gate.met
+
+
 def test_a_speed_up_is_the_inverse_of_a_share():
     assert verdict.latency_gate(found(), parse_budget("2x"), "int8").met
     assert not verdict.latency_gate(found(), parse_budget("2.01x"), "int8").met

@@ -32,7 +32,7 @@ def files_under(folder: Path) -> list[str]:
     """
     found: list[str] = []
     total = 0
-    for parent, folders, names in os.walk(folder, followlinks=False):
+    for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=False):
         for name in [*folders, *names]:
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
@@ -47,6 +47,10 @@ def files_under(folder: Path) -> list[str]:
                 raise IntegrityError(_cap_message(len(found), total))
     check_names(found)
     return sorted(found)
+
+
+def _unreadable(error: OSError) -> None:
+    raise IntegrityError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def check_names(paths: list[str]) -> None:

@@ -114,8 +114,9 @@ def _onnxruntime_check(board: Board, manifest: Manifest) -> Check:
 def latency_check(board: Board, manifest: Manifest) -> Check:
     """Whether the loaded model is as fast as its manifest says, or within its budget.
 
-    Allowed is the larger of the budget and the manifest's median plus a share of it: 5 %, or twice the half-width of the 99 % interval of
-    the block medians where that is more. Times of a machine that is neither the one of the manifest nor a real board are not judged.
+    Judged is the upper end of the 99 % interval of the block medians, as the latency gate is. Allowed is the larger of the budget and the
+    manifest's median plus a share of it: 5 %, or twice the half-width of that interval where that is more. Times of a machine that is
+    neither the one of the manifest nor a real board are not judged.
     """
     runtime, wanted = manifest.runtime, manifest.latency
     found = board.fingerprint(runtime.name, runtime.threads)
@@ -142,11 +143,12 @@ def latency_check(board: Board, manifest: Manifest) -> Check:
     room = max(MIN_LATENCY_ROOM, 2 * half_width)
     allowed = max(wanted.limit_ms, wanted.median_ms * (1 + room))
     median = statistics.median(medians)
+    high = max(median, around.high)
     detail = (
-        f"median {median:.4g} ms (allowed {allowed:.4g}; the manifest says {wanted.median_ms:.4g}, "
+        f"median {median:.4g} ms, up to {high:.4g} (allowed {allowed:.4g}; the manifest says {wanted.median_ms:.4g}, "
         f"the budget {wanted.limit_ms:.4g})"
     )
-    return Check(name="latency", status="passed" if median <= allowed else "failed", detail=detail)
+    return Check(name="latency", status="passed" if high <= allowed else "failed", detail=detail)
 
 
 def _status(share: float, least: float) -> Status:

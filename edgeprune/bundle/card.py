@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.bundle.manifest import NOT_STATED, Manifest, Quality
+from edgeprune.bundle.manifest import NOT_STATED, Judged, Manifest, Quality
 
 STAMPS = {
     "measured": "measured on the board",
@@ -17,10 +17,11 @@ def card_text(manifest: Manifest) -> bytes:
     source = model.inputs[0]
     qualities = [manifest.quality, *([manifest.test] if manifest.test else [])]
     accuracy = "".join(f"- {_quality(q)}\n" for q in qualities)
+    judged = f"\nThe gate: {judged_text(latency.judged)}." if latency.judged else ""
     labels = ", ".join(manifest.labels[:10]) + (", ..." if len(manifest.labels) > 10 else "")
     text = f"""# Model card: {manifest.name}
 
-## What
+{_unreliable(manifest)}## What
 
 An image or tensor classifier with {len(manifest.labels)} classes ({labels}), pruned, retrained and exported by edgeprune
 {manifest.edgeprune_version} for {manifest.target}. `{model.path}` ({model.precision}, {model.size_bytes} bytes) runs on
@@ -37,7 +38,7 @@ Digest of the data set: `{made.data_digest}`. Seed: {made.seed}. The data themse
 ## Latency
 
 Median {latency.median_ms:.3g} ms, p90 {latency.p90_ms:.3g} ms with {manifest.runtime.threads} thread(s) on {latency.device};
-{STAMPS[latency.stamp]}. Budget: {latency.budget}, which is {latency.limit_ms:.3g} ms.
+{STAMPS[latency.stamp]}. Budget: {latency.budget}, which is {latency.limit_ms:.3g} ms.{judged}
 
 ## Limits
 
@@ -86,6 +87,21 @@ def _outputs(manifest: Manifest) -> str:
     if manifest.outputs == "logits":
         return ""
     return "It answers with probabilities, one for each class.\n"
+
+
+def judged_text(found: Judged) -> str:
+    """What the latency gate found and held against the limit, in words."""
+    return (
+        f"{found.value:.4g} {found.unit}, between {found.low:.4g} and {found.high:.4g};"
+        f" judged on the upper end, the limit is {found.limit:.4g}"
+    )
+
+
+def _unreliable(manifest: Manifest) -> str:
+    reasons = "; ".join(manifest.latency.unreliable)
+    if not reasons:
+        return ""
+    return f"**Unreliable times.** {reasons}. Measure again before you rely on any time in this bundle.\n\n"
 
 
 def _sparsity(manifest: Manifest) -> str:

@@ -21,7 +21,7 @@ from edgeprune.bundle.manifest import (
     Recipe,
 )
 from edgeprune.bundle.outside import check_self_contained
-from edgeprune.errors import IntegrityError
+from edgeprune.errors import DeviceError, IntegrityError
 from edgeprune.folders import packed
 from edgeprune.records import read_json, sha256_bytes, sha256_file
 
@@ -36,13 +36,21 @@ def open_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         IntegrityError: there is nothing at ``path``, or the zip breaks a rule of :func:`~edgeprune.bundle.archive.extract`.
+        DeviceError: there is no folder for temporary files.
     """
     if path.is_dir():
         yield path
         return
     if not path.is_file():
         raise IntegrityError(f"there is no bundle at {path}", hint="give its folder or its .zip")
-    with tempfile.TemporaryDirectory(prefix="edgeprune-bundle-") as scratch:
+    try:
+        made = tempfile.TemporaryDirectory(prefix="edgeprune-bundle-")
+    except OSError as error:
+        raise DeviceError(
+            f"this computer has no room to unpack {path.name}: {error.strerror or error}",
+            hint="set TMPDIR to a folder that you can write",
+        ) from error
+    with made as scratch:
         extract(path, Path(scratch))
         yield Path(scratch)
 

@@ -182,8 +182,21 @@ class FloatModel(Record):
     quality: Quality
 
 
+class Judged(Record):
+    """What the latency gate found, in ``unit``: a value and the interval around it, whose upper end ``high`` was held against ``limit``."""
+
+    value: Annotated[float, Field(gt=0)]
+    low: Annotated[float, Field(gt=0)]
+    high: Annotated[float, Field(gt=0)]
+    limit: Annotated[float, Field(gt=0)]
+    unit: Line
+
+
 class Latency(Record):
-    """Latency of the shipped file, with the stamp that says what kind of machine it was measured on."""
+    """Latency of the shipped file, with the stamp that says what kind of machine it was measured on.
+
+    ``judged`` is what the gate found; earlier bundles lack it. ``unreliable`` says why these times should not be relied on.
+    """
 
     device: Line
     fingerprint_key: Line
@@ -192,6 +205,8 @@ class Latency(Record):
     p90_ms: Milliseconds
     limit_ms: Milliseconds
     budget: Line
+    judged: Judged | None = None
+    unreliable: tuple[Line, ...] = ()
 
 
 class Provenance(Record):
@@ -271,7 +286,7 @@ class Manifest(Facts):
 
     schema_version: Literal[1] = 1
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
-    status: Literal["passed", "best-effort"]
+    status: Literal["passed", "passed-on-unreliable-times", "best-effort"]
     model: Artifact
     source_sha256: Sha256
     manifest_id: Sha256
@@ -311,6 +326,8 @@ class Manifest(Facts):
     def _check_whole(self) -> Manifest:
         if (self.status == "best-effort") != bool(self.failed_gates):
             raise ValueError("status must be best-effort exactly when failed_gates is not empty")
+        if self.status != status_of(self):
+            raise ValueError(f"status must be {status_of(self)} by latency.unreliable")
         _, runtimes = FORMS[self.model.format]
         if self.runtime.name not in runtimes:
             raise ValueError(
@@ -382,6 +399,13 @@ class Manifest(Facts):
         return GoldenFile(tolerance=tolerance, max_abs_error=tolerance.limit(self.model.outputs[0]))
 
 
+def status_of(facts: Facts) -> Literal["passed", "passed-on-unreliable-times", "best-effort"]:
+    """What a bundle is to be called first."""
+    if facts.failed_gates:
+        return "best-effort"
+    return "passed-on-unreliable-times" if facts.latency.unreliable else "passed"
+
+
 def identity(facts: Facts, source_sha256: str) -> str:
     """The ``manifest_id``: a digest of what the maker states and of the file that was measured.
 
@@ -396,6 +420,9 @@ def identity(facts: Facts, source_sha256: str) -> str:
         del stated["float_layers"]  # and here
     if stated["why_fp32"] is None:
         del stated["why_fp32"]  # and here
+    for key in ("judged", "unreliable"):
+        if not stated["latency"][key]:
+            del stated["latency"][key]  # and here
     return sha256_bytes(to_json_text([stated, source_sha256]))
 
 

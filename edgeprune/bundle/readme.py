@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.bundle.card import STAMPS
+from edgeprune.bundle.card import STAMPS, judged_text
 from edgeprune.bundle.manifest import Manifest
 
 _PACKAGES = {
@@ -21,11 +21,13 @@ _IOS_TEXT = """1. Drag `{model}` into your Xcode project, and tick your target. 
 
 
 def readme_text(manifest: Manifest) -> bytes:
-    """``README.md`` of the bundle; the first line says so when a gate was missed."""
+    """``README.md`` of the bundle; the first line says so when a gate was missed, or times are unreliable."""
     quality, latency = manifest.quality, manifest.latency
     title = f"# {manifest.name}"
     if manifest.status == "best-effort":
         title += f" - BEST EFFORT, gates missed: {', '.join(manifest.failed_gates)}"
+    if latency.unreliable:
+        title += " - UNRELIABLE TIMES, measure again before you rely on any"
     if manifest.not_run:
         title += f" - NOT RUN by its maker: {', '.join(manifest.not_run)}"
     model = manifest.model
@@ -45,6 +47,8 @@ def readme_text(manifest: Manifest) -> bytes:
             f"median {latency.median_ms:.3g} ms, p90 {latency.p90_ms:.3g} ms; "
             f"limit {latency.limit_ms:.3g} ms (budget {latency.budget})",
         ),
+        *([("latency gate", judged_text(latency.judged))] if latency.judged else []),
+        *([("unreliable times", "; ".join(latency.unreliable))] if latency.unreliable else []),
         *([("sparsity", manifest.sparsity.line())] if manifest.sparsity else []),
         *([("left in float", ", ".join(manifest.float_layers))] if manifest.float_layers else []),
         *([("why FP32", manifest.why_fp32)] if manifest.why_fp32 else []),

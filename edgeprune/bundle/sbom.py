@@ -88,7 +88,8 @@ def _model(manifest: Manifest) -> dict[str, Any]:
 
 def _metrics(manifest: Manifest) -> list[dict[str, str]]:
     latency = manifest.latency
-    where = f"{latency.device}, {latency.stamp}, {manifest.runtime.threads} thread(s)"
+    doubt = ", unreliable" if latency.unreliable else ""
+    where = f"{latency.device}, {latency.stamp}{doubt}, {manifest.runtime.threads} thread(s)"
     return [
         *(_metric(q) for q in (manifest.quality, manifest.test) if q is not None),
         {"type": "latency, median", "value": f"{latency.median_ms:.6g} ms", "slice": where},

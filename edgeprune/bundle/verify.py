@@ -48,6 +48,7 @@ from edgeprune.bundle.running import (
     run_model,
 )
 from edgeprune.bundle.sign import check_signature, read_public_key
+from edgeprune.bundle.trouble import is_trouble
 from edgeprune.devices.agent.coreml import UNITS
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.measure import ModelFile, measure
@@ -75,17 +76,21 @@ _FLOAT = "float"  # what a board calls the float model
 
 
 class Level(Record):
-    """One rung: what was checked and what came of it. ``not-run`` is never a pass, nor is it for one of its ``checks``."""
+    """One rung: what was checked and what came of it. ``not-run`` is never a pass, nor is it for one of its ``checks``.
+
+    ``trouble`` says that it was not run because this computer, or the board that was asked, could not: that says nothing of the bundle.
+    """
 
     level: int
     name: str
     status: Literal["passed", "failed", "not-run"]
     detail: str
     checks: tuple[Check, ...] = ()
+    trouble: bool = False
 
 
 class VerifyReport(Record):
-    """All rungs. ``ok``: none failed, and every board that was asked for passed."""
+    """All rungs. ``ok``: none failed, none had trouble, and every board that was asked for passed."""
 
     schema_version: Literal[1] = 1
     bundle: str
@@ -156,7 +161,9 @@ def verify(
         for number, name, check in checks:
             levels.append(_run(number, name, check, levels))
     ok = all(
-        level.status != "failed" and (level.level < 5 or level.status == "passed")
+        level.status != "failed"
+        and not level.trouble
+        and (level.level < 5 or level.status == "passed")
         for level in levels
     )
     return VerifyReport(bundle=str(path), levels=tuple(levels), ok=ok)
@@ -174,7 +181,7 @@ def require_ok(report: VerifyReport) -> None:
     Raises:
         IntegrityError: a level failed; names the first and why.
         BudgetError: only the latency on a board did.
-        DeviceError: a board that was asked for could not be used.
+        DeviceError: this computer, or a board that was asked for, could not be used.
         Busy: another client held it for as long as it was waited for.
     """
     for level in report.levels:
@@ -186,20 +193,23 @@ def require_ok(report: VerifyReport) -> None:
                 hint=_NEXT_STEPS.get(level.level),
             )
     for level in report.levels:
-        if level.level == 5 and level.status == "not-run":
+        if level.trouble or (level.level == 5 and level.status == "not-run"):
             is_held = any(check.name == FREE for check in level.checks)
             kind = Busy if is_held else DeviceError
             raise kind(f"{report.bundle} was not checked: {level.name}: {level.detail}")
 
 
 def _run(number: int, name: str, check: Callable[[], Finding], before: Sequence[Level]) -> Level:
-    blocker = next((x for x in before if x.status == "failed" and x.level in _BLOCKING), None)
+    blocker = next(
+        (x for x in before if (x.status == "failed" or x.trouble) and x.level in _BLOCKING), None
+    )
     if blocker is not None:
+        how = "was not run" if blocker.trouble else "failed"
         return Level(
             level=number,
             name=name,
             status="not-run",
-            detail=f"level {blocker.level} ({blocker.name}) failed",
+            detail=f"level {blocker.level} ({blocker.name}) {how}",
         )
     try:
         detail, checks = check()
@@ -212,8 +222,10 @@ def _run(number: int, name: str, check: Callable[[], Finding], before: Sequence[
         return Level(
             level=number, name=name, status="not-run", detail=str(reason), checks=reason.checks
         )
-    except EdgepruneError as error:
-        return Level(level=number, name=name, status="failed", detail=str(error))
+    except (EdgepruneError, OSError, MemoryError) as error:
+        detail, trouble = str(error) or type(error).__name__, is_trouble(error)
+        status: Literal["failed", "not-run"] = "not-run" if trouble else "failed"
+        return Level(level=number, name=name, status=status, detail=detail, trouble=trouble)
 
 
 def _whole(detail: str, checks: Sequence[Check]) -> Finding:
@@ -255,6 +267,8 @@ class _Subject:
         found = self._manifest
         gates = f", gates missed: {', '.join(found.failed_gates)}" if found.failed_gates else ""
         gates += f", not run by its maker: {', '.join(found.not_run)}" if found.not_run else ""
+        doubt = "; ".join(found.latency.unreliable)
+        gates += f", unreliable times: {doubt}" if doubt else ""
         return f"{found.name} for {found.target}, {found.status}{gates}", ()
 
     def hashes(self) -> Finding:

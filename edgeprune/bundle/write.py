@@ -44,6 +44,7 @@ from edgeprune.bundle.manifest import (
     Tolerance,
     created_text,
     identity,
+    status_of,
 )
 from edgeprune.bundle.readme import readme_text
 from edgeprune.bundle.sbom import bom_text
@@ -302,7 +303,7 @@ def _manifest(
         return Manifest(
             **{name: getattr(facts, name) for name in Facts.model_fields},
             created=created or created_text(),
-            status="best-effort" if facts.failed_gates else "passed",
+            status=status_of(facts),
             model=shipped.model,
             source_sha256=payload.model.sha256,
             manifest_id=identity(facts, payload.model.sha256),

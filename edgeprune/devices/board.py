@@ -428,7 +428,8 @@ class Board:
         self._expect(
             len(outputs) == len(inputs), f"{len(outputs)} outputs for {len(inputs)} inputs"
         )
-        self._expect(bool(np.isfinite(outputs).all()), "outputs that are not finite")
+        if not np.isfinite(outputs).all():
+            raise Refusal("outputs", f"device {self.name!r} sent outputs that are not finite")
         return outputs
 
     def profile(self, key: str, runs: int) -> tuple[NodeTime, ...] | None:

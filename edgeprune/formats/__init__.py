@@ -14,7 +14,7 @@ import numpy as np
 
 from edgeprune.errors import FormatError, MissingTool, UnknownName
 from edgeprune.results import Artifact
-from edgeprune.specs import ComputeUnits, Preprocess
+from edgeprune.specs import ComputeUnits, FormatName, Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ class FormatInfo:
     ``int8_options`` says whether INT8 files can have other ranges than the format's own, and layers in float.
     """
 
-    name: str
+    name: FormatName
     suffix: str
     runtimes: tuple[str, ...]
     extra: str

@@ -291,7 +291,9 @@ def short_verdict(report: Report) -> str:
     """The verdict in a column of a table."""
     if is_best_effort(report):
         return "BEST EFFORT"
-    return "NOT VERIFIED" if not_run(report) else "PASSED"
+    if not_run(report):
+        return "NOT VERIFIED"
+    return "PASSED, UNRELIABLE" if unreliable(report) else "PASSED"
 
 
 def latency_gate(report: Report) -> Gate | None:

@@ -61,7 +61,7 @@ def gates(report: Report) -> Markup:
         (
             gate.name,
             _verdict(gate),
-            NONE if gate.not_run else unit_text(gate.value, gate.unit, n),
+            NONE if gate.not_run else found_text(gate, n),
             unit_text(gate.limit, gate.unit, n),
             gate.note or NONE,
         )
@@ -87,17 +87,40 @@ def gates(report: Report) -> Markup:
         "gates",
         "Gates",
         table(caption, columns, rows),
-        note(budget, f"Ships {report.shipped.upper()}: {report.shipped_reason}."),
+        note(
+            budget,
+            f"{judged_note(report)} ".lstrip(),
+            f"Ships {report.shipped.upper()}: {report.shipped_reason}.",
+        ),
     )
 
 
 def budget_text(report: Report) -> str:
     """The figure that the budget was judged on, beside the budget: it need not be the median, which was taken at another moment."""
     gate = facts.latency_gate(report)
-    if gate is None or gate.unit == "ms":
+    if gate is None or (gate.unit == "ms" and gate.high is None):
         return f"budget {time_text(report.limit_ms)}"
-    found = unit_text(gate.value, gate.unit, facts.ledger_n(report))
+    found = found_text(gate, facts.ledger_n(report))
+    if gate.unit == "ms":
+        return f"judged on {found}; budget {time_text(report.limit_ms)}"
     return f"judged on {found} in the same rounds; budget {share_text(gate.limit, 2)}"
+
+
+def found_text(gate: Gate, n: int) -> str:
+    """What a gate found; with an interval, its upper end follows, which was judged."""
+    found = unit_text(gate.value, gate.unit, n)
+    if gate.high is None:
+        return found
+    high = unit_text(gate.high, gate.unit, n)
+    return f"{found}, up to {high.removesuffix(f' {gate.unit}') if gate.unit != 'ms' else high}"
+
+
+def judged_note(report: Report) -> str:
+    """Which figure the latency gate was judged on, where it has an interval."""
+    gate = facts.latency_gate(report)
+    if gate is None or gate.high is None:
+        return ""
+    return "Latency is judged on the upper end of its interval (99 % where it was loaded often enough)."
 
 
 def _verdict(gate: Gate) -> Markup:

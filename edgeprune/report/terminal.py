@@ -25,7 +25,13 @@ from edgeprune.report.figures import (
     time_unit,
     unit_text,
 )
-from edgeprune.report.sections import budget_text, ledger_summary, speed_cell
+from edgeprune.report.sections import (
+    budget_text,
+    found_text,
+    judged_note,
+    ledger_summary,
+    speed_cell,
+)
 from edgeprune.results import Report
 
 WIDEST = 110
@@ -170,12 +176,14 @@ def _gates(page: Page, report: Report) -> None:
         (
             gate.name,
             "met" if gate.met else facts.verdict_text(gate).upper(),
-            "-" if gate.not_run else unit_text(gate.value, gate.unit, n),
+            "-" if gate.not_run else found_text(gate, n),
             unit_text(gate.limit, gate.unit, n),
         )
         for gate in report.gates
     ]
     page.table(("gate", "verdict", "found", "limit"), rows, left=2)
+    if judged := judged_note(report):
+        page.say(judged, "dim")
 
 
 def _variants(page: Page, report: Report) -> None:
@@ -405,7 +413,11 @@ def _compared(report: Report) -> dict[str, str]:
 
 
 def _incomparable(reports: Sequence[Report]) -> list[str]:
-    warnings = []
+    warnings = [
+        f"the times of run {number} are unreliable: {'; '.join(doubt)}"
+        for number, r in enumerate(reports, 1)
+        if (doubt := facts.unreliable(r))
+    ]
     if len({r.fingerprint.key() for r in reports}) > 1:
         warnings.append(
             "the runs were timed on different devices or set-ups: their times do not compare"

@@ -137,10 +137,29 @@ class LocalTransport:
         """Nothing is held open."""
 
 
+def _home() -> str:
+    """The home folder of who runs this.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError as error:  # no HOME, and no entry of the user
+        raise DeviceError(
+            "this machine does not say where the home folder is", hint="set HOME to a folder"
+        ) from error
+    if not home.is_dir():
+        raise DeviceError(
+            f"the home folder {str(home)!r} is not there", hint="set HOME to a folder that is"
+        )
+    return str(home)
+
+
 def _spawn(argv: Sequence[str]) -> subprocess.Popen[bytes]:
     environment = {
         "PATH": os.environ.get("PATH", os.defpath),
-        "HOME": str(Path.home()),
+        "HOME": _home(),
         "LANG": "C.UTF-8",
         "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime reports by default; a measurement should not
     }
