@@ -9,13 +9,15 @@ from edgeprune.budgets import Budget
 from edgeprune.formats import Resizable
 from edgeprune.intervals import median_ms
 from edgeprune.plan_results import PlanCheck
-from edgeprune.planning import Stand
+from edgeprune.planning import CONFIRM_LOOKS, Stand
 from edgeprune.progress import Progress
 from edgeprune.results import Block, Comparison
 
 # A plan must fit into this much of the budget: the last measurement is another session. The gate judges the upper end of an interval that
 # it draws anew, so an upper bound here must also leave room for half an interval.
 PLAN_SHARE = 0.995
+# What a plan was accepted by, for the key of its stage.
+RULE = f"upper end in {PLAN_SHARE} with half an interval of room, {CONFIRM_LOOKS}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from edgeprune import conversion, guarantee, int8_types, planning, stages
+from edgeprune import certainty, conversion, guarantee, int8_types, planning, stages
 from edgeprune.closing import Planned, Prepared, data_notes, versions
 from edgeprune.context import Context
 from edgeprune.devices.pool import open_pool
@@ -402,6 +402,7 @@ def _plan(
             "nets": ready.nets.digest,
             "importance": scores.digest,
             "budget": job.budget,
+            "accepted": certainty.RULE,
             **({} if job.widths is None else {"widths": dict(job.widths)}),
             **({} if job.scope == "global" else {"scope": job.scope}),
         },

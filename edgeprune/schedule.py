@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import search, stages
+from edgeprune import certainty, search, stages
 from edgeprune.basis import Basis
 from edgeprune.closing import Planned
 from edgeprune.compress.compensate import compensate
@@ -342,6 +342,7 @@ class _Step:
                 "plan": self.planned.plan.digest,
                 "importance": scores.digest,
                 "budget": job.budget,
+                "accepted": certainty.RULE,
             },
             PlanResult,
             lambda _: stages.plan_structure(self.context, stand, self.planned.file, basis),
