@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgeprune.bundle.manifest import Quality
+from edgeprune.bundle.manifest import Judged, Latency, Quality
 from edgeprune.bundle.write import FloatTwin
 from edgeprune.compress.evaluate import quality
 from edgeprune.context import Context, Job
 from edgeprune.errors import FormatError
 from edgeprune.formats import AppFacts, Evaluated, ForApps, Format
-from edgeprune.results import Report
+from edgeprune.report import facts
+from edgeprune.report.figures import printable
+from edgeprune.results import Report, VariantRow
 from edgeprune.runfolder import Stage
 from edgeprune.stage_records import PrunedFiles
 
 WORKED_OUT_SAMPLES = 256
+MAX_REASON = 1000  # characters of a line in a manifest
 
 
 def labels_of(job: Job) -> tuple[str, ...]:
@@ -132,4 +135,25 @@ def float_twin(
         quality=Quality(
             metric=entry.metric, split="development", n=entry.n, dense=dense, shipped=shipped
         ),
+    )
+
+
+def latency_of(found: Report, row: VariantRow) -> Latency:
+    """What a bundle says of the latency of the file that ships, whose row it is: with what was judged, and any doubt about times."""
+    gate = facts.latency_gate(found)
+    judged = None
+    if gate is not None and gate.low is not None and gate.high is not None:
+        judged = Judged(
+            value=gate.value, low=gate.low, high=gate.high, limit=gate.limit, unit=gate.unit
+        )
+    return Latency(
+        device=found.device,
+        fingerprint_key=found.fingerprint.key(),
+        stamp=found.stamp,
+        median_ms=row.median_ms,
+        p90_ms=row.p90_ms,
+        limit_ms=found.limit_ms,
+        budget=found.budget,
+        judged=judged,
+        unreliable=tuple(printable(why)[:MAX_REASON] for why in facts.unreliable(found)),
     )

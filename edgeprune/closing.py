@@ -16,11 +16,9 @@ import torch
 from torch import nn
 
 from edgeprune import records, report, shipping, stages, verdict
-from edgeprune.apps import WorkedOut, bundle_name, float_twin, labels_of, worked_out
+from edgeprune.apps import WorkedOut, bundle_name, float_twin, labels_of, latency_of, worked_out
 from edgeprune.bundle.manifest import (
     Facts,
-    Judged,
-    Latency,
     Provenance,
     Quality,
     RuntimeNeed,
@@ -38,8 +36,6 @@ from edgeprune.formats import Resizable, golden_file
 from edgeprune.patterns import SparseWeights
 from edgeprune.plan_results import PruningPlan
 from edgeprune.planning import Stand
-from edgeprune.report import facts
-from edgeprune.report.figures import printable
 from edgeprune.results import Artifact, Gate, Report, SustainedRun
 from edgeprune.runfolder import RunFolder, Stage
 from edgeprune.specs import Precision
@@ -60,7 +56,6 @@ from edgeprune.stage_records import (
 from edgeprune.version import VERSION
 
 GOLDEN_SAMPLES = 16
-MAX_REASON = 1000  # characters of a line in a manifest
 PRUNED_FILE, SOURCE_FILE = "pruned.safetensors", "pruned.py"
 PACKAGES = (
     "torch", "torch-pruning", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert",
@@ -360,17 +355,7 @@ class Closing:
                 shipped=row.quality,
             ),
             test=_test_quality(found),
-            latency=Latency(
-                device=found.device,
-                fingerprint_key=found.fingerprint.key(),
-                stamp=found.stamp,
-                median_ms=row.median_ms,
-                p90_ms=row.p90_ms,
-                limit_ms=found.limit_ms,
-                budget=found.budget,
-                judged=_judged(found),
-                unreliable=tuple(printable(why)[:MAX_REASON] for why in facts.unreliable(found)),
-            ),
+            latency=latency_of(found, row),
             provenance=Provenance(
                 seed=job.seed,
                 data_digest=job.loaded.dataset.digest,
@@ -384,14 +369,6 @@ class Closing:
         records.write_json(found, self.run.path / "report.json")
         records.write_bytes(self.run.path / "report.html", report.render_html(found))
         found.lies_in(self.run.path)
-
-
-def _judged(found: Report) -> Judged | None:
-    """What the latency gate was judged on."""
-    gate = facts.latency_gate(found)
-    if gate is None or gate.low is None or gate.high is None:
-        return None
-    return Judged(value=gate.value, low=gate.low, high=gate.high, limit=gate.limit, unit=gate.unit)
 
 
 def for_bundle(found: Report) -> Report:

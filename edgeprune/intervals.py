@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
 from edgeprune.orderstats import Centre, centre
-from edgeprune.results import Block, Measurement
+from edgeprune.results import Block, Measurement, SustainedRun
+
+STRETCHES = 30  # of a sustained run; neighbouring moments of one are much alike
 
 
 def median_ms(blocks: Sequence[Block]) -> Centre:
@@ -30,5 +33,16 @@ def median_ms(blocks: Sequence[Block]) -> Centre:
 
 def interval_ms(measurement: Measurement) -> Centre:
     """The median that is reported, with the interval of :func:`median_ms`, which is widened where it does not hold it."""
-    found, median = median_ms(measurement.blocks), measurement.median_ms
+    return _around(measurement.median_ms, median_ms(measurement.blocks))
+
+
+def steady_ms(run: SustainedRun) -> Centre:
+    """The steady latency with an interval for the centre of its medians, those of up to 30 stretches."""
+    ms = run.steady_medians()
+    step = math.ceil(len(ms) / STRETCHES)
+    parts = [statistics.median(ms[at : at + step]) for at in range(0, len(ms), step)]
+    return _around(run.steady_ms, centre(parts))
+
+
+def _around(median: float, found: Centre) -> Centre:
     return replace(found, estimate=median, low=min(found.low, median), high=max(found.high, median))

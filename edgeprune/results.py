@@ -5,7 +5,6 @@ Times are integer nanoseconds in records (``_ns``) and milliseconds where people
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from edgeprune.int8_results import Int8Report
-from edgeprune.orderstats import Centre, centre, percentile_overs
+from edgeprune.orderstats import percentile_overs
 from edgeprune.patterns import SparseWeights
 from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records import Located, Record
 from edgeprune.specs import FilePrecision, FormatName, Precision, Stamp
 
 P99_SAMPLES = 1000
-STRETCHES = 30  # of a sustained run; neighbouring moments of one are much alike
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -262,18 +260,13 @@ class SustainedRun(Record):
     @property
     def steady_ms(self) -> float:
         """Median over the last third of the run: what the model takes on a board that has warmed up."""
-        return self.steady.estimate
+        return statistics.median(self.steady_medians())
 
-    @property
-    def steady(self) -> Centre:
-        """The same, with an interval of 99 % for the centre of its medians, of up to 30 stretches; it holds the median."""
+    def steady_medians(self) -> list[float]:
+        """Medians in milliseconds of the pieces of that third, the last piece at least."""
         last = len(self.points) - 1
         points = enumerate(self.points)
-        ms = [p.median_ms for i, p in points if p.t_s >= self.seconds * 2 / 3 or i == last]
-        step = math.ceil(len(ms) / STRETCHES)
-        parts = [statistics.median(ms[at : at + step]) for at in range(0, len(ms), step)]
-        found, median = centre(parts), statistics.median(ms)
-        return Centre(median, min(found.low, median), max(found.high, median), found.coverage)
+        return [p.median_ms for i, p in points if p.t_s >= self.seconds * 2 / 3 or i == last]
 
     @property
     def slowdown_ratio(self) -> float:

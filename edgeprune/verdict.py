@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from edgeprune.budgets import Budget
 from edgeprune.errors import FormatError
-from edgeprune.intervals import interval_ms
+from edgeprune.intervals import interval_ms, steady_ms
 from edgeprune.orderstats import Centre
 from edgeprune.results import Artifact, Comparison, Gate, Measurement, SustainedRun, VariantRow
 from edgeprune.specs import Precision
@@ -71,7 +71,7 @@ def latency_gate(measured: Measured, budget: Budget, precision: Precision) -> Ga
     is_ratio = budget.kind == "ratio"
     run, note = measured.sustained, ""
     if run is not None and run.name == name:
-        found, note = run.steady, _sustained_note(run)
+        found, note = steady_ms(run), _sustained_note(run)
         if is_ratio:
             found = _divided(found, measured.measurements[dense].median_ms)
     elif is_ratio:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeprune.budgets import parse_budget
 from edgeprune.certainty import PLAN_SHARE, Confirmation, Limit
 from edgeprune.devices.decide import Decision, interval, judge_budget
 from edgeprune.orderstats import centre
@@ -16,7 +17,6 @@ from edgeprune.plan_results import PlanCheck
 from edgeprune.planning import CONFIRM_LOOKS
 from edgeprune.progress import Silent
 from edgeprune.results import Block
-from edgeprune.specs import parse_budget
 
 DENSE_MS = 10.0
 
