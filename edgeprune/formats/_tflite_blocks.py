@@ -14,7 +14,7 @@ from edgeprune.formats._tflite_graph import (
     is_constant,
     is_quantized,
     op_name,
-    schema,
+    operator_code,
     shape_of,
 )
 
@@ -97,11 +97,7 @@ def bypassed(model: Any, op: Any, number: int, bypass: Bypass[int]) -> Any:
     inputs = [int(i) for i in op.inputs]
     if number in bypass.changed:
         name, skip = bypass.changed[number]
-        code = getattr(schema().BuiltinOperator, name)
-        fresh = schema().OperatorCodeT()
-        fresh.builtinCode, fresh.deprecatedBuiltinCode, fresh.version = code, min(code, 127), 1
-        model.operatorCodes = [*model.operatorCodes, fresh]
-        op.opcodeIndex = len(model.operatorCodes) - 1
+        op.opcodeIndex = operator_code(model, name)
         op.builtinOptionsType, op.builtinOptions = 0, None
         inputs = [skip]
     op.inputs = np.asarray([bypass.read(i) for i in inputs], np.int32)

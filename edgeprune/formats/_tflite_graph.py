@@ -110,6 +110,18 @@ def code_name(code: Any) -> str:
     return str(names.get(builtin, f"OP_{builtin}"))
 
 
+def operator_code(model: Any, name: str) -> int:
+    """The number of a built-in operator among a model's codes; it is added, to a new list, where the model has none."""
+    names = [code_name(code) for code in model.operatorCodes]
+    if name in names:
+        return names.index(name)
+    number = getattr(schema().BuiltinOperator, name)
+    fresh = schema().OperatorCodeT()
+    fresh.builtinCode, fresh.deprecatedBuiltinCode, fresh.version = number, min(number, 127), 1
+    model.operatorCodes = [*model.operatorCodes, fresh]
+    return len(model.operatorCodes) - 1
+
+
 def is_constant(model: Any, tensor: Any) -> bool:
     """Whether the tensor's values stand in the file."""
     data = model.buffers[tensor.buffer].data

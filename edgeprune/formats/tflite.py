@@ -44,6 +44,7 @@ from edgeprune.formats._tflite_names import (
     labelled,
     rename_tensors,
 )
+from edgeprune.formats._tflite_pools import bound_pools
 from edgeprune.formats._tflite_resize import TfliteResizable
 from edgeprune.formats._tflite_transposes import drop_flattened_transposes
 from edgeprune.results import Artifact, TensorSpec
@@ -161,6 +162,7 @@ class TfliteFormat:
         converted = read_model(content)
         if drop_zero_additions(converted):
             drop_unused(converted)
+        bound_pools(converted)
         drop_transposed_means(converted)
         drop_flattened_transposes(converted)
         rename_tensors(converted, paths)
