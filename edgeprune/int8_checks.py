@@ -50,7 +50,9 @@ def warnings(form: Format, fp32: Path, x: np.ndarray, program: ExportedProgram) 
         return ()
     made, few = form.readers(fp32), x[:SAMPLES]
     widths = _Widths({tensor: layer for tensor, (op, layer, _) in made.items() if op in DEPTHWISE})
-    seen = spreads(lambda: map(widths.note, form.activations(fp32, few)))
+    found = spreads(lambda: map(widths.note, form.activations(fp32, few)))
+    # What stays in float may be infinite, as the scores behind a mask are.
+    seen = {name: s for name, s in found.items() if np.isfinite((s.low, s.high)).all()}
     return (
         *_gates(program),
         *_concatenations(made, seen),

@@ -17,6 +17,7 @@ from edgeprune.compress.modes import eval_copy, in_eval
 from edgeprune.compress.outputs import mark, outputs_of
 from edgeprune.errors import FormatError, ModelError
 from edgeprune.formats._coreml_package import quiet, toolchain
+from edgeprune.formats._finite import explained, require_bounded
 
 if TYPE_CHECKING:
     from edgeprune.formats import AppFacts
@@ -209,13 +210,15 @@ def calibrated_model(
             prepared.eval()
             for part in passes(samples, CALIBRATION_BATCH):
                 prepared(samples[part])
+            require_bounded(prepared)
             finished: nn.Module = quantizer.finalize().eval()
             mark(finished, outputs_of(model))
     except Exception as error:
-        raise FormatError(
+        refused = FormatError(
             f"coremltools could not quantise the model: {_first(error)}",
             hint="its forward must be traceable by torch.fx; weight-only INT8 needs no trace (int8_schemes of the profile)",
-        ) from error
+        )
+        raise explained(refused, model, samples.numpy()) from error
     return finished
 
 

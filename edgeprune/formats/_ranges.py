@@ -32,7 +32,10 @@ class Spread:
 
 
 def spreads(passes: Passes) -> dict[str, Spread]:
-    """The spread of every tensor over all samples: one pass for the extremes, and one to count between them."""
+    """The spread of every tensor over all samples: one pass for the extremes, and one to count between them.
+
+    A tensor that holds NaN or Inf has such an end, and nothing is counted in it.
+    """
     return filled(extremes(passes), passes)
 
 
@@ -43,8 +46,8 @@ def extremes(passes: Passes) -> dict[str, Spread]:
     for sample in passes():
         for name, value in sample.items():
             if value.size:
-                low[name] = min(low.get(name, np.inf), float(value.min()))
-                high[name] = max(high.get(name, -np.inf), float(value.max()))
+                low[name] = float(np.minimum(low.get(name, np.inf), value.min()))
+                high[name] = float(np.maximum(high.get(name, -np.inf), value.max()))
     return {name: Spread(low[name], high[name], np.zeros(BINS, np.int64)) for name in low}
 
 
@@ -53,7 +56,7 @@ def filled(found: Mapping[str, Spread], passes: Passes) -> dict[str, Spread]:
     counts = {name: np.zeros(BINS, np.int64) for name in found}
     for sample in passes():
         for name, value in sample.items():
-            if value.size and found[name].high > found[name].low:
+            if value.size and np.inf > found[name].high > found[name].low > -np.inf:
                 ends_ = (found[name].low, found[name].high)
                 counts[name] += np.histogram(value, BINS, ends_)[0]
     return {name: Spread(s.low, s.high, counts[name]) for name, s in found.items()}

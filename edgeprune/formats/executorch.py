@@ -24,6 +24,7 @@ from edgeprune.formats import (
     Resizable,
     cut_in_place_of,
 )
+from edgeprune.formats._finite import explained, require_bounded
 from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._pte import Program, read_program
 from edgeprune.results import Artifact, TensorSpec
@@ -155,9 +156,11 @@ class ExecutorchFormat:
                 prepared = tools.prepare(traced, tools.quantizer().set_global(scheme))
                 for i in range(len(samples)):
                     prepared(torch.from_numpy(samples[i : i + 1]))
+                require_bounded(prepared)
                 converted = tools.convert(prepared)
         except Exception as error:
-            raise FormatError(f"torchao could not quantise the model: {_reason(error)}") from error
+            refused = FormatError(f"torchao could not quantise the model: {_reason(error)}")
+            raise explained(refused, model, samples) from error
         return self._written(tools, converted, samples[:1], path, floats=_float_layers(converted))
 
     def _written(

@@ -20,6 +20,7 @@ from edgeprune.errors import EdgepruneError, FormatError, MissingTool
 from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
 from edgeprune.formats import _onnx_inspect as inspection
 from edgeprune.formats._calibration import calibrated
+from edgeprune.formats._finite import require_finite
 from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._onnx_blocks import drop_zero_additions
 from edgeprune.formats._onnx_links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 OPSET = 18
-IR_VERSION = (
-    8  # the oldest that opset 18 allows (ONNX 1.13), so that older runtimes on boards load the file
-)
+# The oldest that opset 18 allows (ONNX 1.13), so that older runtimes on boards load the file.
+IR_VERSION = 8
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's limit for one message
 PRODUCER = "edgeprune"
 
@@ -121,6 +121,7 @@ class OnnxFormat:
             raise FormatError(
                 f"onnxruntime could not quantise the model: {_first_line(error)}"
             ) from error
+        require_finite(inspection.ranges(quantized.SerializeToString()), self.readers(fp32))
         del quantized.metadata_props[:]
         del quantized.graph.value_info[:]
         quantized.producer_name, quantized.producer_version = PRODUCER, ""

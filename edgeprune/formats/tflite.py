@@ -21,10 +21,11 @@ from edgeprune import records
 from edgeprune.compress.memory import runs_channels_last
 from edgeprune.compress.modes import in_eval
 from edgeprune.datasets import to_layout
-from edgeprune.errors import FormatError, MissingTool
+from edgeprune.errors import EdgepruneError, FormatError, MissingTool
 from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
 from edgeprune.formats import _tflite_inspect as inspection
 from edgeprune.formats._calibration import calibrated
+from edgeprune.formats._finite import require_finite
 from edgeprune.formats._inputs import check_calibration
 from edgeprune.formats._ranges import ends
 from edgeprune.formats._resize import WidthDecoder
@@ -182,6 +183,7 @@ class TfliteFormat:
 
         Raises:
             ModelError: a sample is not finite, or there is none.
+            FormatError: an operator gives NaN or Inf, or the toolchain refuses the file.
         """
         quantizer_module, _ = _quantizer()
         content = fp32.read_bytes()
@@ -196,6 +198,8 @@ class TfliteFormat:
                 feeds = [{text(entry.name): samples[i : i + 1]} for i in range(len(samples))]
                 ranges = _ranges(content, samples, options, quantizer, feeds)
                 quantized = bytes(quantizer.quantize(ranges).quantized_model)
+        except EdgepruneError:
+            raise
         except Exception as error:
             raise FormatError(
                 f"ai-edge-quantizer could not quantise the model: {_reason(error, log)}"
@@ -281,6 +285,7 @@ def _ranges(
         lambda: inspection.activations(content, samples),
         counted=options.ranges != "minmax",
     )
+    require_finite({n: (s.low, s.high) for n, s in found.items()}, inspection.readers(content))
     ranges: dict[str, Any] = quantizer.calibrate({SIGNATURE: feeds[:1]})
     if ranges.keys() - found.keys():  # tensors of its own, which it has to see all samples of
         ranges = quantizer.calibrate({SIGNATURE: feeds})
