@@ -195,20 +195,10 @@ def deploy(
         SpecError, ModelError, DeviceError, FormatError, BudgetError: see :mod:`edgeprune.errors`.
     """
     options = Options(
-        target=target,
-        latency=latency,
-        max_drop=max_drop,
-        device=device,
-        importance=importance,
-        scope=scope,
-        seed=seed,
-        run=_path(run),
-        sustained=sustained,
-        formats=formats,
-        tables=_path(tables),
-        plan=_path(plan),
-        wait=wait,
-    )
+        target=target, latency=latency, max_drop=max_drop, device=device, importance=importance,
+        scope=scope, seed=seed, run=_path(run), sustained=sustained, formats=formats,
+        tables=_path(tables), plan=_path(plan), wait=wait,
+    )  # fmt: skip
     loaded = _loaded(model, data, settings, weights, _given(preprocess, labels, task))
     return deploy_loaded(loaded, options, progress or Silent()).report
 
