@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from edgeprune import formats, int8_checks
-from edgeprune.conversion import traced
 from edgeprune.datasets import to_layout
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.formats import Format
+from edgeprune.tracing import traced
 
 
 def conv(

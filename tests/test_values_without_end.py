@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 from edgeprune import formats, int8_checks
-from edgeprune.conversion import traced
 from edgeprune.datasets import to_layout
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.errors import FormatError
 from edgeprune.formats import Format
 from edgeprune.formats._finite import explained, require_bounded, require_finite
 from edgeprune.formats._ranges import spreads
+from edgeprune.tracing import traced
 
 NEEDS = {
     "tflite": "litert_torch",
