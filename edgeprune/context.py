@@ -31,10 +31,8 @@ from edgeprune.specs import Device, Int8, Precision, Profile, Runtime, Target
 from edgeprune.tracing import traced
 from edgeprune.workload import LoadedWorkload
 
-INFER_CHUNK, INFER_NUMBERS = (
-    256,
-    1 << 22,
-)  # at most so many samples, or numbers, go to a board at once
+# At most so many samples, and so many numbers, go to a board at once.
+INFER_CHUNK, INFER_NUMBERS = 256, 1 << 22
 NOT_RUN = "not run"
 AUTO = Int8()
 # tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine. TensorRT needs a GPU; onnxruntime runs
