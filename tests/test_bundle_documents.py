@@ -304,3 +304,12 @@ def test_the_report_in_a_bundle_has_nothing_that_another_run_of_the_command_woul
     assert for_bundle(found) == for_bundle(again)
     assert for_bundle(found).command == "edgeprune deploy --run run"
     assert "in all, peak memory" not in render_html(for_bundle(found)).decode()
+
+
+def test_an_int8_file_for_onnxruntime_says_which_session_option_its_sums_need(tmp_path):
+    said = {
+        eight_bit: "x64quantprecision"
+        in (make_bundle(tmp_path / f"{eight_bit}", eight_bit=eight_bit) / "README.md").read_text()
+        for eight_bit in (True, False)
+    }
+    assert said == {True: True, False: False}

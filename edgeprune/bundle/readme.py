@@ -52,6 +52,7 @@ def readme_text(manifest: Manifest) -> bytes:
         *([("sparsity", manifest.sparsity.line())] if manifest.sparsity else []),
         *([("left in float", ", ".join(manifest.float_layers))] if manifest.float_layers else []),
         *([("why FP32", manifest.why_fp32)] if manifest.why_fp32 else []),
+        *_session_option(manifest),
         *_not_run(manifest),
         ("latency stamp", f"{STAMPS[latency.stamp]} ({latency.device})"),
         ("made by", f"edgeprune {manifest.edgeprune_version}, {manifest.created}"),
@@ -86,6 +87,14 @@ def _float_row(manifest: Manifest) -> list[tuple[str, str]]:
     size, share = found.model.size_bytes, f"{found.quality.shipped:.2%}"
     what = f"`{found.model.path}` (fp32, {size} bytes), {found.quality.metric} {share}, not timed"
     return [("the same net in FP32, to build FP16 from", what)]
+
+
+def _session_option(manifest: Manifest) -> list[tuple[str, str]]:
+    """What onnxruntime has to be told so that INT8 sums are right on every processor; the sample programs do."""
+    if manifest.runtime.name != "onnxruntime" or manifest.model.precision != "int8":
+        return []
+    text = "set `session.x64quantprecision` to `1`: on x86 without VNNI sums saturate in 16 bits without it, and answers are wrong"
+    return [("session option", text)]
 
 
 def _not_run(manifest: Manifest) -> list[tuple[str, str]]:
