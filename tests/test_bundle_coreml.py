@@ -26,8 +26,9 @@ from edgeprune.errors import IntegrityError
 from edgeprune.folders import model_bytes, packed
 from edgeprune.records import sha256_bytes
 from edgeprune.results import Artifact, TensorSpec
-from edgeprune.specs import ComputeUnits
+from edgeprune.specs import ComputeUnits, Device
 
+MAC = Device(transport="local", targets=("iphone",))
 MODEL = "models/Classifier.mlpackage"
 WEIGHTS = f"{MODEL}/Data/com.apple.CoreML/weights/weight.bin"
 
@@ -212,9 +213,9 @@ def test_a_mac_answers_with_every_choice_of_processors(tmp_path, monkeypatch, of
     subject._manifest = check_structure(bundle)
     if off:
         with pytest.raises(IntegrityError, match="the answers differ"):
-            subject.golden_on("mac", bundle_fixture.facts)
+            subject.golden_on("mac", MAC)
         return
-    detail, _ = subject.golden_on("mac", bundle_fixture.facts)
+    detail, _ = subject.golden_on("mac", MAC)
     assert mac.loaded == list(UNITS)
     assert all(f"{units}: 8 samples" in detail for units in UNITS.values())
     assert detail.count("median 0.5 ms, compiled in 7 ms") == 4

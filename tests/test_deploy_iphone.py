@@ -105,6 +105,7 @@ def job(*, units: str | None = None, **changes: object) -> SimpleNamespace:
         "workload": workload,
         "labels": ("a\nb", "c"),
         "n_classes": 2,
+        "outputs": "logits",
         "preprocess": None,
         "dataset": SimpleNamespace(digest="d"),
     }

@@ -144,7 +144,7 @@ def test_the_tolerance_of_small_probabilities_is_small_and_of_int8_a_softmax_ste
     small[:, 0] = 0.26
     kind = {"answers": "probabilities"}
     assert default_tolerance(artifact("fp32"), small, **kind).atol == pytest.approx(0.26e-4)
-    assert default_tolerance(artifact("fp32"), small).atol == pytest.approx(1e-4)
+    assert default_tolerance(artifact("fp32"), small).atol == pytest.approx(0.26e-4)
     assert default_tolerance(artifact("fp16"), small, **kind).atol == pytest.approx(0.013)
     assert default_tolerance(artifact("int8"), small, **kind).atol == pytest.approx(3 / 256)
 

@@ -98,7 +98,7 @@ def test_a_project_folder_becomes_a_model_with_its_data(project: Path) -> None:
     assert loaded.labels is None
     assert loaded.preprocess.size == (10, 12)
     assert not loaded.model.training
-    assert [len(loaded.dataset.train), len(loaded.dataset.selection)] == [32, 4]
+    assert [len(loaded.dataset.train), len(loaded.dataset.selection)] == [24, 8]
     assert any("no weights file" in note for note in loaded.notes)
 
 
