@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from edgeprune.errors import SpecError, reason_of, shown
+
+MAX_NAME_BYTES = 255  # of the file systems in use
 
 
 def located(text: Path | str, base: Path | str = "", *, what: str) -> Path:
@@ -22,6 +25,9 @@ def located(text: Path | str, base: Path | str = "", *, what: str) -> Path:
     """
     try:
         path = Path(base) / Path(text).expanduser()
+        # Where a folder before it is missing, the system never comes to a name that is too long.
+        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass

@@ -338,7 +338,12 @@ def test_a_path_that_none_can_have_is_one_line_wherever_it_is_given(path, tmp_pa
         *(
             (
                 lambda flag=flag: deploy(
-                    tinynet.build(), x, target="rpi4", preprocess=IMAGES, **{flag: path}
+                    tinynet.build(),
+                    x,
+                    target="rpi4",
+                    task="classify",
+                    preprocess=IMAGES,
+                    **{flag: path},
                 )
             )
             for flag in ("run", "tables", "plan")
