@@ -109,7 +109,7 @@ def opened(
             hint="record a new run: name its folder with --run",
         )
     allocator.keep_large_blocks()
-    for note in job.notes:
+    for note in (*job.loaded.notes, *job.notes):
         progress.say(f"note: {note}")
     early = None
     if (

@@ -139,7 +139,8 @@ def from_objects(
 def _weights_file(key: str, name: str, base: Path) -> dict[str, torch.Tensor]:
     path = located(name, base, what=key)
     if not path.is_file():
-        raise SpecError(f"{key} names {name}, but there is no such file in {base}")
+        what = "which is a folder" if path.is_dir() else f"but there is no such file in {base}"
+        raise SpecError(f"{key} names {name}, {what}", hint="give a file of safetensors or torch")
     return intake.read_weights(path)
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tinynet
+from int8_fixture import Said
 
-from edgeprune.api import plan_loaded
+from edgeprune import pipeline
+from edgeprune.api import plan_loaded, resolve
 from edgeprune.bundle.manifest import MIN_GOLDEN
 from edgeprune.compress.compensate import MIN_SAMPLES
 from edgeprune.datasets import Split
 from edgeprune.enough import FEWEST, coarse_note, require_enough, share_to_draw
-from edgeprune.errors import ModelError
+from edgeprune.errors import DeviceError, ModelError
 from edgeprune.options import Options
 from edgeprune.progress import Silent
 from edgeprune.specs import Preprocess
@@ -91,3 +93,20 @@ def test_26_samples_go_all_the_way_to_a_bundle(tmp_path: Path):
     assert done.returncode in (0, 6), done.stderr
     assert (home / "run" / "bundle" / "manifest.json").is_file()
     assert "note: one of 8 development samples is 12.5 points" in done.stderr
+
+
+def test_what_is_known_of_the_data_is_said_before_a_board_is_asked_for(monkeypatch, tmp_path):
+    said = Said()
+    loaded = from_objects(
+        tinynet.build(), tinynet.images(64, 0), preprocess=Preprocess(color="grey")
+    )
+    job = resolve(loaded, Options(target="rpi4", latency="90%"))
+
+    def asked(*_, **__):
+        raise DeviceError("no board")
+
+    monkeypatch.setattr(pipeline, "_boards", asked)
+    with pytest.raises(DeviceError), pipeline.opened(job, said):
+        pass
+    assert loaded.notes
+    assert [f"note: {note}" for note in loaded.notes] == said.lines[: len(loaded.notes)]

@@ -84,7 +84,7 @@ def take_in_turn(
 
 def busy(name: str, refusal: Refusal, wait_s: float = 0.0) -> Busy:
     """The error for a board that another client holds, also after waiting; names them as they named themselves."""
-    after = f", and was all the {span(wait_s)} that were waited for it" if wait_s > 0 else ""
+    after = f", still after a wait of {span(wait_s)}" if wait_s > 0 else ""
     return Busy(
         f"device {name!r} is held by {_holder(refusal)}{after}",
         hint=f"give more minutes with --wait, or wait for it with: edgeprune devices wait {name}",
