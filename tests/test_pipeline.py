@@ -20,6 +20,7 @@ from edgeprune import pipeline, records
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.latency.kernel_times import read_times
+from edgeprune.report.facts import unreliable
 from edgeprune.results import Report
 from edgeprune.search_results import PlanFile
 from edgeprune.specs import Augment, Preprocess, Recovery, Workload
@@ -50,6 +51,11 @@ def project(deployed: tinynet.Run, tmp_path: Path) -> Path:
 
 def read_report(run: Path) -> Report:
     return records.read_json(Report, run / "report.json")
+
+
+def kept(report: Report) -> str:
+    """What a bundle is called that kept its promises: on a busy machine, by times that nobody should rely on."""
+    return "passed-on-unreliable-times" if unreliable(report) else "passed"
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -174,7 +180,7 @@ def test_the_bundle_is_of_the_file_that_was_measured(deployed, report):
         manifest.source_sha256 == shipped.artifact_sha256
     )  # the same file without the texts at its end
     assert manifest.latency.median_ms == shipped.median_ms
-    assert (manifest.status != "best-effort") is report.passed
+    assert manifest.status == ("best-effort" if not report.passed else kept(report))
 
 
 def test_the_same_run_and_source_date_epoch_give_the_same_bundle_again(
@@ -228,7 +234,7 @@ def test_a_budget_over_the_dense_latency_prunes_nothing_and_passes(project):
     found = read_report(project / "run")
     assert all(len(group.kept) == group.channels for group in found.plan.groups)
     assert found.passed
-    assert read_manifest(project / "run" / "bundle").status == "passed"
+    assert read_manifest(project / "run" / "bundle").status == kept(found)
 
 
 # The narrowest structure is far too small to answer as the dense net does; the search for a budget of one half takes longer.
