@@ -140,6 +140,19 @@ def test_xcode_is_told_what_it_shows(made) -> None:
     assert not any("date" in key for key in metadata.userDefined)
 
 
+def test_equal_nets_give_equal_bytes(made, tmp_path: Path) -> None:
+    model, x = coreml_fixture.build(), seen(raw(32))
+    form, wide, narrow = (
+        coreml.CoremlFormat(FACTS),
+        tmp_path / "fp16.mlpackage",
+        tmp_path / "int8.mlpackage",
+    )
+    form.export(model, x[:1], wide)
+    form.quantize(wide, x, narrow, model=model)
+    assert files_of(wide) == files_of(made["fp16"])
+    assert files_of(narrow) == files_of(made["int8"])
+
+
 def test_an_equal_net_gives_the_package_in_the_repository_but_for_the_last_bits(made) -> None:
     x = seen(raw(24, seed=9))
     for precision, limit in (("fp16", 0.005), ("int8", 0.1)):
