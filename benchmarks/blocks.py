@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from edgeprune import records
-from edgeprune.plan_results import LatencyModelQuality
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Fingerprint, Report
+from edgeprune.records.names import Precision
+from edgeprune.records.plan import LatencyModelQuality
 from edgeprune.report import charts, facts
 from edgeprune.report.figures import (
     bytes_text,
@@ -27,8 +29,6 @@ from edgeprune.report.figures import (
     unit_text,
 )
 from edgeprune.report.sections import speed_cell
-from edgeprune.results import Fingerprint, Report
-from edgeprune.specs import Precision
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -141,7 +141,7 @@ class MeasurementResults(records.Record):
 def stamp_text(fingerprint: Fingerprint) -> str:
     """Where times come from.
 
-    >>> from edgeprune.results import Fingerprint
+    >>> from edgeprune.records.artifact import Fingerprint
     >>> stamp_text(Fingerprint.model_construct(stamp="stand-in", machine="x86_64"))
     'stand-in: x86-64'
     """
@@ -358,7 +358,7 @@ def measurement_block(results: MeasurementResults) -> str:
         f"Chains of equal layers ({results.layer}) on `{f.device}` ({printable(f.cpu_model)}, {f.cores} cores, {f.runtime}"
         f" {f.runtime_version}, {f.threads} thread): **{stamp}**. A chain takes {time_text(times[0])} to {time_text(times[-1])};"
         f" blocks of {results.block_ms:g} ms."
-        ' Trials of all rules take turns while all have some left. "Paired" is the rule of `edgeprune.devices.decide`;'
+        ' Trials of all rules take turns while all have some left. "Paired" is the rule of `edgeprune.devices.timing.decide`;'
         " the others time one file after the other, as these tools do, with the same runtime calls."
     )
     parts = [intro]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.records import Record
-from edgeprune.results import Fingerprint
-from edgeprune.version import VERSION
+from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.base import Record
+from edgeprune.records.version import VERSION
 
 MATRIX = Path(__file__).parents[1] / "tests" / "test_failure_matrix.py"
 

@@ -20,18 +20,20 @@ from blocks import RESULTS, Achieved, BudgetResults, BudgetRow, Check
 from commands import time_every_kernel
 
 import edgeprune
-from edgeprune import api, catalog, records
-from edgeprune.budgets import parse_budget
-from edgeprune.closing import versions
-from edgeprune.context import Job
 from edgeprune.devices.board import open_board
 from edgeprune.errors import BudgetError, EdgepruneError, SpecError
-from edgeprune.options import Options
+from edgeprune.pipeline import api
+from edgeprune.pipeline.context import Job
+from edgeprune.pipeline.options import Options
+from edgeprune.pipeline.stages.finish import versions
 from edgeprune.progress import Progress, Terminal
+from edgeprune.records import base as records
+from edgeprune.records import catalog
+from edgeprune.records.artifact import Fingerprint, Report
+from edgeprune.records.budget import parse_budget
+from edgeprune.records.names import Workload
 from edgeprune.report import facts
-from edgeprune.results import Fingerprint, Report
-from edgeprune.specs import Workload
-from edgeprune.workload import LoadedWorkload, load_workload
+from edgeprune.workload.load import LoadedWorkload, load_workload
 
 EXAMPLE = "fashion-mnist"
 BUDGETS = "90%,80%,70%,65%,60%,55%,50%,45%,40%,30%"

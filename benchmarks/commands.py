@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from edgeprune.latency.times_cache import SWITCH
+from edgeprune.plan.latency.times_cache import SWITCH
 
 _FOLDER_FLAGS = ("--run", "--resume", "--out")
 

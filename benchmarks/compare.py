@@ -22,17 +22,20 @@ from compare_records import OURS, CompareResults
 from compare_runner import Runner, structures
 from methods.comparison import Comparison
 
-from edgeprune import api, catalog, pipeline, records
-from edgeprune.budgets import parse_budget
-from edgeprune.closing import versions
 from edgeprune.errors import SpecError
-from edgeprune.feasibility import prepare
-from edgeprune.options import Options
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.options import Options
+from edgeprune.pipeline.run_folder import RunFolder
+from edgeprune.pipeline.stages.finish import versions
+from edgeprune.pipeline.stages.kernels import prepare
 from edgeprune.progress import Terminal
-from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Int8, Recovery, Workload
-from edgeprune.version import VERSION
-from edgeprune.workload import LoadedWorkload, from_objects, load_workload
+from edgeprune.records import base as records
+from edgeprune.records import catalog
+from edgeprune.records.budget import parse_budget
+from edgeprune.records.names import Int8, Recovery, Workload
+from edgeprune.records.version import VERSION
+from edgeprune.workload.load import LoadedWorkload, from_objects, load_workload
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from edgeprune import records
-from edgeprune.plan_results import LatencyModelQuality
-from edgeprune.results import Fingerprint
-from edgeprune.specs import Precision
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.names import Precision
+from edgeprune.records.plan import LatencyModelQuality
 
 OURS = "edgeprune"  # the method; parts taken away stand behind a dash
 

@@ -14,10 +14,10 @@ from methods.comparison import Comparison
 from methods.rig import mcnemar
 from torch import nn
 
-from edgeprune import records
-from edgeprune.compress.initial import reinitialised
-from edgeprune.compress.structure import work
+from edgeprune.compress.heal.fresh_weights import reinitialised
+from edgeprune.compress.size import work
 from edgeprune.errors import BudgetError
+from edgeprune.records import base as records
 
 SCRATCH = "edgeprune-from-scratch"
 UNREPAIRED = "edgeprune-minus-compensation"

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 from blocks import RESULTS
 
-from edgeprune import records
 from edgeprune.errors import EdgepruneError
-from edgeprune.results import Report
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
 
 
 def trimmed(report: Report) -> Report:

@@ -16,10 +16,10 @@ from build_board import board_folder  # noqa: E402
 from emulated_board import BARE_PYTHON, emulated_board  # noqa: E402
 
 from edgeprune.devices.board import open_board  # noqa: E402
-from edgeprune.devices.provision import SetupReport, setup  # noqa: E402
+from edgeprune.devices.setup.provision import SetupReport, setup  # noqa: E402
 from edgeprune.progress import Silent  # noqa: E402
-from edgeprune.records import Record, write_json  # noqa: E402
-from edgeprune.version import VERSION  # noqa: E402
+from edgeprune.records.base import Record, write_json  # noqa: E402
+from edgeprune.records.version import VERSION  # noqa: E402
 
 RUNTIMES = ("litert", "tflite-runtime", "onnxruntime")
 
@@ -37,7 +37,7 @@ class Result(Record):
 
 def main() -> None:
     """Set up an empty board twice."""
-    from edgeprune.devices.agent_file import agent_bytes
+    from edgeprune.devices.link.agent_file import agent_bytes
 
     wheels = board_folder() / "cache" / "edgeprune" / "wheels"
     with emulated_board() as device:

@@ -13,8 +13,8 @@ from compare_records import OURS, CompareResults, CompareRow
 from predictor_blocks import PredictorResults
 from walltime_blocks import WallTime
 
-from edgeprune import records
-from edgeprune.records import Record
+from edgeprune.records import base as records
+from edgeprune.records.base import Record
 from edgeprune.report.figures import share_text, signed
 
 R = TypeVar("R", bound=Record)
@@ -126,7 +126,7 @@ def _stamp(results: CompareResults | BudgetResults | WallTime | None) -> str:
 
 
 def goals(folder: Path) -> Iterator[Goal]:
-    """Every figure that was asked for, from the results files in a folder. Raises as :func:`edgeprune.records.read_json`."""
+    """Every figure that was asked for, from the results files in a folder. Raises as :func:`edgeprune.records.base.read_json`."""
     nets = {
         n: _read(CompareResults, folder / f"compare-{n}.json")
         for n in ("example", "resnet20-wide", "resnet20-wide-brief", "mobilenetv2-half")

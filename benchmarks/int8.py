@@ -1,7 +1,7 @@
 """INT8 recipes side by side on LiteRT: ``python benchmarks/int8.py``, then ``python benchmarks/readme.py``.
 
-Every recipe of ``edgeprune.int8`` that costs no training is made by itself, on dense nets, and answers the whole development split; none
-is chosen here. Nets that a run does not make again keep their figures and their date.
+Every recipe of ``edgeprune.pipeline.files.int8`` that costs no training is made by itself, on dense nets, and answers the whole development
+split; none is chosen here. Nets that a run does not make again keep their figures and their date.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from commands import public_command
 from compare import load_net
 from int8_blocks import NetRecipes, RecipeResults, RecipeRow
 
-from edgeprune import api, pipeline, records
-from edgeprune.closing import versions
-from edgeprune.compress.equalise import correct_biases, equalise
 from edgeprune.compress.evaluate import logits, quality
-from edgeprune.context import Context
+from edgeprune.compress.int8.equalise import correct_biases, equalise
 from edgeprune.errors import EdgepruneError
 from edgeprune.formats import QuantizeOptions
-from edgeprune.int8 import CLIPPING, LEAST_ERROR, Search
-from edgeprune.options import Options
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.files.int8 import CLIPPING, LEAST_ERROR, Search
+from edgeprune.pipeline.options import Options
+from edgeprune.pipeline.run_folder import RunFolder
+from edgeprune.pipeline.stages.finish import versions
 from edgeprune.progress import Terminal
-from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Recovery
+from edgeprune.records import base as records
+from edgeprune.records.names import Recovery
 from targets import NETS, now
 
 OUT = Path(__file__).parent / "results" / "int8.json"

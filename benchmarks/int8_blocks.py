@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from edgeprune import records
+from edgeprune.records import base as records
 
 
 class RecipeRow(records.Record):

@@ -21,16 +21,16 @@ import numpy as np
 from blocks import RESULTS, MeasurementResults, Trial, measurement_block
 
 import edgeprune
-from edgeprune import records
-from edgeprune.closing import versions
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.decide import decide
-from edgeprune.devices.measure import ModelFile
 from edgeprune.devices.plans import TimingPlan
+from edgeprune.devices.timing.decide import decide
+from edgeprune.devices.timing.measure import ModelFile
 from edgeprune.errors import EdgepruneError
+from edgeprune.pipeline.stages.finish import versions
 from edgeprune.progress import Terminal
-from edgeprune.results import Block
-from edgeprune.specs import Device
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Block
+from edgeprune.records.names import Device
 
 LAYERS = (100, 102, 105)
 WIDTH, ROWS = 192, 4  # a layer of about 5 microseconds on one x86 core

@@ -27,8 +27,8 @@ from targets_blocks import TargetResults, targets_block
 from walltime_blocks import WallTime, walltime_block
 from zoo_blocks import ZooResults, zoo_block
 
-from edgeprune import records
-from edgeprune.results import Report
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
 
 README_NETS = ("example", "mobilenetv2-half")
 # "-brief" is the same net healed for less, which keeps apart what long training makes equal.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from edgeprune import records
-from edgeprune.results import Fingerprint
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Fingerprint
 
 TARGETS = ("rpi4", "jetson-orin-nano", "android-arm64", "iphone")
 

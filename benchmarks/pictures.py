@@ -24,10 +24,11 @@ from commands import public_command
 from picture_blocks import TARGETS, Picture, PictureResults, picture_file
 from PIL import Image, ImageChops
 
-from edgeprune import catalog, records
 from edgeprune.errors import EdgepruneError, FormatError, IntegrityError, SpecError
+from edgeprune.records import base as records
+from edgeprune.records import catalog
+from edgeprune.records.artifact import Report
 from edgeprune.report import facts
-from edgeprune.results import Report
 
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")

@@ -27,20 +27,26 @@ from commands import time_every_kernel
 from predictor_blocks import HeldOut, Predictor, PredictorResults
 
 import edgeprune
-from edgeprune import api, catalog, conversion, feasibility, pipeline, planning, records
-from edgeprune.closing import versions
-from edgeprune.context import Context
-from edgeprune.devices.measure import compare
 from edgeprune.devices.plans import SEARCH
+from edgeprune.devices.timing.measure import compare
 from edgeprune.errors import EdgepruneError, SpecError
-from edgeprune.factories import call_factory
 from edgeprune.formats import Resizable
-from edgeprune.latency.predictor import sample_nets
-from edgeprune.options import Options
-from edgeprune.orderstats import nearest_rank
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.options import Options
+from edgeprune.pipeline.stages import kernels as feasibility
+from edgeprune.pipeline.stages.finish import versions
+from edgeprune.plan import bench as planning
+from edgeprune.plan.latency.model import sample_nets
 from edgeprune.progress import Terminal
-from edgeprune.specs import Precision, Workload
-from edgeprune.workload import LoadedWorkload, from_objects, load_workload
+from edgeprune.records import base as records
+from edgeprune.records import catalog
+from edgeprune.records.names import Precision, Workload
+from edgeprune.records.statistics import nearest_rank
+from edgeprune.workload.factories import call_factory
+from edgeprune.workload.load import LoadedWorkload, from_objects, load_workload
 
 EXAMPLE = "fashion-mnist"
 HELD_OUT_SEED = 20261125  # the whole nets of the correction come from the run's own seed

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from edgeprune import records
-from edgeprune.plan_results import LatencyModelQuality
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.names import Precision
+from edgeprune.records.plan import LatencyModelQuality
 from edgeprune.report.figures import seconds_text, share_text
-from edgeprune.results import Fingerprint
-from edgeprune.specs import Precision
 
 
 class HeldOut(records.Record):

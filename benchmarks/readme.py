@@ -15,8 +15,8 @@ import click
 from blocks import RESULTS
 from pages import load_blocks, load_plots
 
-from edgeprune import records
 from edgeprune.errors import EdgepruneError, SpecError, UnknownName
+from edgeprune.records import base as records
 
 ROOT = Path(__file__).parents[1]
 _MARK = re.compile(r"^<!-- (?P<end>/?)figures:(?P<name>[a-z0-9-]+) -->$")

@@ -21,19 +21,21 @@ from compare import load_net
 from targets_blocks import LEDGER_FROM, WORKED_OUT, TargetResults, TargetRow, merged
 from targets_board import Int8File, by_its_kernels, error_steps, rows_on_the_board
 
-from edgeprune import api, pipeline, records
-from edgeprune.closing import versions
 from edgeprune.compress.evaluate import logits
-from edgeprune.context import NOT_RUN, Context
 from edgeprune.errors import EdgepruneError, FormatError
-from edgeprune.folders import model_bytes
 from edgeprune.formats import Evaluated, QuantizeOptions
-from edgeprune.int8 import Search, layer_gains
-from edgeprune.int8_results import LayerFallback
-from edgeprune.options import Options
+from edgeprune.formats.shared.model_bytes import model_bytes
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.context import NOT_RUN, Context
+from edgeprune.pipeline.files.int8 import Search, layer_gains
+from edgeprune.pipeline.options import Options
+from edgeprune.pipeline.run_folder import RunFolder
+from edgeprune.pipeline.stages.finish import versions
 from edgeprune.progress import Terminal
-from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Recovery
+from edgeprune.records import base as records
+from edgeprune.records.int8 import LayerFallback
+from edgeprune.records.names import Recovery
 
 OUT = Path(__file__).parent / "results" / "targets.json"
 TARGETS = ("rpi4", "rpi3-32bit", "this-machine", "jetson-orin-nano", "android-arm64", "iphone")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from edgeprune import records
-from edgeprune.int8_results import LayerFallback
+from edgeprune.records import base as records
+from edgeprune.records.int8 import LayerFallback
 
 LEDGER_FROM = 0.005  # accuracy that INT8 loses against FP32 before its layers are looked at
 SHOWN_LAYERS = 5

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from targets_blocks import EMULATED, TargetRow
 
-from edgeprune.context import Context
-from edgeprune.datasets import to_layout
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.frames import Refusal
-from edgeprune.folders import model_bytes
+from edgeprune.devices.link.frames import Refusal
+from edgeprune.formats.shared.model_bytes import model_bytes
+from edgeprune.pipeline.context import Context
 from edgeprune.progress import Progress
+from edgeprune.workload.dataset import to_layout
 
 TESTS = Path(__file__).parents[1] / "tests"
 BOARD_FORMATS = ("tflite", "onnx")

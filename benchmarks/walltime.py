@@ -24,17 +24,21 @@ from commands import public_command, time_every_kernel
 from torch import nn
 from walltime_blocks import SolverTime, WallTime
 
-from edgeprune import api, pipeline, records, search, stages
-from edgeprune.closing import Planned, versions
-from edgeprune.context import Context
 from edgeprune.errors import EdgepruneError
-from edgeprune.feasibility import plan_stages
-from edgeprune.options import Options
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.options import Options
+from edgeprune.pipeline.run_folder import RunFolder
+from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages.finish import Planned, versions
+from edgeprune.pipeline.stages.kernels import plan_stages
+from edgeprune.plan.solver import solve as search
 from edgeprune.progress import Terminal
-from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Preprocess
-from edgeprune.version import VERSION
-from edgeprune.workload import LoadedWorkload, from_objects
+from edgeprune.records import base as records
+from edgeprune.records.names import Preprocess
+from edgeprune.records.version import VERSION
+from edgeprune.workload.load import LoadedWorkload, from_objects
 
 NET = "MobileNetV2, 224x224"
 REPEATS = 5  # of the solver alone

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from edgeprune import records
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Fingerprint, StageCost
+from edgeprune.records.names import Precision
 from edgeprune.report.figures import seconds_text, share_text
-from edgeprune.results import Fingerprint, StageCost
-from edgeprune.specs import Precision
 
 
 class SolverTime(records.Record):

@@ -27,10 +27,10 @@ import torch
 from torch import nn
 from zoo_blocks import ZooResults, ZooRow
 
-from edgeprune import records
-from edgeprune.compress.groups import find_groups, mask_identity, remove_channels
+from edgeprune.compress.groups.find import find_groups, mask_identity, remove_channels
 from edgeprune.errors import EdgepruneError
 from edgeprune.progress import Terminal
+from edgeprune.records import base as records
 
 OUT = Path(__file__).parent / "results" / "zoo.json"
 MEMORY_BYTES, CLASSES = 10 * 2**30, 10

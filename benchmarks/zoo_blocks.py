@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from edgeprune import records
+from edgeprune.records import base as records
 
 HOLDS, FROZEN = "identity holds", "all frozen"
 SKIPPED = ("no classifier", "not built")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.version import VERSION
+from edgeprune.records.version import VERSION
 
 __version__ = VERSION
 __all__ = ["deploy", "load", "load_pruned", "verify"]
@@ -18,13 +18,13 @@ __all__ = ["deploy", "load", "load_pruned", "verify"]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from edgeprune.api import deploy
     from edgeprune.bundle.load import load
     from edgeprune.bundle.verify import verify
     from edgeprune.compress.pruned_file import load_pruned
+    from edgeprune.pipeline.api import deploy
 
 _HOMES = {
-    "deploy": "edgeprune.api",
+    "deploy": "edgeprune.pipeline.api",
     "load": "edgeprune.bundle.load",
     "load_pruned": "edgeprune.compress.pruned_file",
     "verify": "edgeprune.bundle.verify",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.cli import main
+from edgeprune.cli.main import main
 
 if __name__ == "__main__":
     main()

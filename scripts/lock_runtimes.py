@@ -1,4 +1,4 @@
-"""Write ``edgeprune/devices/runtime_pins.yaml``: the wheels that ``edgeprune devices setup`` brings to boards, with their hashes.
+"""Write ``edgeprune/devices/setup/runtime_pins.yaml``: the wheels that ``edgeprune devices setup`` brings to boards, with their hashes.
 
 ::
 
@@ -33,8 +33,8 @@ from typing import Any
 
 import yaml
 
-from edgeprune.devices.runtime_pins import PINS_PATH, RUNTIME_PACKAGES, RuntimePins
-from edgeprune.records import parse
+from edgeprune.devices.setup.runtime_pins import PINS_PATH, RUNTIME_PACKAGES, RuntimePins
+from edgeprune.records.base import parse
 
 NEWEST_GLIBC_MINOR = 36  # of Debian 12: newer boards run what older ones run
 MAX_CANDIDATES = 3

@@ -1,7 +1,7 @@
 """Write the sentinel models: ``python scripts/make_sentinels.py`` needs the extras ``tflite``, ``onnx`` and ``executorch``.
 
 All files are one small convolutional net of our own, in FP32, with weights drawn from a fixed seed. It never changes: the digests are
-pinned in ``edgeprune/devices/sentinel.py``, and drift is only seen against the same work. A run prints the digests that it wrote.
+pinned in ``edgeprune/devices/timing/sentinel.py``, and drift is only seen against the same work. A run prints the digests that it wrote.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = Path(__file__).parents[1] / "edgeprune" / "devices" / "sentinels"
+FOLDER = Path(__file__).parents[1] / "edgeprune" / "devices" / "timing" / "sentinels"
 SEED = 20261122
 SIZE, CLASSES = 64, 8
 # (channels in, channels out, stride) of 3x3 convolutions: 4.1 million multiply-adds, about 1 ms at the 4 GMAC/s that one

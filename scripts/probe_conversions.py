@@ -1,9 +1,9 @@
 """Which operators a format's converter, or its runtime, does not take: what ``forbidden_ops`` of the profiles are written from.
 
-``python scripts/probe_conversions.py [FORMAT ...]`` converts one small net for each operator word of ``edgeprune/operators.py`` to every
-format, and runs the file where a runtime is on this machine. A line for each word: ``ok``, or who refused and in which words. Files for
-TensorRT are run by onnxruntime, not by TensorRT, and Core ML packages are not run; ``tflite`` files are also held against the tables of the
-oldest runtimes.
+``python scripts/probe_conversions.py [FORMAT ...]`` converts one small net for each operator word of ``edgeprune/records/operators.py`` to
+every format, and runs the file where a runtime is on this machine. A line for each word: ``ok``, or who refused and in which words. Files
+for TensorRT are run by onnxruntime, not by TensorRT, and Core ML packages are not run; ``tflite`` files are also held against the tables of
+the oldest runtimes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from probe_xnnpack_ops import OPERATIONS, SIDE, Between
 
 from edgeprune import formats
-from edgeprune.datasets import to_layout
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.errors import EdgepruneError, FormatError
 from edgeprune.formats import check_runtime
+from edgeprune.workload.dataset import to_layout
 
 PACKAGES = ("torch", "ai-edge-litert", "litert-torch", "onnxruntime", "executorch", "coremltools")
 FORMATS = ("tflite", "onnx", "tensorrt", "executorch", "coreml")

@@ -2,11 +2,11 @@
 
 Run it with the Python of an environment that has ``tflite-runtime`` (or ``ai-edge-litert``) and ``flatbuffers``::
 
-    python scripts/probe_tflite_ops.py schema_py_generated.py > edgeprune/formats/_tflite_ops/litert.json
+    python scripts/probe_tflite_ops.py schema_py_generated.py > edgeprune/formats/tflite/ops/litert.json
 
 The runtime looks every operator code up, name and version, before it looks at anything else, and says which it does not find. The
 argument is the generated schema module (it lies in ai-edge-litert); only its tables and names are used. One file for each runtime, of the
-oldest version that ``edgeprune/devices/runtime_pins.yaml`` may put on a board.
+oldest version that ``edgeprune/devices/setup/runtime_pins.yaml`` may put on a board.
 """
 
 from __future__ import annotations

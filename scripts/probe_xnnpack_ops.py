@@ -1,8 +1,8 @@
 """Which operators XNNPACK leaves to LiteRT's built-in kernels, and which an INT8 file computes in float.
 
-``python scripts/probe_xnnpack_ops.py`` converts one small net for each operator word of ``edgeprune/operators.py`` and loads it, in both
-precisions. A line says how many of the file's operators XNNPACK took, which ones it left, and which ones take or give float inside an INT8
-file. The facts in ``avoid_ops`` of the profiles with LiteRT come from a run on x86-64. See also ``scripts/probe_conversions.py``.
+``python scripts/probe_xnnpack_ops.py`` converts one small net for each operator word of ``edgeprune/records/operators.py`` and loads it, in
+both precisions. A line says how many of the file's operators XNNPACK took, which ones it left, and which ones take or give float inside an
+INT8 file. The facts in ``avoid_ops`` of the profiles with LiteRT come from a run on x86-64. See also ``scripts/probe_conversions.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from edgeprune.errors import EdgepruneError
-from edgeprune.formats.tflite import FORMAT
+from edgeprune.formats.tflite.format import FORMAT
 
 CHANNELS, SIDE, SAMPLES = 16, 8, 16
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed
 from edgeprune.bundle.write import Payload, write_bundle
-from edgeprune.datasets import model_input
-from edgeprune.records import sha256_bytes
-from edgeprune.results import Artifact, TensorSpec
-from edgeprune.specs import Preprocess
+from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.names import Preprocess
+from edgeprune.workload.dataset import model_input
 
 PREPROCESS = Preprocess(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 LABELS = ("cat", "dog", "très loin")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune.folders import files_of
 from edgeprune.formats import AppFacts
-from edgeprune.specs import Preprocess
+from edgeprune.formats.shared.model_bytes import files_of
+from edgeprune.records.names import Preprocess
 
 DATA = Path(__file__).parent / "data"
 PREPROCESS = Preprocess(color="grey", mean=(0.25,), std=(0.5,))

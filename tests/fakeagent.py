@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sshd import script
 
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 HELLO = {
     "machine": "aarch64",

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from edgeprune import formats
-from edgeprune.context import Context
-from edgeprune.datasets import Dataset, Split
 from edgeprune.devices.board import Board
 from edgeprune.formats import Format
+from edgeprune.pipeline.context import Context
 from edgeprune.progress import Silent
-from edgeprune.specs import Device, Int8, Preprocess, Recovery, Runtime, Target
+from edgeprune.records.names import Device, Int8, Preprocess, Recovery, Runtime, Target
+from edgeprune.workload.dataset import Dataset, Split
 
 CLASSES = 5
 LAYERS = ("0", "3", "7")  # of the nets below

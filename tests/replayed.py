@@ -26,7 +26,10 @@ DEVICES = {
 }
 ZYGOTE = """
 import os, sys
-from edgeprune import api, cli, formats, stages
+from edgeprune import formats
+from edgeprune.cli import main as cli
+from edgeprune.pipeline import api
+from edgeprune.pipeline.stages import measure
 from edgeprune.report import render_html
 import onnx, onnxruntime, onnxscript, torch.onnx, torch.export
 formats.load("onnx")

@@ -6,14 +6,7 @@ import random
 import statistics
 from typing import Any
 
-from edgeprune.plan_results import (
-    FrozenGroup,
-    GroupPlan,
-    LatencyModelQuality,
-    PlanCheck,
-    PruningPlan,
-)
-from edgeprune.results import (
+from edgeprune.records.artifact import (
     Block,
     Comparison,
     Fingerprint,
@@ -25,6 +18,13 @@ from edgeprune.results import (
     StageCost,
     Telemetry,
     VariantRow,
+)
+from edgeprune.records.plan import (
+    FrozenGroup,
+    GroupPlan,
+    LatencyModelQuality,
+    PlanCheck,
+    PruningPlan,
 )
 
 LATENCY_MS = {

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 # Final measurements for tests that deploy but do not look at figures.

@@ -13,15 +13,15 @@ import coreml_fixture
 import numpy as np
 import pytest
 
-from edgeprune.devices import replies
 from edgeprune.devices.agent import coreml, environments, lease, machine, runtimes, telemetry
 from edgeprune.devices.agent import worker as workers
 from edgeprune.devices.agent.wire import Refused
 from edgeprune.devices.board import open_board
-from edgeprune.devices.frames import Refusal
+from edgeprune.devices.link import replies
+from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import DeviceError
-from edgeprune.folders import packed
-from edgeprune.specs import Device
+from edgeprune.formats.shared.model_bytes import packed
+from edgeprune.records.names import Device
 
 SCALE, BIAS = 1 / (255 * 0.5), -0.25 / 0.5
 

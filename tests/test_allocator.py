@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from edgeprune import allocator
+from edgeprune.pipeline import allocator
 
 PAGES = """
 import resource, sys
 import numpy as np
-from edgeprune import allocator
+from edgeprune.pipeline import allocator
 
 if "keep" in sys.argv:
     assert allocator.keep_large_blocks()

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from bundle_fixture import make_bundle
 
-from edgeprune import records
 from edgeprune.bundle.golden import file_input
 from edgeprune.bundle.manifest import MANIFEST, GoldenFile, Manifest
+from edgeprune.records import base as records
 
 REPO = Path(__file__).parents[1]
 FOLDER = REPO / "edgeprune/bundle/samples/android"

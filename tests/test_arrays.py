@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune.arrays import npy_array, npz_arrays
+from edgeprune.records.arrays import npy_array, npz_arrays
 
 
 def npy(array: np.ndarray, *, pickled: bool = False) -> bytes:

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgeprune import records
 from edgeprune.compress.pruned_file import load_pruned
 from edgeprune.formats import load
-from edgeprune.results import Report
-from edgeprune.search_results import PlanFile
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
+from edgeprune.records.search import PlanFile
 
 pytestmark = pytest.mark.slow
 SOURCE = '''

@@ -17,24 +17,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import conv_bn, head
 
-from edgeprune import formats, guarantee, planning, schedule, search
-from edgeprune.basis import Basis
-from edgeprune.budgets import parse_budget
-from edgeprune.compress.compensate import repaired
-from edgeprune.compress.divergence import AfterRepair
+from edgeprune import formats
 from edgeprune.compress.evaluate import logits
-from edgeprune.compress.groups import ChannelGroup, find_groups, mask_identity, remove_channels
-from edgeprune.compress.importance import cost_curves, l2
+from edgeprune.compress.groups.find import ChannelGroup, find_groups, mask_identity, remove_channels
+from edgeprune.compress.groups.surgery import Block, Removed
+from edgeprune.compress.plain_source import model_source
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
-from edgeprune.compress.source import model_source
-from edgeprune.compress.statistics import HeldOut, recalibrate_batchnorm
-from edgeprune.compress.structure import layer_widths
-from edgeprune.compress.surgery import Block, Removed
+from edgeprune.compress.repair.compensate import repaired
+from edgeprune.compress.repair.norm_statistics import HeldOut, recalibrate_batchnorm
+from edgeprune.compress.scores.importance import cost_curves, l2
+from edgeprune.compress.size import layer_widths
+from edgeprune.compress.structure_loss import AfterRepair
 from edgeprune.errors import FormatError, ModelError, SpecError
 from edgeprune.formats import Format
-from edgeprune.formats._resize import distinct_widths
+from edgeprune.formats.shared.widths import distinct_widths
+from edgeprune.pipeline.files.records import MeasuredTable, ScoresResult
+from edgeprune.pipeline.stages import steps as schedule
+from edgeprune.plan import bench as planning
+from edgeprune.plan import guarantee
+from edgeprune.plan.basis import Basis
+from edgeprune.plan.solver import solve as search
 from edgeprune.progress import Silent
-from edgeprune.stage_records import MeasuredTable, ScoresResult
+from edgeprune.records.budget import parse_budget
 
 
 class Bottleneck(nn.Module):

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from edgeprune import planning, search
-from edgeprune.compress.groups import ChannelGroup
-from edgeprune.compress.surgery import Block
+from edgeprune.compress.groups.find import ChannelGroup
+from edgeprune.compress.groups.surgery import Block
 from edgeprune.formats import Kernel
-from edgeprune.latency import calls
-from edgeprune.latency.table import LatencyTable, tabulate
+from edgeprune.pipeline.files.records import MeasuredTable
+from edgeprune.plan import bench as planning
+from edgeprune.plan.latency import call_overhead as calls
+from edgeprune.plan.latency.table import LatencyTable, tabulate
+from edgeprune.plan.solver import solve as search
+from edgeprune.plan.solver.solve import Problem
 from edgeprune.progress import Silent
-from edgeprune.search import Problem
-from edgeprune.stage_records import MeasuredTable
 
 CHAIN = (
     ("s",),

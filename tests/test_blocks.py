@@ -14,19 +14,19 @@ from torch.nn import functional as F
 from zoo import ZOO, conv_bn, head, make
 
 from edgeprune import formats
-from edgeprune.compress.compensate import compensate, repaired
 from edgeprune.compress.evaluate import logits
-from edgeprune.compress.groups import find_groups, mask_identity, remove_channels
-from edgeprune.compress.importance import cost_curves, l2
+from edgeprune.compress.groups.find import find_groups, mask_identity, remove_channels
+from edgeprune.compress.groups.surgery import Block, Removed
+from edgeprune.compress.plain_source import model_source
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
-from edgeprune.compress.source import model_source
-from edgeprune.compress.statistics import HeldOut
-from edgeprune.compress.structure import layer_widths
-from edgeprune.compress.surgery import Block, Removed
+from edgeprune.compress.repair.compensate import compensate, repaired
+from edgeprune.compress.repair.norm_statistics import HeldOut
+from edgeprune.compress.scores.importance import cost_curves, l2
+from edgeprune.compress.size import layer_widths
 from edgeprune.errors import FormatError, IntegrityError, ModelError
 from edgeprune.formats import Format
-from edgeprune.formats._branches import Graph, Step, branch_of
-from edgeprune.formats._resize import distinct_widths
+from edgeprune.formats.shared.branches import Graph, Step, branch_of
+from edgeprune.formats.shared.widths import distinct_widths
 from edgeprune.progress import Silent
 from examples.fashion_mnist.net import build
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune import catalog, records
-from edgeprune.budgets import budget_text, drop_text
 from edgeprune.errors import SpecError
-from edgeprune.options import Options, chosen_gates
-from edgeprune.specs import Workload
+from edgeprune.pipeline.options import Options, chosen_gates
+from edgeprune.records import base as records
+from edgeprune.records import catalog
+from edgeprune.records.budget import budget_text, drop_text
+from edgeprune.records.names import Workload
 
 PLAIN = {"model": "net.py:build", "data": "photos"}
 

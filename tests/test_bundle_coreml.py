@@ -14,19 +14,19 @@ import pytest
 import torch
 
 from edgeprune.bundle import verify as verify_module
-from edgeprune.bundle import weights
 from edgeprune.bundle.golden import GoldenResult, default_tolerance
 from edgeprune.bundle.integrity import check_hashes, check_structure, read_model
-from edgeprune.bundle.running import load_model
+from edgeprune.bundle.on_board import load_model
 from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.devices.agent.coreml import UNITS
 from edgeprune.devices.plans import Loaded
 from edgeprune.errors import IntegrityError
-from edgeprune.folders import model_bytes, packed
-from edgeprune.records import sha256_bytes
-from edgeprune.results import Artifact, TensorSpec
-from edgeprune.specs import ComputeUnits, Device
+from edgeprune.formats.inside import weights
+from edgeprune.formats.shared.model_bytes import model_bytes, packed
+from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.names import ComputeUnits, Device
 
 MAC = Device(transport="local", targets=("iphone",))
 MODEL = "models/Classifier.mlpackage"

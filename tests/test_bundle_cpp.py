@@ -16,7 +16,7 @@ from test_bundle_metadata import tflite_bundle
 from edgeprune.bundle import write
 from edgeprune.bundle.golden import npy_bytes
 from edgeprune.bundle.write import sample_files
-from edgeprune.datasets import model_input
+from edgeprune.workload.dataset import model_input
 
 pytestmark = pytest.mark.timeout(300)
 

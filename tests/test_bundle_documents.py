@@ -16,16 +16,16 @@ from pydantic import ValidationError
 from report_fixture import make_report
 from test_bundle_metadata import tflite_bundle
 
-from edgeprune import cli
 from edgeprune.bundle.integrity import sums_text
 from edgeprune.bundle.manifest import Judged, Manifest, Quality, identity
 from edgeprune.bundle.repro import Repro, git_state, repro_files, scrub
 from edgeprune.bundle.schemas import SCHEMAS, schema_files
 from edgeprune.bundle.verify import verify
-from edgeprune.closing import for_bundle
-from edgeprune.records import read_json, to_json
+from edgeprune.cli import main as cli
+from edgeprune.pipeline.stages.finish import for_bundle
+from edgeprune.records.base import read_json, to_json
+from edgeprune.records.names import Workload
 from edgeprune.report import render_html
-from edgeprune.specs import Workload
 
 SCHEMA_FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
 TEST = Quality(metric="accuracy", split="test", n=500, dense=0.9, shipped=0.89)

@@ -18,20 +18,20 @@ from torch import nn
 
 from edgeprune import formats
 from edgeprune.bundle import verify
-from edgeprune.bundle.anatomy import anatomy
-from edgeprune.bundle.eight_bits import layers_line, require_eight_bits
 from edgeprune.bundle.write import Payload, write_bundle
-from edgeprune.conversion import _not_int8, require_int8
-from edgeprune.datasets import model_input, to_layout
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.errors import FormatError, IntegrityError
-from edgeprune.folders import packed
 from edgeprune.formats import QuantizeOptions
-from edgeprune.int8_results import Int8Report, Int8Try, LayerFallback
-from edgeprune.results import Artifact
-from edgeprune.runfolder import Stage
-from edgeprune.shipping import _require_int8
-from edgeprune.stage_records import PrunedFiles
+from edgeprune.formats.inside.anatomy import anatomy
+from edgeprune.formats.inside.eight_bits import layers_line, require_eight_bits
+from edgeprune.formats.shared.model_bytes import packed
+from edgeprune.pipeline.files.export import _not_int8, require_int8
+from edgeprune.pipeline.files.records import PrunedFiles
+from edgeprune.pipeline.run_folder import Stage
+from edgeprune.pipeline.stages.precision import _require_int8
+from edgeprune.records.artifact import Artifact
+from edgeprune.records.int8 import Int8Report, Int8Try, LayerFallback
+from edgeprune.workload.dataset import model_input, to_layout
 
 RUNTIME = {"tflite": "litert", "onnx": "onnxruntime"}
 FLOATS = ("0", "2", "4")

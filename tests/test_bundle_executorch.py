@@ -17,13 +17,13 @@ from torch import nn
 pytest.importorskip("executorch")
 
 from edgeprune import formats
-from edgeprune.bundle.behaviour import Check
-from edgeprune.bundle.inside import operators_check
+from edgeprune.bundle.device_check import Check
 from edgeprune.bundle.integrity import check_structure
+from edgeprune.bundle.model_check import operators_check
 from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import Payload, write_bundle
-from edgeprune.datasets import model_input
 from edgeprune.errors import IntegrityError
+from edgeprune.workload.dataset import model_input
 
 
 @pytest.fixture(scope="module", params=["android", "python"])

@@ -11,9 +11,9 @@ from bundle_fixture import expected, facts, images, make_bundle, onnx_file, tfli
 from test_bundle_metadata import tflite_bundle
 from test_bundle_verify import _failure, _resealed
 
-from edgeprune.bundle import behaviour, verify
-from edgeprune.bundle.anatomy import anatomy
-from edgeprune.bundle.behaviour import Check
+from edgeprune.bundle import device_check as behaviour
+from edgeprune.bundle import verify
+from edgeprune.bundle.device_check import Check
 from edgeprune.bundle.golden import judge
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.bundle.verify import require_ok
@@ -22,8 +22,9 @@ from edgeprune.devices.board import open_board
 from edgeprune.devices.plans import Loaded, TimingPlan
 from edgeprune.errors import BudgetError, IntegrityError
 from edgeprune.formats import load as load_format
-from edgeprune.records import read_json
-from edgeprune.specs import Device
+from edgeprune.formats.inside.anatomy import anatomy
+from edgeprune.records.base import read_json
+from edgeprune.records.names import Device
 
 
 def _local(tmp_path: Path, *, stand_in: bool = True) -> Device:

@@ -7,10 +7,10 @@ import pytest
 from bundle_fixture import LABELS, PREPROCESS, expected, facts, images, make_bundle, tflite_file
 
 from edgeprune.bundle.load import load
-from edgeprune.bundle.running import RuntimeMissing
+from edgeprune.bundle.on_board import RuntimeMissing
 from edgeprune.bundle.write import Payload, write_bundle, zip_path
-from edgeprune.datasets import model_input
 from edgeprune.errors import IntegrityError, ModelError
+from edgeprune.workload.dataset import model_input
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from edgeprune.bundle.manifest import (
     identity,
 )
 from edgeprune.errors import SpecError
-from edgeprune.patterns import SparseWeights
-from edgeprune.records import read_json, sha256_bytes, to_json, to_json_text
-from edgeprune.results import TensorSpec
+from edgeprune.records.artifact import TensorSpec
+from edgeprune.records.base import read_json, sha256_bytes, to_json, to_json_text
+from edgeprune.records.sparsity import SparseWeights
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from edgeprune.bundle.manifest import Manifest, identity
 from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import Payload, model_texts, write_bundle
 from edgeprune.errors import IntegrityError
-from edgeprune.formats import _metadata, _protobuf
-from edgeprune.formats._metadata import KEYS, PREFIX, carrier
-from edgeprune.records import read_json, sha256_bytes
+from edgeprune.formats.shared import metadata as _metadata
+from edgeprune.formats.shared import protobuf as _protobuf
+from edgeprune.formats.shared.metadata import KEYS, PREFIX, carrier
+from edgeprune.records.base import read_json, sha256_bytes
 
 TEXTS = {PREFIX + key: f"{key} = été" for key in KEYS}
 LABEL_BYTES = labels_text(LABELS)

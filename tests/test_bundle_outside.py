@@ -24,11 +24,11 @@ from edgeprune.bundle.manifest import FORMS, MANIFEST, SUMS
 from edgeprune.bundle.outside import check_self_contained
 from edgeprune.bundle.verify import verify
 from edgeprune.errors import IntegrityError
-from edgeprune.folders import packed
 from edgeprune.formats import load as load_format
 from edgeprune.formats import names
-from edgeprune.formats._protobuf import field_bytes
-from edgeprune.results import Artifact
+from edgeprune.formats.shared.model_bytes import packed
+from edgeprune.formats.shared.protobuf import field_bytes
+from edgeprune.records.artifact import Artifact
 
 ONNX = "models/model.fp32.onnx"
 

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from edgeprune import cli
 from edgeprune.bundle import verify
 from edgeprune.bundle.integrity import sums_text
 from edgeprune.bundle.load import load
 from edgeprune.bundle.sign import sign_bundle
 from edgeprune.bundle.write import zip_path
+from edgeprune.cli import main as cli
 from edgeprune.errors import IntegrityError, SpecError
 
 

@@ -19,9 +19,9 @@ from test_bundle_verify import _failure
 from edgeprune.bundle.trouble import is_trouble
 from edgeprune.bundle.verify import VerifyReport, require_ok, verify
 from edgeprune.bundle.write import Payload, write_bundle, zip_path
-from edgeprune.devices.frames import Refusal
+from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import DeviceError, IntegrityError, LinkLost, NoSpace
-from edgeprune.records import sha256_bytes
+from edgeprune.records.base import sha256_bytes
 
 
 @pytest.fixture

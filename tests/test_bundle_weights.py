@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from bundle_fixture import onnx_file, tflite_file
 
-from edgeprune.bundle.weights import eight_bit_ratio, weight_elements
 from edgeprune.errors import IntegrityError
+from edgeprune.formats.inside.weights import eight_bit_ratio, weight_elements
 
 
 def test_storage_types_are_counted_as_the_writers_stored_them(tmp_path: Path) -> None:

@@ -14,12 +14,18 @@ import onnxruntime.quantization as tools
 import pytest
 import zoo
 
-from edgeprune import catalog, conversion, formats, int8_types
+from edgeprune import formats
 from edgeprune.devices.board import open_board
-from edgeprune.formats import QuantizeOptions, _calibration, _onnx_inspect, _tflite_inspect
-from edgeprune.formats._ranges import spreads
-from edgeprune.formats.onnx import VARIANTS, OnnxFormat
-from edgeprune.stage_records import TypesRow
+from edgeprune.formats import QuantizeOptions
+from edgeprune.formats.onnx import inspect as _onnx_inspect
+from edgeprune.formats.onnx.format import VARIANTS, OnnxFormat
+from edgeprune.formats.shared import calibration as _calibration
+from edgeprune.formats.shared.ranges import spreads
+from edgeprune.formats.tflite import inspect as _tflite_inspect
+from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import onnx_types as int8_types
+from edgeprune.pipeline.files.records import TypesRow
+from edgeprune.records import catalog
 
 INSPECTION = {"onnx": _onnx_inspect, "tflite": _tflite_inspect}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune import catalog
 from edgeprune.errors import SpecError, UnknownName
+from edgeprune.records import catalog
 
 TARGET = """\
 schema_version: 1

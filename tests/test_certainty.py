@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune.budgets import parse_budget
-from edgeprune.certainty import PLAN_SHARE, Confirmation, Limit
-from edgeprune.devices.decide import Decision, interval, judge_budget
-from edgeprune.orderstats import centre
-from edgeprune.plan_results import PlanCheck
-from edgeprune.planning import CONFIRM_LOOKS
+from edgeprune.devices.timing.decide import Decision, interval, judge_budget
+from edgeprune.plan.bench import CONFIRM_LOOKS
+from edgeprune.plan.certainty import PLAN_SHARE, Confirmation, Limit
 from edgeprune.progress import Silent
-from edgeprune.results import Block
+from edgeprune.records.artifact import Block
+from edgeprune.records.budget import parse_budget
+from edgeprune.records.plan import PlanCheck
+from edgeprune.records.statistics import centre
 
 DENSE_MS = 10.0
 

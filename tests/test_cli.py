@@ -11,14 +11,15 @@ import pytest
 import tinynet
 import yaml
 
-from edgeprune import __version__, api
+from edgeprune import __version__
 from edgeprune.errors import SpecError
-from edgeprune.options import Options
-from edgeprune.records import read_yaml
-from edgeprune.results import Report
-from edgeprune.specs import Profile, Target, Workload
-from edgeprune.stage_records import PlanResult
-from edgeprune.workload import from_objects
+from edgeprune.pipeline import api
+from edgeprune.pipeline.files.records import PlanResult
+from edgeprune.pipeline.options import Options
+from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_yaml
+from edgeprune.records.names import Profile, Target, Workload
+from edgeprune.workload.load import from_objects
 
 COMMANDS = ("compare", "deploy", "devices", "doctor", "init", "profile", "profiles", "report",
     "search", "targets", "verify", "bundle")  # fmt: skip

@@ -23,12 +23,16 @@ import pytest
 import yaml
 from sshd import Sshd, free_port, keygen, script, serve
 
-from edgeprune import catalog, cli, cli_devices
-from edgeprune.cli_devices import RUNTIMES
-from edgeprune.devices import checkup, quarantine, replies
-from edgeprune.devices.proposals import parse_address, targets_for
+from edgeprune.cli import devices as cli_devices
+from edgeprune.cli import main as cli
+from edgeprune.cli.devices import RUNTIMES
+from edgeprune.devices.inventory import quarantine
+from edgeprune.devices.inventory.proposals import parse_address, targets_for
+from edgeprune.devices.link import replies
+from edgeprune.devices.setup import checkup
 from edgeprune.errors import SpecError
-from edgeprune.specs import Device
+from edgeprune.records import catalog
+from edgeprune.records.names import Device
 
 NO_KEY = "SHA256:" + "A" * 43
 ANSI = "\x1b[31mred\x1b[0m\x07\u202e"
@@ -374,7 +378,7 @@ def test_a_board_that_answers_nonsense_is_not_added(desk, run, hello):
 def on_terminal(cwd: Path, *args: str, answers: tuple[tuple[str, str], ...]) -> tuple[int, str]:
     """Run a command on a terminal of its own, typing each answer once its question stands there; exit code and all that was shown."""
     master, slave = pty.openpty()
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "TERM": "dumb"}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "TERM": "dumb"}
     command = [sys.executable, "-m", "edgeprune", "devices", *args]
     process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdin=slave, stdout=slave, stderr=slave
@@ -740,7 +744,7 @@ def provisioned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             runtimes=lines, bytes_sent=2048, seconds={"send": 1.0, "install": 2.5}
         )
 
-    module = types.ModuleType("edgeprune.devices.provision")
+    module = types.ModuleType("edgeprune.devices.setup.provision")
     module.setup = setup  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
@@ -791,7 +795,7 @@ def test_commands_for_boards_import_no_heavy_toolchain(desk):
     desk.write()
     code = """
 import sys
-from edgeprune import cli, cli_devices
+from edgeprune.cli import devices, main as cli
 for args in (["list"], ["check", "pi-desk"], ["remove", "pi-desk"]):
     try:
         cli.main(["devices", *args])
@@ -800,7 +804,7 @@ for args in (["list"], ["check", "pi-desk"], ["remove", "pi-desk"]):
 heavy = {"torch", "onnx", "onnxruntime", "torch_pruning", "litert_torch"}
 print("HEAVY", sorted(heavy & set(sys.modules)))
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

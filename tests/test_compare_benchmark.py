@@ -13,11 +13,11 @@ import torch
 from report_fixture import make_fingerprint
 from torch import nn
 
-from edgeprune.compress.groups import find_groups
-from edgeprune.compress.importance import l2, removal_order
-from edgeprune.compress.structure import work
-from edgeprune.latency.predictor import Factor, LatencyModel
-from edgeprune.plan_results import LatencyModelQuality
+from edgeprune.compress.groups.find import find_groups
+from edgeprune.compress.scores.importance import l2, removal_order
+from edgeprune.compress.size import work
+from edgeprune.plan.latency.model import Factor, LatencyModel
+from edgeprune.records.plan import LatencyModelQuality
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.compress import compensate as module
-from edgeprune.compress import evaluate, relay
-from edgeprune.compress.compensate import compensate
+from edgeprune.compress import evaluate
 from edgeprune.compress.evaluate import kl_nats, logits, quality
-from edgeprune.compress.least_squares import LayerFit, RowSums, refit
 from edgeprune.compress.readings import as_positions, reading_of
-from edgeprune.compress.statistics import HeldOut, best, judged, recalibrate_batchnorm
+from edgeprune.compress.repair import compensate as module
+from edgeprune.compress.repair import relay
+from edgeprune.compress.repair.compensate import compensate
+from edgeprune.compress.repair.least_squares import LayerFit, RowSums, refit
+from edgeprune.compress.repair.norm_statistics import HeldOut, best, judged, recalibrate_batchnorm
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
 

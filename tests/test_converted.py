@@ -13,15 +13,16 @@ from pydantic import ValidationError
 from report_fixture import make_report
 from test_verdict import found
 
-from edgeprune import formats, verdict
-from edgeprune.compress.groups import find_groups, remove_channels
-from edgeprune.converted import Converted
+from edgeprune import formats
+from edgeprune.compress.groups.find import find_groups, remove_channels
 from edgeprune.errors import FormatError
 from edgeprune.formats import Resizable, cut_in_place_of
-from edgeprune.formats._resize import distinct_widths
+from edgeprune.formats.shared.widths import distinct_widths
+from edgeprune.pipeline.files.reconverted import Converted
+from edgeprune.pipeline.stages import gates as verdict
 from edgeprune.progress import Silent
+from edgeprune.records.artifact import Gate
 from edgeprune.report import facts, render_html, render_terminal
-from edgeprune.results import Gate
 
 
 class Counted:
@@ -75,7 +76,7 @@ def both(
 
 
 def shapes(content: bytes, path: Path) -> dict[str, tuple[int, ...]]:
-    from edgeprune.formats._onnx_links import parse_model
+    from edgeprune.formats.onnx.links import parse_model
 
     return {i.name: tuple(i.dims) for i in parse_model(content).graph.initializer if i.dims}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from edgeprune.formats._coreml_evaluate import Unknown, evaluate
-from edgeprune.formats._coreml_program import Operation, Program, dequantized
+from edgeprune.formats.coreml.evaluate import Unknown, evaluate
+from edgeprune.formats.coreml.program import Operation, Program, dequantized
 
 X = np.random.default_rng(1).standard_normal((1, 4, 7, 6)).astype(np.float32)
 T = torch.from_numpy(X)

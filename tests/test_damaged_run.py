@@ -11,9 +11,9 @@ import pytest
 import replayed
 from test_kill9 import check_same
 
+from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.progress import Silent
-from edgeprune.records import Record, write_bytes
-from edgeprune.runfolder import RunFolder
+from edgeprune.records.base import Record, write_bytes
 
 COMMAND = (*replayed.COMMAND, "--device", "replayed")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO, Residual, conv_bn, head, make
 
-from edgeprune.compress.dead import remove_dead
-from edgeprune.compress.groups import find_groups
-from edgeprune.intake import dead_channels
+from edgeprune.compress.groups.find import find_groups
+from edgeprune.compress.groups.masked import remove_dead
+from edgeprune.workload.model import dead_channels
 
 DEAD = (1, 4, 7)
 

@@ -17,16 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sshd import matmul_file
 
-from edgeprune.devices import decide as decisions
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.decide import LOOKS, Interval, decide, interval, judge, judge_budget
-from edgeprune.devices.measure import ModelFile
 from edgeprune.devices.plans import Timing, TimingPlan
+from edgeprune.devices.timing import decide as decisions
+from edgeprune.devices.timing.decide import LOOKS, Interval, decide, interval, judge, judge_budget
+from edgeprune.devices.timing.measure import ModelFile
 from edgeprune.errors import DeviceError, Unreliable
-from edgeprune.orderstats import centre, percentile_overs, signed_rank
-from edgeprune.records import sha256_bytes
-from edgeprune.results import Block, Telemetry
-from edgeprune.specs import Device
+from edgeprune.records.artifact import Block, Telemetry
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.names import Device
+from edgeprune.records.statistics import centre, percentile_overs, signed_rank
 
 ORT: dict[str, Any] = {"runtime": "onnxruntime", "threads": 1}
 A, B = (ModelFile(n, n.encode(), "fp32", sha256_bytes(n.encode())) for n in ("a", "b"))

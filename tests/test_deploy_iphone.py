@@ -12,14 +12,16 @@ import tinynet
 import yaml
 from sshd import QUICK_REPORT
 
-from edgeprune import apps, formats, pipeline
+from edgeprune import formats
 from edgeprune.bundle.integrity import read_model
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.devices.board import open_board
 from edgeprune.errors import DeviceError, FormatError
-from edgeprune.records import read_json
-from edgeprune.results import Report
-from edgeprune.specs import Device
+from edgeprune.pipeline import app as apps
+from edgeprune.pipeline import run as pipeline
+from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.names import Device
 
 LABELS = ("flat", "rising", "upright", "falling")
 

@@ -11,9 +11,9 @@ import tinynet
 import yaml
 from sshd import Sshd, serve
 
-from edgeprune import records
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.results import Report
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
 
 BOARD = "shelf"
 

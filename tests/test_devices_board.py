@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from sshd import WEIGHT, matmul_file, script, serve, wait_until_gone
 
 from edgeprune.devices.agent import runtimes
-from edgeprune.devices.agent_file import AGENT_FOLDER, agent_bytes
 from edgeprune.devices.board import Board, judged, open_board
-from edgeprune.devices.frames import Frames, Refusal, clean
+from edgeprune.devices.link.agent_file import AGENT_FOLDER, agent_bytes
+from edgeprune.devices.link.frames import Frames, Refusal, clean
+from edgeprune.devices.link.transports import open_transport
 from edgeprune.devices.plans import KERNEL, Timing, TimingPlan
-from edgeprune.devices.transports import open_transport
 from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost
-from edgeprune.results import Block, Telemetry
-from edgeprune.specs import Device
+from edgeprune.records.artifact import Block, Telemetry
+from edgeprune.records.names import Device
 
 QUICK = TimingPlan(rounds=4, block_ms=0.5, min_runs=2, max_runs=6, warmup_ms=1)
 ORT = {"runtime": "onnxruntime", "threads": 1}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sshd import WEIGHT, matmul_file
 
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.measure import (
+from edgeprune.devices.plans import TimingPlan
+from edgeprune.devices.timing.measure import (
     CHUNK_FILES,
     ModelFile,
     compare,
@@ -20,13 +21,12 @@ from edgeprune.devices.measure import (
     paired_log_ratios,
     time_kernels,
 )
-from edgeprune.devices.plans import TimingPlan
 from edgeprune.errors import DeviceError
-from edgeprune.orderstats import centre
 from edgeprune.progress import Silent
-from edgeprune.records import sha256_bytes
-from edgeprune.results import Block, Measurement, Telemetry
-from edgeprune.specs import Device
+from edgeprune.records.artifact import Block, Measurement, Telemetry
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.names import Device
+from edgeprune.records.statistics import centre
 
 QUICK = TimingPlan(rounds=4, block_ms=0.2, min_runs=2, max_runs=4, warmup_ms=0.5)
 ORT = {"runtime": "onnxruntime", "threads": 1}

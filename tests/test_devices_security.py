@@ -23,13 +23,13 @@ from pydantic import ValidationError
 from sshd import Sshd, keygen, matmul_file, script, serve
 from test_devices_board import LOADED, ORT, QUICK, fake_device
 
-from edgeprune import records
 from edgeprune.devices.board import open_board
-from edgeprune.devices.transports import open_transport
-from edgeprune.devices.transports._login import seen_host_key
-from edgeprune.devices.transports._secrets import Secret, resolve
+from edgeprune.devices.link.login import seen_host_key
+from edgeprune.devices.link.secrets import Secret, resolve
+from edgeprune.devices.link.transports import open_transport
 from edgeprune.errors import AuthFailed, DeviceError, EdgepruneError, HostKeyMismatch, SpecError
-from edgeprune.specs import Device, DeviceFile
+from edgeprune.records import base as records
+from edgeprune.records.names import Device, DeviceFile
 
 CANARY = "canary-9c41e7d2"
 EVIL = (
@@ -311,7 +311,7 @@ def locked_key(folder: Path, passphrase: str) -> Path:
 @pytest.mark.parametrize("fault", ["refused", "reset", "hang", "passphrase"])
 def test_no_traceback_holds_a_secret_even_with_its_variables(server, tmp_path, monkeypatch, fault):
     monkeypatch.setenv("THE_SECRET", CANARY)
-    monkeypatch.setattr("edgeprune.devices.transports._login.LOGIN_S", 1.0)
+    monkeypatch.setattr("edgeprune.devices.link.login.LOGIN_S", 1.0)
     auth = {"method": "password", "password_ref": "env:THE_SECRET"}
     if fault == "passphrase":
         key_file = locked_key(tmp_path, "another one")
@@ -339,9 +339,9 @@ LOGGED_LOGIN = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
 from pathlib import Path
-from edgeprune import records
+from edgeprune.records import base as records
 from edgeprune.devices.board import open_board
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 for path in sys.argv[1:]:
     device = records.read_json(Device, Path(path))
     print(device)

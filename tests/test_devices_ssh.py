@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from sshd import Sshd, free_port, keygen, script, serve, wait_until_gone
 
-from edgeprune.devices.agent_file import agent_bytes, agent_name
 from edgeprune.devices.board import open_board
-from edgeprune.devices.frames import Frames
-from edgeprune.devices.transports import open_transport
-from edgeprune.devices.transports._login import seen_host_key
+from edgeprune.devices.link.agent_file import agent_bytes, agent_name
+from edgeprune.devices.link.frames import Frames
+from edgeprune.devices.link.login import seen_host_key
+from edgeprune.devices.link.transports import open_transport
 from edgeprune.errors import (
     DeadlineExceeded,
     DeviceError,

@@ -11,7 +11,9 @@ from test_recover import PREPROCESS, SETTINGS, damaged, images, splits, teacher
 from torch import nn
 from zoo import ZOO, make
 
-from edgeprune.compress.divergence import (
+from edgeprune.compress.groups.find import find_groups
+from edgeprune.compress.heal.recover import updates_per_epoch
+from edgeprune.compress.structure_loss import (
     FEWEST_UPDATES,
     TRIAL_UPDATES,
     UNUSABLE_NATS,
@@ -19,10 +21,8 @@ from edgeprune.compress.divergence import (
     AfterRepair,
     trial_settings,
 )
-from edgeprune.compress.groups import find_groups
-from edgeprune.compress.recover import updates_per_epoch
-from edgeprune.datasets import model_input
-from edgeprune.specs import Recovery
+from edgeprune.records.names import Recovery
+from edgeprune.workload.dataset import model_input
 
 NET = "residual"
 

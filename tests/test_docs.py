@@ -17,13 +17,16 @@ from click.testing import CliRunner
 from report_fixture import make_report
 from torch import nn
 
-from edgeprune import api, cli, errors, records
-from edgeprune.budgets import parse_budget, parse_drop
-from edgeprune.cli import main as edgeprune_main
-from edgeprune.options import Options
+from edgeprune import errors
+from edgeprune.cli import main as cli
+from edgeprune.cli.main import main as edgeprune_main
+from edgeprune.pipeline import api
+from edgeprune.pipeline.options import Options
 from edgeprune.progress import Silent
-from edgeprune.specs import DeviceFile, Preprocess, Profile, Target, Workload
-from edgeprune.workload import from_objects
+from edgeprune.records import base as records
+from edgeprune.records.budget import parse_budget, parse_drop
+from edgeprune.records.names import DeviceFile, Preprocess, Profile, Target, Workload
+from edgeprune.workload.load import from_objects
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the benchmarks are scripts, not a package

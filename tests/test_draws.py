@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeprune.datasets import Dataset, Split
-from edgeprune.draws import fair_order, shares
-from edgeprune.imagedata import from_folder, from_value
-from edgeprune.specs import Preprocess
-from edgeprune.splits import NAMES
+from edgeprune.records.names import Preprocess
+from edgeprune.workload.data import from_folder, from_value
+from edgeprune.workload.dataset import Dataset, Split
+from edgeprune.workload.draws import fair_order, shares
+from edgeprune.workload.splits import NAMES
 
 GREY = Preprocess(color="grey")
 

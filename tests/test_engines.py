@@ -15,10 +15,10 @@ from edgeprune import formats
 from edgeprune.devices.agent import engines, gpu, runtimes
 from edgeprune.devices.agent.wire import Refused
 from edgeprune.devices.board import open_board
-from edgeprune.devices.measure import ModelFile, measure
 from edgeprune.devices.plans import TimingPlan
+from edgeprune.devices.timing.measure import ModelFile, measure
 from edgeprune.errors import DeviceError
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 FORMAT = formats.load("tensorrt")

@@ -9,7 +9,7 @@ import torch
 import zoo
 from torch import nn
 
-from edgeprune.compress.equalise import Pair, correct_biases, equalise, pairs, rounded
+from edgeprune.compress.int8.equalise import Pair, correct_biases, equalise, pairs, rounded
 
 
 def uneven() -> tuple[nn.Module, torch.Tensor]:

@@ -10,7 +10,7 @@ import tinynet
 
 import edgeprune
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.results import Report
+from edgeprune.records.artifact import Report
 
 pytest.importorskip("executorch")
 pytest.importorskip("ai_edge_litert")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from sshd import serve
 
-from edgeprune.devices.transports import Transport, open_transport
+from edgeprune.devices.link.transports import Transport, open_transport
 from edgeprune.errors import DeviceError
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 
 @contextmanager

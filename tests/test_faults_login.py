@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from sshd import Sshd, keygen, script, serve
 
 from edgeprune.devices.board import open_board
-from edgeprune.devices.transports import Transport, open_transport
-from edgeprune.devices.transports._login import seen_host_key
+from edgeprune.devices.link.login import seen_host_key
+from edgeprune.devices.link.transports import Transport, open_transport
 from edgeprune.errors import AuthFailed, DeviceError, HostKeyMismatch, LinkLost, Unreachable
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 
 @pytest.fixture

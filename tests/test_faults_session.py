@@ -19,10 +19,10 @@ from faultproxy import FaultProxy
 from sshd import WEIGHT, Sshd, matmul_file, serve
 from test_faults_disk import mounted
 
-from edgeprune.devices import frames, session
 from edgeprune.devices.board import Board, Timing, TimingPlan, open_board
-from edgeprune.devices.frames import Refusal
-from edgeprune.specs import Device
+from edgeprune.devices.link import frames, session
+from edgeprune.devices.link.frames import Refusal
+from edgeprune.records.names import Device
 
 # Two seconds and more, so that a fault after half a second meets the middle of it.
 LONG = TimingPlan(rounds=24, block_ms=100, min_runs=2, max_runs=1000, warmup_ms=1)
@@ -227,9 +227,9 @@ def test_a_model_that_gets_no_memory_costs_neither_the_agent_nor_the_others(serv
 CLIENT = """
 import signal, sys, time
 import numpy as np
-from edgeprune import cli
+from edgeprune.cli import main as cli
 from edgeprune.devices.board import TimingPlan, open_board
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 

@@ -9,18 +9,18 @@ import pytest
 import tinynet
 from int8_fixture import Said
 
-from edgeprune import pipeline
-from edgeprune.api import plan_loaded, resolve
 from edgeprune.bundle.manifest import MIN_GOLDEN
-from edgeprune.compress.compensate import MIN_SAMPLES
-from edgeprune.datasets import Split
-from edgeprune.enough import FEWEST, coarse_note, require_enough, share_to_draw
+from edgeprune.compress.repair.compensate import MIN_SAMPLES
 from edgeprune.errors import DeviceError, ModelError
-from edgeprune.options import Options
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.api import plan_loaded, resolve
+from edgeprune.pipeline.options import Options
 from edgeprune.progress import Silent
-from edgeprune.specs import Preprocess
-from edgeprune.splits import complete
-from edgeprune.workload import from_objects
+from edgeprune.records.names import Preprocess
+from edgeprune.workload.dataset import Split
+from edgeprune.workload.load import from_objects
+from edgeprune.workload.sample_counts import FEWEST, coarse_note, require_enough, share_to_draw
+from edgeprune.workload.splits import complete
 
 
 def dataset(**counts: int):

@@ -11,12 +11,13 @@ import yaml
 from safetensors.torch import save_file
 
 import edgeprune
-from edgeprune import catalog, records
-from edgeprune.bundle.anatomy import anatomy
-from edgeprune.bundle.eight_bits import file_kind, require_eight_bits
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import IntegrityError
-from edgeprune.results import Report
+from edgeprune.formats.inside.anatomy import anatomy
+from edgeprune.formats.inside.eight_bits import file_kind, require_eight_bits
+from edgeprune.records import base as records
+from edgeprune.records import catalog
+from edgeprune.records.artifact import Report
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune import folders
 from edgeprune.errors import IntegrityError, NoSpace
-from edgeprune.folders import files_of, model_bytes, packed, unpacked, write_folder
+from edgeprune.formats.shared import model_bytes as folders
+from edgeprune.formats.shared.model_bytes import (
+    files_of,
+    model_bytes,
+    packed,
+    unpacked,
+    write_folder,
+)
 
 FILES = {"Manifest.json": b"{}", "Data/weights/weight.bin": bytes(range(256)), "Data/model": b"m"}
 

@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from edgeprune.errors import FormatError, MissingTool, ModelError
-from edgeprune.folders import files_of, model_bytes
-from edgeprune.formats import AppFacts, coreml
-from edgeprune.formats import _coreml_convert as convert
-from edgeprune.formats._coreml_check import check_file, folded_weights, raw_input
-from edgeprune.formats._coreml_evaluate import evaluate
-from edgeprune.formats._coreml_package import (
+from edgeprune.formats import AppFacts
+from edgeprune.formats.coreml import convert
+from edgeprune.formats.coreml import format as coreml
+from edgeprune.formats.coreml.check import check_file, folded_weights, raw_input
+from edgeprune.formats.coreml.evaluate import evaluate
+from edgeprune.formats.coreml.package import (
     MANIFEST,
     WEIGHTS,
     main_block,
@@ -28,9 +28,10 @@ from edgeprune.formats._coreml_package import (
     read_files,
     read_package,
 )
-from edgeprune.formats._coreml_program import program_of, read_program
-from edgeprune.records import sha256_bytes
-from edgeprune.specs import Preprocess
+from edgeprune.formats.coreml.program import program_of, read_program
+from edgeprune.formats.shared.model_bytes import files_of, model_bytes
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.names import Preprocess
 
 pytestmark = pytest.mark.slow
 

@@ -15,14 +15,15 @@ from torch import nn
 
 pytest.importorskip("executorch")
 
-from edgeprune import conversion, formats
-from edgeprune.bundle.weights import eight_bit_ratio, weight_elements
+from edgeprune import formats
 from edgeprune.devices.board import Board, open_board
 from edgeprune.errors import DeviceError, FormatError, IntegrityError, MissingTool, ModelError
 from edgeprune.formats import golden_file
-from edgeprune.formats._pte import read_program
-from edgeprune.formats.executorch import missing_operators
-from edgeprune.specs import Device
+from edgeprune.formats.executorch.format import missing_operators
+from edgeprune.formats.executorch.program import read_program
+from edgeprune.formats.inside.weights import eight_bit_ratio, weight_elements
+from edgeprune.pipeline.files import export as conversion
+from edgeprune.records.names import Device
 
 SHAPE = (3, 16, 16)
 STEPS = 3  # of the output's range, as the tolerance of a bundle

@@ -14,8 +14,8 @@ from torch import nn
 
 from edgeprune import formats
 from edgeprune.errors import FormatError, MissingTool, ModelError
-from edgeprune.formats._onnx_links import GraphView
-from edgeprune.formats._onnx_resize import find_units
+from edgeprune.formats.onnx.links import GraphView
+from edgeprune.formats.onnx.resize import find_units
 
 FORMAT = formats.load("onnx")
 FULL = {"stem": 16, "inner": 24, "spine": 20, "expand": 40, "branch": 12, "head": 32, "fc": 36}
@@ -172,7 +172,7 @@ def test_the_same_model_gives_the_same_bytes(files, tmp_path):
 def test_the_toolchain_prints_nothing_and_leaves_no_file(tmp_path):
     script = (
         "import sys, pathlib, numpy as np, torch; from torch import nn\n"
-        "from edgeprune.formats.onnx import FORMAT\n"
+        "from edgeprune.formats.onnx.format import FORMAT\n"
         "m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(); p = pathlib.Path(sys.argv[1])\n"
         "x = np.ones((8, 3, 8, 8), np.float32)\n"
         "FORMAT.export(m, x[:1], p / 'a.onnx'); FORMAT.quantize(p / 'a.onnx', x, p / 'b.onnx')\n"

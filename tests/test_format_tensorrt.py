@@ -12,10 +12,10 @@ from test_format_onnx import CHANGED, FULL, OTHER, make, run, samples, structure
 from torch import nn
 
 from edgeprune import formats
-from edgeprune.bundle.anatomy import anatomy
-from edgeprune.bundle.inside import layer_sizes
+from edgeprune.bundle.model_check import layer_sizes
 from edgeprune.errors import FormatError
-from edgeprune.formats.tensorrt import OPSET, lower_opset, placement_problems
+from edgeprune.formats.inside.anatomy import anatomy
+from edgeprune.formats.tensorrt.format import OPSET, lower_opset, placement_problems
 
 FORMAT = formats.load("tensorrt")
 

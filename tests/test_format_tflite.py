@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune import formats, records
-from edgeprune.compress.groups import find_groups, remove_channels
+from edgeprune import formats
+from edgeprune.compress.groups.find import find_groups, remove_channels
 from edgeprune.devices.board import Board, open_board
 from edgeprune.errors import FormatError, MissingTool, ModelError
-from edgeprune.formats._resize import distinct_widths
-from edgeprune.formats._tflite_graph import constant_value, is_constant, op_name, read_model, text
-from edgeprune.formats.tflite import quiet
-from edgeprune.specs import Device
+from edgeprune.formats.shared.widths import distinct_widths
+from edgeprune.formats.tflite.format import quiet
+from edgeprune.formats.tflite.graph import constant_value, is_constant, op_name, read_model, text
+from edgeprune.records import base as records
+from edgeprune.records.names import Device
 
 FORMAT = formats.load("tflite")
 SHAPE = (3, 16, 16)
@@ -578,7 +579,7 @@ def test_quiet_gives_the_streams_back_whatever_ends_it(kind, capfd) -> None:
 def test_quiet_works_without_a_terminal_stream() -> None:
     script = (
         "import os, sys\n"
-        "from edgeprune.formats.tflite import quiet\n"
+        "from edgeprune.formats.tflite.format import quiet\n"
         "sys.stdout = None\n"
         "with quiet():\n    os.write(1, b'hidden')\n"
         "os.write(1, b'visible')\n"

@@ -11,17 +11,20 @@ import pytest
 import tinynet
 from report_fixture import make_report
 
-from edgeprune import catalog, choosing, formats, records
+from edgeprune import formats
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.choosing import decide
-from edgeprune.context import Candidate
 from edgeprune.errors import ModelError, SpecError, UnknownName
-from edgeprune.options import Options, chosen_formats
-from edgeprune.records import parse
+from edgeprune.pipeline import format_choice as choosing
+from edgeprune.pipeline.context import Candidate
+from edgeprune.pipeline.format_choice import decide
+from edgeprune.pipeline.options import Options, chosen_formats
+from edgeprune.pipeline.run_folder import StageRecord
+from edgeprune.records import base as records
+from edgeprune.records import catalog
+from edgeprune.records.artifact import Comparison, FormatChoice, FormatRow, Report
+from edgeprune.records.base import parse
+from edgeprune.records.names import RUNTIMES, Target, Workload
 from edgeprune.report import render_html, render_terminal
-from edgeprune.results import Comparison, FormatChoice, FormatRow, Report
-from edgeprune.runfolder import StageRecord
-from edgeprune.specs import RUNTIMES, Target, Workload
 
 TARGET: dict[str, Any] = {
     "name": "my-board", "summary": "a board", "profile": "cortex-a72",

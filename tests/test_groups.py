@@ -16,9 +16,9 @@ from torch.nn import functional
 from torch_pruning.dependency import index_mapping
 from zoo import ZOO, conv_bn, head, make
 
-from edgeprune.compress import coupling
-from edgeprune.compress import groups as groups_module
-from edgeprune.compress.groups import (
+from edgeprune.compress.groups import coupling
+from edgeprune.compress.groups import find as groups_module
+from edgeprune.compress.groups.find import (
     ChannelGroup,
     find_groups,
     mask_identity,

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from test_planning import FULL, Clock, Net, basis_of, table_of
 
-from edgeprune import guarantee, planning
-from edgeprune.basis import Basis
-from edgeprune.budgets import parse_budget
+from edgeprune.plan import bench as planning
+from edgeprune.plan import guarantee
+from edgeprune.plan.basis import Basis
 from edgeprune.progress import Silent
+from edgeprune.records.budget import parse_budget
 
 
 class RemovableNet(Net):

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from test_planning import FULL, Clock, Net, basis_of, table_of
 
-from edgeprune import guarantee, planning, search
-from edgeprune.basis import Basis
-from edgeprune.budgets import parse_budget
 from edgeprune.errors import BudgetError
-from edgeprune.plan_results import PlanCheck
+from edgeprune.plan import bench as planning
+from edgeprune.plan import guarantee
+from edgeprune.plan.basis import Basis
+from edgeprune.plan.solver import solve as search
 from edgeprune.progress import Silent
+from edgeprune.records.budget import parse_budget
+from edgeprune.records.plan import PlanCheck
 
 
 @pytest.fixture

@@ -9,20 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune import intake, stages
-from edgeprune.compress import importance
-from edgeprune.compress.groups import find_groups, remove_channels
-from edgeprune.compress.initial import reinitialised
-from edgeprune.compress.memory import quick_input
-from edgeprune.compress.modes import settle
+from edgeprune.compress.groups.find import find_groups, remove_channels
+from edgeprune.compress.heal.fresh_weights import reinitialised
+from edgeprune.compress.heal.recover import recover
+from edgeprune.compress.plain_source import model_source
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
-from edgeprune.compress.recover import recover
-from edgeprune.compress.source import model_source
-from edgeprune.datasets import model_input
+from edgeprune.compress.scores import importance
 from edgeprune.errors import ModelError
+from edgeprune.pipeline.stages import measure as stages
 from edgeprune.progress import Silent
-from edgeprune.specs import Recovery
-from edgeprune.workload import LoadedWorkload, from_objects
+from edgeprune.records.names import Recovery
+from edgeprune.workload import model as intake
+from edgeprune.workload.dataset import model_input
+from edgeprune.workload.load import LoadedWorkload, from_objects
+from edgeprune.workload.memory import quick_input
+from edgeprune.workload.modes import settle
 
 
 def conv(cin: int, cout: int) -> nn.Sequential:

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from edgeprune.errors import ModelError
-from edgeprune.imagedata import Data, from_value, load_data
-from edgeprune.imagefiles import Losses, read_image
-from edgeprune.initialise import look_at
-from edgeprune.specs import Preprocess
+from edgeprune.records.names import Preprocess
+from edgeprune.workload.data import Data, from_value, load_data
+from edgeprune.workload.image_files import Losses, read_image
+from edgeprune.workload.init import look_at
 
 GREY, RGB = Preprocess(color="grey"), Preprocess()
 SIZE = (2, 3)

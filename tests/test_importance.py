@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO, head, make
 
-from edgeprune.compress.criteria import bn_scale, fpgm, l1, l2, random
-from edgeprune.compress.curvature import hessian
 from edgeprune.compress.evaluate import kl_nats, logits
-from edgeprune.compress.groups import ChannelGroup, find_groups, zero_channels
-from edgeprune.compress.importance import (
+from edgeprune.compress.groups.find import ChannelGroup, find_groups, zero_channels
+from edgeprune.compress.groups.surgery import remove_channels
+from edgeprune.compress.scores.curvature import hessian
+from edgeprune.compress.scores.importance import (
     BY_NAME,
     cost_curves,
     fisher,
@@ -25,10 +25,10 @@ from edgeprune.compress.importance import (
     removal_order,
     taylor,
 )
-from edgeprune.compress.reconstruct import obs, variance
-from edgeprune.compress.surgery import remove_channels
+from edgeprune.compress.scores.reconstruction import obs, variance
+from edgeprune.compress.scores.weights import bn_scale, fpgm, l1, l2, random
 from edgeprune.errors import ModelError
-from edgeprune.stages import curve_samples
+from edgeprune.pipeline.stages.measure import curve_samples
 
 SEED = 3
 

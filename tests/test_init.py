@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeprune import discover
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.initialise import initialise, look_at
-from edgeprune.records import read_yaml
-from edgeprune.specs import Workload
+from edgeprune.records.base import read_yaml
+from edgeprune.records.names import Workload
+from edgeprune.workload import discover
+from edgeprune.workload.init import initialise, look_at
 
 NET = """
 import sys

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from edgeprune import formats
-from edgeprune.compress.fakequant import FakeQuantised, fake_quantised, folded, plain
-from edgeprune.int8_checks import calibration_report, warnings
-from edgeprune.int8_results import CalibrationReport, Int8Report, Int8Try, LayerFallback
-from edgeprune.tracing import traced
+from edgeprune.compress.int8.fakequant import FakeQuantised, fake_quantised, folded, plain
+from edgeprune.pipeline.files.int8_warnings import calibration_report, warnings
+from edgeprune.records.int8 import CalibrationReport, Int8Report, Int8Try, LayerFallback
+from edgeprune.workload.trace import traced
 
 
 def test_lines_say_cost_tries_float_layers_and_missing_classes():

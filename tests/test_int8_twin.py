@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune import conversion, formats, int8
+from edgeprune import formats
 from edgeprune.compress.evaluate import agreement, logits
 from edgeprune.devices.board import open_board
-from edgeprune.int8 import Quantised
+from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import int8
+from edgeprune.pipeline.files.int8 import Quantised
 
 
 class Ship:
@@ -87,8 +89,8 @@ def test_a_plain_file_ships_from_the_net_as_it_is(tmp_path, chosen):
 
 @pytest.mark.slow
 def test_a_core_ml_package_has_the_weights_that_were_judged(tmp_path, chosen):
-    from edgeprune.formats._coreml_check import folded_weights
-    from edgeprune.formats._coreml_program import read_program
+    from edgeprune.formats.coreml.check import folded_weights
+    from edgeprune.formats.coreml.program import read_program
 
     form = formats.load("coreml")
     context, files = shipped(tmp_path, form, int8_fixture.uneven())

@@ -9,11 +9,11 @@ import onnx
 import pytest
 from tinynet import images, trained
 
-from edgeprune import int8_types
 from edgeprune.errors import FormatError
 from edgeprune.formats import load
-from edgeprune.formats.onnx import VARIANTS, OnnxFormat
-from edgeprune.stage_records import TypesRow
+from edgeprune.formats.onnx.format import VARIANTS, OnnxFormat
+from edgeprune.pipeline.files import onnx_types as int8_types
+from edgeprune.pipeline.files.records import TypesRow
 
 NAMES = ["U8S8 per channel", "S8S8 per channel", "U8S8 per tensor", "S8S8 per tensor"]
 
@@ -139,9 +139,9 @@ def test_a_finished_stage_sets_the_types_again_and_other_formats_have_no_choice(
 
 
 def test_the_board_times_all_variants_together(dense, tmp_path):
-    from edgeprune.context import Context
     from edgeprune.devices.board import open_board
-    from edgeprune.specs import Device, Runtime, Target
+    from edgeprune.pipeline.context import Context
+    from edgeprune.records.names import Device, Runtime, Target
 
     device = Device(
         transport="local",

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import swift_tools
 
-from edgeprune import records
 from edgeprune.bundle.manifest import MANIFEST, GoldenFile, Manifest
 from edgeprune.bundle.write import Payload, write_bundle
-from edgeprune.folders import model_bytes
-from edgeprune.records import sha256_bytes
-from edgeprune.results import Artifact, TensorSpec
-from edgeprune.specs import Preprocess
+from edgeprune.formats.shared.model_bytes import model_bytes
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.names import Preprocess
 
 REPO = Path(__file__).parents[1]
 MODULES = ("CoreVideo", "CoreML", "Vision")

@@ -21,7 +21,7 @@ from edgeprune.bundle.golden import default_tolerance
 from edgeprune.bundle.manifest import JETSON_SAMPLE
 from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import Payload, write_bundle
-from edgeprune.patterns import SparseWeights
+from edgeprune.records.sparsity import SparseWeights
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 MAX_LINES = 165

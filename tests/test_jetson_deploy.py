@@ -15,11 +15,11 @@ from test_sparsity import groups_of_four, stored_weights
 
 import edgeprune
 from edgeprune.bundle.manifest import MANIFEST, Manifest
-from edgeprune.compress.sparsity import without_pattern
-from edgeprune.formats.tensorrt import placement_problems
-from edgeprune.patterns import SparseWeights
-from edgeprune.records import read_json
-from edgeprune.results import Report
+from edgeprune.compress.heal.two_of_four import without_pattern
+from edgeprune.formats.tensorrt.format import placement_problems
+from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.sparsity import SparseWeights
 
 MISSED = 6
 

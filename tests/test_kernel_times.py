@@ -11,9 +11,9 @@ import pytest
 import tinynet
 from report_fixture import make_fingerprint
 
-from edgeprune import feasibility
 from edgeprune.errors import IntegrityError, SpecError
-from edgeprune.latency.kernel_times import KernelTime, KernelTimes, read_times, write_times
+from edgeprune.pipeline.stages import kernels as feasibility
+from edgeprune.plan.latency.kernel_times import KernelTime, KernelTimes, read_times, write_times
 
 NEW = KernelTimes(
     created="2026-11-24T10:00:00Z",

@@ -10,9 +10,9 @@ import pytest
 import replayed
 import tinynet
 
-from edgeprune import records
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.results import Report
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
 
 KILLS = 20
 COMMAND = (*replayed.COMMAND, "--device", "replayed")

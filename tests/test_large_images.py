@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from edgeprune import formats
-from edgeprune.compress import inputs
-from edgeprune.compress.dead import InputRange, record_inputs
-from edgeprune.compress.equalise import correct_biases
 from edgeprune.compress.evaluate import logits
-from edgeprune.context import INFER_CHUNK, INFER_NUMBERS, Context
-from edgeprune.datasets import Split, model_input
-from edgeprune.specs import Preprocess
+from edgeprune.compress.groups.masked import InputRange, record_inputs
+from edgeprune.compress.int8.equalise import correct_biases
+from edgeprune.pipeline.context import INFER_CHUNK, INFER_NUMBERS, Context
+from edgeprune.records.names import Preprocess
+from edgeprune.workload import batches as inputs
+from edgeprune.workload.dataset import Split, model_input
 
 
 def test_images_are_prepared_without_a_second_copy_of_all_of_them():

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import tinynet
 
-from edgeprune import cli, last_net
+from edgeprune.cli import last_net
 
 REPORT = ("targets", "show", "rpi4")
 FAULT = (
-    "import sys; from edgeprune import catalog, cli\n"
+    "import sys; from edgeprune.records import catalog; from edgeprune.cli.main import main\n"
     "def fail(*_):\n    {body}\n"
     "catalog.targets = fail\n"
     "sys.argv = ['edgeprune', 'targets', 'list', '--json']\n"
-    "cli.main()\n"
+    "main()\n"
 )
 
 
@@ -36,7 +36,7 @@ def failing(
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("raise KeyError('gone')", "KeyError: 'gone' (cli.py line "),
+        ("raise KeyError('gone')", "KeyError: 'gone' (main.py line "),
         ("raise ValueError('first\\nsecond')", "ValueError: first ("),
         ("raise AssertionError", "AssertionError ("),
         ("raise MemoryError", "MemoryError ("),
@@ -113,9 +113,9 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(tmp_path):
     done = shell(tmp_path, "targets show rpi4 | true; exit ${PIPESTATUS[0]}")
     assert (done.returncode, done.stderr) in ((141, ""), (0, ""))  # 0: it wrote before
     broken = (
-        "import os, sys; from edgeprune import cli\n"
+        "import os, sys; from edgeprune.cli.main import main\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
-        "cli.main(['targets', 'list'])\n"
+        "main(['targets', 'list'])\n"
     )
     sure = subprocess.run(
         [sys.executable, "-c", broken],
@@ -128,9 +128,9 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(tmp_path):
 
 def test_progress_that_nobody_reads_ends_a_command_without_a_word(tmp_path):
     broken = (
-        "import os; from edgeprune import cli; from edgeprune.progress import Terminal\n"
+        "import os; from edgeprune.cli import main; from edgeprune.progress import Terminal\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 2)\n"
-        "from edgeprune import last_net\n"
+        "from edgeprune.cli import last_net\n"
         "last_net.caught(lambda: Terminal().say('x'))\n"
     )
     done = subprocess.run(
@@ -147,7 +147,7 @@ def test_closed_streams_change_no_exit_code(tmp_path, closed):
 
 def test_a_closed_output_is_not_taken_by_the_next_file(tmp_path):
     code = (
-        "from edgeprune import last_net\nlast_net.ready_streams()\n"
+        "from edgeprune.cli import last_net\nlast_net.ready_streams()\n"
         "import os\nwith open('file', 'w') as f: os.write(1, b'lost'); f.write('kept')\n"
     )
     words = ["sh", "-c", 'exec "$0" -c "$1" 1>&-', sys.executable, code]
@@ -159,7 +159,7 @@ def test_a_closed_output_is_not_taken_by_the_next_file(tmp_path):
 def test_a_terminal_that_lacks_a_character_is_shown_its_number(tmp_path, encoding):
     folder = tmp_path / "targets"
     folder.mkdir()
-    text = (Path(cli.__file__).parents[1] / "targets" / "rpi4.yaml").read_text()
+    text = (tinynet.REPO / "targets" / "rpi4.yaml").read_text()
     lines = [
         'summary: "5 \\u00b5s \\u2192 \\U0001F600"' if line.startswith("summary:") else line
         for line in text.splitlines()
@@ -174,7 +174,7 @@ def test_a_terminal_that_lacks_a_character_is_shown_its_number(tmp_path, encodin
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads(done.stdout.decode(encoding))["rpi4"]["summary"] == "5 µs → 😀"
     (tmp_path / "code.py").write_text(
-        "from edgeprune import last_net\nlast_net.ready_streams()\nprint('\\u00b5 \\u2192 \\U0001F600')\n"
+        "from edgeprune.cli import last_net\nlast_net.ready_streams()\nprint('\\u00b5 \\u2192 \\U0001F600')\n"
     )
     shown = subprocess.run(
         [sys.executable, "code.py"],

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.latency.graph import FactorGraph
+from edgeprune.plan.solver.factor_graph import FactorGraph
 
 
 def random_graph(seed: int, **options: int) -> tuple[FactorGraph, list[np.ndarray]]:

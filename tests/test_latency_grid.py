@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.latency.grid import admissible, candidate_widths, thin
+from edgeprune.plan.latency.grid import admissible, candidate_widths, thin
 
 
 def padded(width: int, tile: int) -> int:

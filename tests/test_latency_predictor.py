@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import SpecError
-from edgeprune.latency import calls, traffic
-from edgeprune.latency.predictor import (
+from edgeprune.plan.latency import call_overhead as calls
+from edgeprune.plan.latency import weight_traffic as traffic
+from edgeprune.plan.latency.model import (
     Factor,
     LatencyModel,
     TimedNet,
@@ -25,7 +26,7 @@ from edgeprune.latency.predictor import (
     sample_nets,
     smallest_net,
 )
-from edgeprune.latency.table import LatencyTable, probe_points, slot_grids, tabulate
+from edgeprune.plan.latency.table import LatencyTable, probe_points, slot_grids, tabulate
 
 GRIDS = {
     "stem": (8, 16, 24, 32),

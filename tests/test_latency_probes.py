@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.latency.grid import candidate_widths
-from edgeprune.latency.leastsquares import nonnegative_least_squares
-from edgeprune.latency.probes import fit_kernel, fit_terms, leave_out_error, probe_points
+from edgeprune.plan.latency.fill import fit_kernel, fit_terms, leave_out_error, probe_points
+from edgeprune.plan.latency.grid import candidate_widths
+from edgeprune.plan.latency.nnls import nonnegative_least_squares
 
 
 def padded(width: int, tile: int) -> int:

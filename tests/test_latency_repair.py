@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgeprune.latency.graph import FactorGraph
-from edgeprune.latency.repair import Neighbourhood
+from edgeprune.plan.solver.factor_graph import FactorGraph
+from edgeprune.plan.solver.local_search import Neighbourhood
 
 PREFERS_ONES = [np.array([1.0, 0.0]), np.array([2.0, 0.0])]
 

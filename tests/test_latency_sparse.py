@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from edgeprune.latency import sparse
-from edgeprune.latency.grid import admissible
-from edgeprune.latency.predictor import sample_nets
-from edgeprune.latency.probes import Point
-from edgeprune.latency.sparse import KernelClass, SparseTable
-from edgeprune.latency.tiles import padded
+from edgeprune.plan.latency import sampling as sparse
+from edgeprune.plan.latency.fill import Point
+from edgeprune.plan.latency.grid import admissible
+from edgeprune.plan.latency.model import sample_nets
+from edgeprune.plan.latency.sampling import KernelClass, SparseTable
+from edgeprune.plan.latency.tiles import padded
 
 Cost = Callable[[KernelClass, Point], float]
 FULL = {

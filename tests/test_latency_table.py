@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgeprune.errors import IntegrityError, SpecError, UnknownName
-from edgeprune.latency.table import LatencyTable, probe_points, slot_grids, tabulate
-from edgeprune.records import read_json, write_json
+from edgeprune.plan.latency.table import LatencyTable, probe_points, slot_grids, tabulate
+from edgeprune.records.base import read_json, write_json
 
 WIDE = tuple(range(8, 65, 4))
 

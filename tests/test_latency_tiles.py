@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.latency.tiles import STEPS, Tile, common_step, padded, read_tile, window
+from edgeprune.plan.latency.tiles import STEPS, Tile, common_step, padded, read_tile, window
 
 
 def timed(widths, step: int, *, start=3000.0, slope=50.0, noise=0.0, seed=0, power=1):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from edgeprune.latency.traffic import MOST_NODES, weight_bytes
+from edgeprune.plan.latency.weight_traffic import MOST_NODES, weight_bytes
 
 GRIDS = {"a": (8, 16, 40), "b": (8, 24, 32, 64)}
 

@@ -17,17 +17,21 @@ from test_search import random_problem
 from test_search_command import found as search_result
 from test_walltime_benchmark import small
 
-from edgeprune import api, guarantee, pipeline, planning, records
-from edgeprune.basis import Basis
-from edgeprune.budgets import parse_budget
 from edgeprune.errors import BudgetError, SpecError, UnknownName
-from edgeprune.options import Options, check_names, chosen_scope
-from edgeprune.plan_results import PruningPlan
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.files.records import PlanResult
+from edgeprune.pipeline.options import Options, check_names, chosen_scope
+from edgeprune.plan import bench as planning
+from edgeprune.plan import guarantee
+from edgeprune.plan.basis import Basis
+from edgeprune.plan.solver.solve import Problem, alternatives, fastest, pareto, solve
 from edgeprune.progress import Silent
-from edgeprune.report.explain import render_plan, render_search, render_search_html
-from edgeprune.search import Problem, alternatives, fastest, pareto, solve
-from edgeprune.search_results import SearchResult
-from edgeprune.stage_records import PlanResult
+from edgeprune.records import base as records
+from edgeprune.records.budget import parse_budget
+from edgeprune.records.plan import PruningPlan
+from edgeprune.records.search import SearchResult
+from edgeprune.report.search_page import render_plan, render_search, render_search_html
 
 
 def share_span(

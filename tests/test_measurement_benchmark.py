@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # the benchmarks are scripts, not 
 import blocks  # noqa: E402
 import measurement as script  # noqa: E402
 
-from edgeprune import records  # noqa: E402
+from edgeprune.records import base as records  # noqa: E402
 
 
 def results(*trials: blocks.Trial) -> blocks.MeasurementResults:

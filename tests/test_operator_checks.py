@@ -14,13 +14,13 @@ import yaml
 from torch import nn
 from torch.nn import functional
 
-from edgeprune import catalog
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.operator_checks import check, places
-from edgeprune.operators import WORDS, word_of
-from edgeprune.records import parse
-from edgeprune.specs import Profile
-from edgeprune.tracing import traced
+from edgeprune.pipeline.files.operators import check, places
+from edgeprune.records import catalog
+from edgeprune.records.base import parse
+from edgeprune.records.names import Profile
+from edgeprune.records.operators import WORDS, word_of
+from edgeprune.workload.trace import traced
 
 SAID = {"cost": "runs on the CPU", "source": "a data sheet, page 4", "read_on": "2026-11-29"}
 

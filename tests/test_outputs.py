@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from edgeprune.bundle.golden import default_tolerance
-from edgeprune.compress import importance
-from edgeprune.compress.divergence import AfterRepair
 from edgeprune.compress.evaluate import answers, kl_nats, logits
-from edgeprune.compress.groups import find_groups, remove_channels
-from edgeprune.compress.outputs import as_logits, file_logits, mark, seen
-from edgeprune.compress.recover import recover
-from edgeprune.formats._coreml_convert import Dressed, Entry
+from edgeprune.compress.groups.find import find_groups, remove_channels
+from edgeprune.compress.heal.recover import recover
+from edgeprune.compress.scores import importance
+from edgeprune.compress.structure_loss import AfterRepair
+from edgeprune.formats.coreml.convert import Dressed, Entry
 from edgeprune.progress import Silent
-from edgeprune.results import Artifact, TensorSpec
-from edgeprune.specs import Augment, Preprocess, Recovery
-from edgeprune.workload import from_objects
+from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.names import Augment, Preprocess, Recovery
+from edgeprune.workload.load import from_objects
+from edgeprune.workload.outputs import as_logits, file_logits, mark, seen
 
 ROWS = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROBE = """
 import edgeprune
-from edgeprune import catalog
+from edgeprune.records import catalog
 print(edgeprune.__file__)
 assert catalog.target("rpi4").name == "rpi4"
 assert catalog.profile("cortex-a72").name == "cortex-a72"
@@ -56,7 +56,7 @@ def test_the_wheel_brings_one_package_with_its_data(wheel):
         for path in (ROOT / kind).glob("*.yaml"):
             assert f"edgeprune/_data/{kind}/{path.name}" in names
     assert "edgeprune/py.typed" in names
-    assert "edgeprune/formats/_tflite_ops/litert.json" in names
+    assert "edgeprune/formats/tflite/ops/litert.json" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     # An __init__.py under _data would make the data importable code.
     assert not [n for n in names if n.startswith("edgeprune/_data/") and n.endswith("__init__.py")]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune import formats, int8_checks
-from edgeprune.datasets import to_layout
+from edgeprune import formats
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.formats import Format
-from edgeprune.tracing import traced
+from edgeprune.pipeline.files import int8_warnings as int8_checks
+from edgeprune.workload.dataset import to_layout
+from edgeprune.workload.trace import traced
 
 
 def conv(

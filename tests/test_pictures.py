@@ -21,11 +21,11 @@ import picture_blocks  # noqa: E402
 import pictures as script  # noqa: E402
 from commands import public_command  # noqa: E402
 
-from edgeprune import records  # noqa: E402
-from edgeprune.cli_options import schedule_settings  # noqa: E402
+from edgeprune.cli.options import schedule_settings  # noqa: E402
 from edgeprune.errors import FormatError, IntegrityError, SpecError, UnknownName  # noqa: E402
+from edgeprune.records import base as records  # noqa: E402
+from edgeprune.records.artifact import Report  # noqa: E402
 from edgeprune.report import render_html  # noqa: E402
-from edgeprune.results import Report  # noqa: E402
 
 PAGES = {
     "rpi4": "raspberry-pi.md",

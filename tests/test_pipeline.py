@@ -16,14 +16,15 @@ import pytest
 import tinynet
 
 import edgeprune
-from edgeprune import pipeline, records
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import IntegrityError, SpecError
-from edgeprune.latency.kernel_times import read_times
+from edgeprune.pipeline import run as pipeline
+from edgeprune.plan.latency.kernel_times import read_times
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
+from edgeprune.records.names import Augment, Preprocess, Recovery, Workload
+from edgeprune.records.search import PlanFile
 from edgeprune.report.facts import unreliable
-from edgeprune.results import Report
-from edgeprune.search_results import PlanFile
-from edgeprune.specs import Augment, Preprocess, Recovery, Workload
 
 MISSED = 6
 BEFORE_PLAN = tinynet.STAGES[: tinynet.STAGES.index("plan")]

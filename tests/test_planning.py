@@ -12,20 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune import guarantee, planning
-from edgeprune.basis import Basis
-from edgeprune.budgets import parse_budget
-from edgeprune.compress.groups import ChannelGroup
-from edgeprune.devices.decide import Decision
+from edgeprune.compress.groups.find import ChannelGroup
+from edgeprune.devices.timing.decide import Decision
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.formats import Kernel
-from edgeprune.latency.kernel_times import KernelKey
-from edgeprune.latency.predictor import LatencyModel
-from edgeprune.plan_results import FrozenGroup, LatencyModelQuality
+from edgeprune.pipeline.files.records import MeasuredNets, MeasuredTable, PlanResult
+from edgeprune.plan import bench as planning
+from edgeprune.plan import guarantee
+from edgeprune.plan.basis import Basis
+from edgeprune.plan.latency.kernel_times import KernelKey
+from edgeprune.plan.latency.model import LatencyModel
 from edgeprune.progress import Progress, Silent
-from edgeprune.results import Block, Measurement, Telemetry
-from edgeprune.specs import Precision
-from edgeprune.stage_records import MeasuredNets, MeasuredTable, PlanResult
+from edgeprune.records.artifact import Block, Measurement, Telemetry
+from edgeprune.records.budget import parse_budget
+from edgeprune.records.names import Precision
+from edgeprune.records.plan import FrozenGroup, LatencyModelQuality
 
 FULL = {"a": 64, "b": 96, "c": 128}
 TILE = 8

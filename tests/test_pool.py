@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sshd import free_port, matmul_file, script, serve, wait_until_gone
 
-from edgeprune.closing import boards_note
-from edgeprune.devices import quarantine
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.companions import (
+from edgeprune.devices.inventory import quarantine
+from edgeprune.devices.plans import Timing, TimingPlan
+from edgeprune.devices.timing.companions import (
     LIMITS,
     MIN_SHARED,
     REFERENCE_FILES,
@@ -35,14 +35,14 @@ from edgeprune.devices.companions import (
     scale_of,
     series,
 )
-from edgeprune.devices.plans import Timing, TimingPlan
-from edgeprune.devices.pool import Pool, open_pool
+from edgeprune.devices.timing.pool import Pool, open_pool
 from edgeprune.errors import DeviceError, LinkLost, Unreliable
-from edgeprune.latency.table import LatencyTable
-from edgeprune.planning import MeasuredTable, Stand
+from edgeprune.pipeline.stages.finish import boards_note
+from edgeprune.plan.bench import MeasuredTable, Stand
+from edgeprune.plan.latency.table import LatencyTable
 from edgeprune.progress import Bar, Silent
-from edgeprune.results import Fingerprint
-from edgeprune.specs import Device, Runtime
+from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.names import Device, Runtime
 
 QUICK = TimingPlan(rounds=4, block_ms=0.2, min_runs=2, max_runs=4, warmup_ms=0.5)
 ORT = {"runtime": "onnxruntime", "threads": 1}
@@ -307,7 +307,7 @@ def test_a_primary_that_fails_ends_the_call_with_its_error(desk, at):
 
 def test_a_fault_of_the_program_in_a_thread_is_not_swallowed(desk, monkeypatch):
     with desk.pool(other=desk.device("other")) as pool:
-        monkeypatch.setattr("edgeprune.devices.pool.scale_of", lambda *_: 1 / 0)
+        monkeypatch.setattr("edgeprune.devices.timing.pool.scale_of", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             kernels(desk, pool)
 

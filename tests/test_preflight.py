@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.errors import ModelError
-from edgeprune.workload import from_objects
+from edgeprune.workload.load import from_objects
 
 
 def conv(cin: int, cout: int) -> nn.Sequential:

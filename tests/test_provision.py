@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from wheelhouse import DIES, FAILS, described, pins_of, quick_pip, runtime_wheel
 
-from edgeprune.devices import provision
 from edgeprune.devices.agent import environments, wire
-from edgeprune.devices.frames import Refusal
-from edgeprune.devices.runtime_pins import load_pins
+from edgeprune.devices.link.frames import Refusal
+from edgeprune.devices.setup import provision
+from edgeprune.devices.setup.runtime_pins import load_pins
 from edgeprune.errors import DeviceError, IntegrityError
 from edgeprune.progress import Silent
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 HERE = {"machine": platform.machine(), "python": platform.python_version(), "bits": 64}
 

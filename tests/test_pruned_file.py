@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from zoo import ZOO, make
 
-from edgeprune.compress.groups import find_groups, remove_channels
+from edgeprune.compress.groups.find import find_groups, remove_channels
+from edgeprune.compress.plain_source import model_source
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
-from edgeprune.compress.source import model_source
 from edgeprune.errors import IntegrityError, ModelError, SpecError
 
 NETS = [

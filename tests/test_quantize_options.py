@@ -10,11 +10,11 @@ import torch
 import zoo
 
 from edgeprune import formats
-from edgeprune.datasets import to_layout
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.errors import FormatError
 from edgeprune.formats import Inspectable, QuantizeOptions
-from edgeprune.formats._ranges import Spread, ends, saturation, spreads
+from edgeprune.formats.shared.ranges import Spread, ends, saturation, spreads
+from edgeprune.workload.dataset import to_layout
 
 RUNTIME = {"tflite": "litert", "onnx": "onnxruntime"}
 

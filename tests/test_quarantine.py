@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgeprune import catalog
-from edgeprune.devices import quarantine
+from edgeprune.devices.inventory import quarantine
 from edgeprune.errors import IntegrityError, SpecError
-from edgeprune.options import Options, check_names, chosen_device
-from edgeprune.specs import Workload
+from edgeprune.pipeline.options import Options, check_names, chosen_device
+from edgeprune.records import catalog
+from edgeprune.records.names import Workload
 
 SSH = (
     "transport: ssh, host: pi.local, user: pi, auth: {method: key, key_file: ~/.ssh/id},"

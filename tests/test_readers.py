@@ -19,22 +19,25 @@ import yaml
 from report_fixture import make_fingerprint, make_report
 from safetensors.torch import save
 
-from edgeprune import catalog, deploy, imagedata, intake
-from edgeprune.compress import checkpoint
+from edgeprune import deploy
+from edgeprune.compress.heal import checkpoint
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
 from edgeprune.devices.board import open_board
-from edgeprune.devices.proposals import login_method
-from edgeprune.devices.transports._secrets import read_private
+from edgeprune.devices.inventory.proposals import login_method
+from edgeprune.devices.link.secrets import read_private
 from edgeprune.errors import DeviceError, EdgepruneError, IntegrityError, ModelError, SpecError
-from edgeprune.latency.kernel_times import KernelTime, KernelTimes, read_times
+from edgeprune.pipeline.run_folder import RunFolder
+from edgeprune.plan.latency.kernel_times import KernelTime, KernelTimes, read_times
 from edgeprune.progress import Silent
-from edgeprune.records import Record, load_yaml, read_json, read_yaml, sha256_bytes, to_json
+from edgeprune.records import catalog
+from edgeprune.records.artifact import Report
+from edgeprune.records.base import Record, load_yaml, read_json, read_yaml, sha256_bytes, to_json
+from edgeprune.records.names import Device, Preprocess, Workload
+from edgeprune.records.search import PlanFile
 from edgeprune.report import compare_text, render_terminal
-from edgeprune.results import Report
-from edgeprune.runfolder import RunFolder
-from edgeprune.search_results import PlanFile
-from edgeprune.specs import Device, Preprocess, Workload
-from edgeprune.workload import load_workload
+from edgeprune.workload import data as imagedata
+from edgeprune.workload import model as intake
+from edgeprune.workload.load import load_workload
 
 LOCAL = Device(transport="local", targets=(), stand_in=True)
 ROOT = Path(__file__).parents[1]

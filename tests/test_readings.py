@@ -8,11 +8,11 @@ from test_compensate import KEPT, KEPT_OUTPUTS, ConvNet, dense_net, samples, wit
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.compress.compensate import compensate
-from edgeprune.compress.criteria import Scores
-from edgeprune.compress.groups import find_groups
+from edgeprune.compress.groups.find import find_groups
 from edgeprune.compress.readings import as_positions, reading_of
-from edgeprune.compress.reconstruct import obs
+from edgeprune.compress.repair.compensate import compensate
+from edgeprune.compress.scores.reconstruction import obs
+from edgeprune.compress.scores.weights import Scores
 from edgeprune.progress import Silent
 
 

@@ -14,13 +14,13 @@ from sshd import WEIGHT, matmul_file
 
 from edgeprune.devices.agent.wire import MAGIC, frame
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.exchanges import FrameStream
-from edgeprune.devices.frames import MAX_HEADER_BYTES, Refusal
+from edgeprune.devices.link.exchanges import FrameStream
+from edgeprune.devices.link.frames import MAX_HEADER_BYTES, Refusal
+from edgeprune.devices.link.recording import Recording, check_recordable, origin_of
 from edgeprune.devices.plans import TimingPlan
-from edgeprune.devices.recording import Recording, check_recordable, origin_of
 from edgeprune.errors import DeviceError, EdgepruneError, IntegrityError, SpecError
-from edgeprune.results import Fingerprint
-from edgeprune.specs import Device
+from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.names import Device
 
 PLAN = TimingPlan(rounds=4, block_ms=0.2, min_runs=2, max_runs=4, warmup_ms=0.5)
 ORT = {"runtime": "onnxruntime", "threads": 1}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from edgeprune.errors import IntegrityError, NoSpace, SpecError, UnknownName
-from edgeprune.records import (
+from edgeprune.records.base import (
     MAX_YAML_BYTES,
     Record,
     atomic_path,

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.compress.evaluate import agreement, raw_logits
-from edgeprune.compress.inputs import augmented, to_input
-from edgeprune.compress.memory import fast_copy
-from edgeprune.compress.recover import recover
-from edgeprune.datasets import Split, model_input
+from edgeprune.compress.heal.recover import recover
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
-from edgeprune.specs import Augment, Preprocess, Recovery
+from edgeprune.records.names import Augment, Preprocess, Recovery
+from edgeprune.workload.batches import augmented, to_input
+from edgeprune.workload.dataset import Split, model_input
+from edgeprune.workload.memory import fast_copy
 
 PREPROCESS = Preprocess(color="grey", mean=(0.5,), std=(0.25,))
 SETTINGS = Recovery(epochs=3, batch_size=32, learning_rate=0.05, augment=Augment(shift_pixels=1))

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgeprune import catalog
-from edgeprune.devices import registry
+from edgeprune.devices.inventory import entries as registry
 from edgeprune.errors import SpecError, UnknownName
-from edgeprune.specs import Device, HostKey
+from edgeprune.records import catalog
+from edgeprune.records.names import Device, HostKey
 
 ROOT = Path(__file__).parents[1]
 PIN, OTHER = ("SHA256:" + letter * 43 for letter in "AB")

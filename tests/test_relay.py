@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.compress import relay
 from edgeprune.compress.evaluate import run_once
-from edgeprune.compress.relay import Relay
+from edgeprune.compress.repair import relay
+from edgeprune.compress.repair.relay import Relay
 
 
 class Block(nn.Module):

@@ -11,10 +11,10 @@ import pytest
 import replayed
 import tinynet
 
-from edgeprune import records
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.devices.store import MeasurementStore
-from edgeprune.results import Report
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
 
 pytestmark = pytest.mark.slow  # whole deployments; test_recording has the quick ones
 REPLAY = (*replayed.COMMAND, "--device", "replayed")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from report_fixture import make_report
 
-from edgeprune import records
 from edgeprune.errors import SpecError
-from edgeprune.results import Report
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
 
 
 def test_a_report_that_was_read_knows_its_folder_and_its_bundle(tmp_path: Path, monkeypatch):

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_fixture import make_empty_report, make_fingerprint, make_plan, make_report, median_of
 
-from edgeprune.plan_results import FrozenGroup
+from edgeprune.records.artifact import Report
+from edgeprune.records.plan import FrozenGroup
 from edgeprune.report import render_html
 from edgeprune.report.markup import VOID
-from edgeprune.results import Report
 
 
 class Page(HTMLParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from report_fixture import make_report
 
-from edgeprune.int8_results import CalibrationReport, Int8Report, Int8Try, LayerFallback
+from edgeprune.records.int8 import CalibrationReport, Int8Report, Int8Try, LayerFallback
 from edgeprune.report.figures import NONE
 from edgeprune.report.html import render_html
 from edgeprune.report.int8_table import calibration, cells, layer_cells

@@ -13,14 +13,14 @@ import pytest
 from sshd import matmul_file
 
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.measure import ModelFile, compare, measure
 from edgeprune.devices.plans import REPORT, Loaded, Timing, TimingPlan
-from edgeprune.devices.report_tier import measure_report, report_options
-from edgeprune.devices.sentinel import KEY
+from edgeprune.devices.timing.measure import ModelFile, compare, measure
+from edgeprune.devices.timing.report_tier import measure_report, report_options
+from edgeprune.devices.timing.sentinel import KEY
 from edgeprune.errors import DeviceError, Unreliable
-from edgeprune.records import sha256_bytes
-from edgeprune.results import Block, Fingerprint, Measurement, Telemetry
-from edgeprune.specs import Device, ReportTier
+from edgeprune.records.artifact import Block, Fingerprint, Measurement, Telemetry
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.names import Device, ReportTier
 
 ORT: dict[str, Any] = {"runtime": "onnxruntime", "threads": 1}
 QUICK = TimingPlan(rounds=2, block_ms=0.5, min_runs=2, max_runs=5, warmup_ms=0.5)

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.errors import FormatError
-from edgeprune.formats._resize import Links, Place, WidthDecoder, WidthRule, distinct_widths, slots
+from edgeprune.formats.shared.widths import (
+    Links,
+    Place,
+    WidthDecoder,
+    WidthRule,
+    distinct_widths,
+    slots,
+)
 
 FULL = {"a": 16, "b": 24, "c": 40}
 CHANGED = {"a": 10, "b": 18, "c": 31}

@@ -15,10 +15,11 @@ import pytest
 import tinynet
 from sshd import wait_until_gone
 
-from edgeprune import planning, records
+from edgeprune.pipeline.run_folder import RunFolder
+from edgeprune.plan import bench as planning
 from edgeprune.progress import Silent
-from edgeprune.results import Report
-from edgeprune.runfolder import RunFolder
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
 
 EXPORT = "pruned.fp32.onnx"
 COMMAND = ("deploy", "--target", "this-machine", "--latency", "80%", "--run", "run")

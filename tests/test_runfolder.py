@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from edgeprune.errors import SpecError
+from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.progress import Silent
-from edgeprune.records import Record, write_bytes
-from edgeprune.runfolder import RunFolder, Stage
+from edgeprune.records.base import Record, write_bytes
 
 
 class Answer(Record):
@@ -193,7 +193,7 @@ def test_what_is_kept_counts_with_its_first_time_and_is_said(tmp_path):
 def held_by_another_process(path: Path) -> Iterator[None]:
     code = (
         "import sys; from pathlib import Path; from edgeprune.progress import Silent;"
-        "from edgeprune.runfolder import RunFolder\n"
+        "from edgeprune.pipeline.run_folder import RunFolder\n"
         "with RunFolder(Path(sys.argv[1]), Silent()): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

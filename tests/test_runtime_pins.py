@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from edgeprune.devices.agent.environments import RUNTIMES, env_name
-from edgeprune.devices.runtime_pins import (
+from edgeprune.devices.setup.runtime_pins import (
     RUNTIME_PACKAGES,
     WITHOUT_WHEELS,
     RuntimePins,

@@ -18,26 +18,31 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import ZOO, make
 
-from edgeprune import api, formats, pipeline, records, schedule, stages
-from edgeprune.basis import Basis
-from edgeprune.cli_options import schedule_settings
-from edgeprune.compress.divergence import trial_settings
-from edgeprune.compress.groups import find_groups, remove_channels
-from edgeprune.compress.importance import fisher
-from edgeprune.compress.initial import reinitialised
-from edgeprune.compress.sparsity import without_pattern
-from edgeprune.compress.surgery import narrowed_groups
-from edgeprune.context import Context
+from edgeprune import formats
+from edgeprune.cli.options import schedule_settings
+from edgeprune.compress.groups.find import find_groups, remove_channels
+from edgeprune.compress.groups.surgery import narrowed_groups
+from edgeprune.compress.heal.fresh_weights import reinitialised
+from edgeprune.compress.heal.two_of_four import without_pattern
+from edgeprune.compress.scores.importance import fisher
+from edgeprune.compress.structure_loss import trial_settings
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.latency.predictor import Factor, LatencyModel
-from edgeprune.options import Options
-from edgeprune.plan_results import LatencyModelQuality
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.files.records import MeasuredNets, PlanResult, ScoresResult, StepResult
+from edgeprune.pipeline.options import Options
+from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import steps as schedule
+from edgeprune.plan.basis import Basis
+from edgeprune.plan.latency.model import Factor, LatencyModel
+from edgeprune.plan.solver.solve import solve
 from edgeprune.progress import Silent
-from edgeprune.results import Report
-from edgeprune.search import solve
-from edgeprune.specs import MOST_STEPS, Preprocess, Recovery, Workload
-from edgeprune.stage_records import MeasuredNets, PlanResult, ScoresResult, StepResult
-from edgeprune.workload import from_objects
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
+from edgeprune.records.names import MOST_STEPS, Preprocess, Recovery, Workload
+from edgeprune.records.plan import LatencyModelQuality
+from edgeprune.workload.load import from_objects
 
 GROUPS = ("0", "3", "6")  # of the tiny net
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.errors import BudgetError
-from edgeprune.latency.grid import thin
-from edgeprune.latency.predictor import Factor, LatencyModel
-from edgeprune.search import Problem, Solution, alternatives, fastest, pareto, solve
+from edgeprune.plan.latency.grid import thin
+from edgeprune.plan.latency.model import Factor, LatencyModel
+from edgeprune.plan.solver.solve import Problem, Solution, alternatives, fastest, pareto, solve
 
 
 def random_problem(draw: np.random.Generator, groups: int, widths: int) -> Problem:

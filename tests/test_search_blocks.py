@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import enumerated, is_lawful, random_problem
 
-from edgeprune.latency.predictor import Factor, LatencyModel
-from edgeprune.search import Problem, alternatives, fastest, pareto, solve
+from edgeprune.plan.latency.model import Factor, LatencyModel
+from edgeprune.plan.solver.solve import Problem, alternatives, fastest, pareto, solve
 
 
 def tied_problem(draw: np.random.Generator, groups: int, widths: int) -> Problem:

@@ -11,18 +11,17 @@ import pytest
 import tinynet
 from report_fixture import make_report
 
-from edgeprune import records
-from edgeprune.report.explain import other_budgets, render_plan, render_search, render_search_html
+from edgeprune.pipeline.files.records import PlanResult
+from edgeprune.records import base as records
+from edgeprune.records.search import GroupCurve, ParetoPoint, PlanFile, SearchResult, WidthChoice
 from edgeprune.report.figures import significant, time_text
 from edgeprune.report.plan_sections import saved_note
-from edgeprune.search_results import (
-    GroupCurve,
-    ParetoPoint,
-    PlanFile,
-    SearchResult,
-    WidthChoice,
+from edgeprune.report.search_page import (
+    other_budgets,
+    render_plan,
+    render_search,
+    render_search_html,
 )
-from edgeprune.stage_records import PlanResult
 
 SEARCH = ("search", "--target", "this-machine", "--latency", "80%", "--run", "run")
 

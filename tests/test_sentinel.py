@@ -10,13 +10,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from edgeprune.devices import sentinel as sentinels
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.plans import Timing, TimingPlan
-from edgeprune.devices.sentinel import KEY, SENTINELS, Sentinel, judge_drift, sentinel_file
+from edgeprune.devices.timing import sentinel as sentinels
+from edgeprune.devices.timing.sentinel import KEY, SENTINELS, Sentinel, judge_drift, sentinel_file
 from edgeprune.errors import DeviceError, IntegrityError
-from edgeprune.results import Block, Telemetry
-from edgeprune.specs import Device
+from edgeprune.records.artifact import Block, Telemetry
+from edgeprune.records.names import Device
 
 QUICK = TimingPlan(rounds=3, block_ms=1, min_runs=2, max_runs=5, warmup_ms=1)
 

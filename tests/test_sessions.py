@@ -14,13 +14,13 @@ import pytest
 from fakeagent import fake_device
 from sshd import WEIGHT, Sshd, matmul_file, serve
 
-from edgeprune.devices import session as sessions
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.frames import Refusal
+from edgeprune.devices.link import session as sessions
+from edgeprune.devices.link.frames import Refusal
+from edgeprune.devices.link.session import allowed_load
 from edgeprune.devices.plans import TimingPlan
-from edgeprune.devices.session import allowed_load
 from edgeprune.errors import DeviceError, LinkLost
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 QUICK = TimingPlan(rounds=4, block_ms=0.5, min_runs=2, max_runs=6, warmup_ms=1)
 ORT = {"runtime": "onnxruntime", "threads": 1}

@@ -11,13 +11,15 @@ import torch
 from report_fixture import make_report
 from test_verdict import artifact, found
 
-from edgeprune import conversion, shipping, stages
-from edgeprune.budgets import parse_budget
 from edgeprune.devices.board import open_board
-from edgeprune.devices.frames import Refusal
+from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import EdgepruneError, FormatError, IntegrityError, MissingTool
-from edgeprune.runfolder import Stage
-from edgeprune.stage_records import FinalQuality, PrunedFiles
+from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files.records import FinalQuality, PrunedFiles
+from edgeprune.pipeline.run_folder import Stage
+from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import precision as shipping
+from edgeprune.records.budget import parse_budget
 
 BOTH, INT8 = ("fp32", "int8"), ("int8",)
 COARSE = "it computes 40% of its layers in 8 bits"

@@ -9,10 +9,12 @@ import pytest
 import tinynet
 
 import edgeprune
-from edgeprune import conversion, records, verdict
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import FormatError, IntegrityError
-from edgeprune.results import Report
+from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.stages import gates as verdict
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Report
 
 pytestmark = pytest.mark.slow
 

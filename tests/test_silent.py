@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO, make
 
-from edgeprune.compress.silent import rescue_silent
+from edgeprune.compress.int8.faint_channels import rescue_silent
 from edgeprune.devices.board import open_board
 from edgeprune.errors import DeviceError
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 CHANNEL = 2
 

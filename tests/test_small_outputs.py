@@ -12,10 +12,15 @@ from torch.nn import functional as F
 from zoo import ZOO, conv_bn, make
 
 from edgeprune.bundle.golden import default_tolerance
-from edgeprune.compress.dead import remove_dead
-from edgeprune.compress.groups import find_groups, mask_identity, remove_channels, zero_channels
-from edgeprune.intake import dead_channels
-from edgeprune.results import Artifact, TensorSpec
+from edgeprune.compress.groups.find import (
+    find_groups,
+    mask_identity,
+    remove_channels,
+    zero_channels,
+)
+from edgeprune.compress.groups.masked import remove_dead
+from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.workload.model import dead_channels
 
 WIDE = 1000
 

@@ -13,20 +13,21 @@ from test_recover import PREPROCESS, SETTINGS, Stopper, damaged, splits, teacher
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from edgeprune import api, formats
-from edgeprune.compress import sparsity
+from edgeprune import formats
 from edgeprune.compress.evaluate import kl_nats, logits
-from edgeprune.compress.fakequant import fake_quantised, plain
-from edgeprune.compress.recover import recover
-from edgeprune.compress.silent import rescue_silent
-from edgeprune.compress.sparsify import masked_by_magnitude, sparsified
-from edgeprune.compress.sparsity import eligible, has_pattern, mask_of, without_pattern
+from edgeprune.compress.heal import two_of_four as sparsity
+from edgeprune.compress.heal.recover import recover
+from edgeprune.compress.heal.sparsify import masked_by_magnitude, sparsified
+from edgeprune.compress.heal.two_of_four import eligible, has_pattern, mask_of, without_pattern
+from edgeprune.compress.int8.faint_channels import rescue_silent
+from edgeprune.compress.int8.fakequant import fake_quantised, plain
 from edgeprune.errors import ModelError
-from edgeprune.formats._onnx_sparsity import sparse_layers
-from edgeprune.options import Options
+from edgeprune.formats.onnx.sparsity import sparse_layers
+from edgeprune.pipeline import api
+from edgeprune.pipeline.options import Options
 from edgeprune.progress import Silent
-from edgeprune.specs import Preprocess, Recovery, Workload
-from edgeprune.workload import from_objects
+from edgeprune.records.names import Preprocess, Recovery, Workload
+from edgeprune.workload.load import from_objects
 
 SPARSE = SETTINGS.model_copy(update={"sparsity": "2:4"})
 SHAPES = [(3, 4), (5, 12), (2, 8, 3, 3), (1, 4, 1, 1), (6, 16, 1, 5)]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.budgets import parse_budget, parse_drop
 from edgeprune.errors import SpecError, UnknownName
-from edgeprune.records import parse
-from edgeprune.specs import Device, DeviceFile, Fact, Preprocess, Profile, Target, Workload
+from edgeprune.records.base import parse
+from edgeprune.records.budget import parse_budget, parse_drop
+from edgeprune.records.names import Device, DeviceFile, Fact, Preprocess, Profile, Target, Workload
 
 FINGERPRINT = "SHA256:" + base64.b64encode(bytes(range(32))).decode().rstrip("=")
 TARGET = {

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from zoo import ZOO, make
 
-from edgeprune.compress.groups import find_groups, remove_channels
-from edgeprune.compress.structure import layer_widths, work
+from edgeprune.compress.groups.find import find_groups, remove_channels
+from edgeprune.compress.size import layer_widths, work
 
 
 def test_work_of_a_plain_net_is_the_sum_of_its_layers() -> None:

@@ -12,21 +12,21 @@ from report_fixture import make_fingerprint, make_measurement, make_report
 from sshd import matmul_file
 from test_verdict import found as measured_files
 
-from edgeprune import verdict
-from edgeprune.budgets import parse_budget, parse_duration
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.measure import ModelFile
 from edgeprune.devices.plans import Timing, TimingPlan
-from edgeprune.devices.sustained import REQUEST_S, sustained
+from edgeprune.devices.timing.measure import ModelFile
+from edgeprune.devices.timing.sustained import REQUEST_S, sustained
 from edgeprune.errors import DeviceError, SpecError
-from edgeprune.intervals import steady_ms
-from edgeprune.options import Options, chosen_sustained
+from edgeprune.pipeline.options import Options, chosen_sustained
+from edgeprune.pipeline.stages import gates as verdict
 from edgeprune.progress import Silent
-from edgeprune.records import sha256_bytes
+from edgeprune.records.artifact import Block, ProfileReport, SustainedPoint, SustainedRun, Telemetry
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.budget import parse_budget, parse_duration
+from edgeprune.records.intervals import steady_ms
+from edgeprune.records.names import Device
 from edgeprune.report import render_html, render_terminal
-from edgeprune.report.profile import render_profile
-from edgeprune.results import Block, ProfileReport, SustainedPoint, SustainedRun, Telemetry
-from edgeprune.specs import Device
+from edgeprune.report.profile_text import render_profile
 
 MODEL = ModelFile("pruned-int8", b"x", "int8", sha256_bytes(b"x"))
 ORT: dict[str, Any] = {"runtime": "onnxruntime", "threads": 1}

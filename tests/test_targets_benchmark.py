@@ -23,12 +23,12 @@ from targets_blocks import EMULATED, WORKED_OUT, TargetResults, TargetRow, merge
 from targets_board import BUILT_IN, Int8File, error_steps, rows_on_the_board
 
 import targets
-from edgeprune.datasets import Split
-from edgeprune.devices.frames import Refusal
+from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import FormatError
-from edgeprune.int8_results import LayerFallback
 from edgeprune.progress import Silent
-from edgeprune.specs import Device
+from edgeprune.records.int8 import LayerFallback
+from edgeprune.records.names import Device
+from edgeprune.workload.dataset import Split
 from targets import rows_of
 
 

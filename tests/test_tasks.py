@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune.compress.groups import find_groups, remove_channels
-from edgeprune.compress.outputs import outputs_of
+from edgeprune.compress.groups.find import find_groups, remove_channels
 from edgeprune.errors import EdgepruneError, ModelError, SpecError
-from edgeprune.specs import Preprocess, Workload
-from edgeprune.workload import LoadedWorkload, from_objects
+from edgeprune.records.names import Preprocess, Workload
+from edgeprune.workload.load import LoadedWorkload, from_objects
+from edgeprune.workload.outputs import outputs_of
 
 ROWS = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
 CLASSES = np.arange(48) % 4

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from edgeprune import formats
-from edgeprune.compress.groups import find_groups, remove_channels
+from edgeprune.compress.groups.find import find_groups, remove_channels
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.formats import QuantizeOptions
-from edgeprune.formats._resize import distinct_widths
-from edgeprune.formats._tflite_graph import constant_value, is_constant, op_name, read_model
+from edgeprune.formats.shared.widths import distinct_widths
+from edgeprune.formats.tflite.graph import constant_value, is_constant, op_name, read_model
 
 FORMAT = formats.load("tflite")
 INF = float("inf")

@@ -10,15 +10,15 @@ from test_bundle_verify import _failure, _resealed
 
 from edgeprune import formats
 from edgeprune.bundle import verify
-from edgeprune.bundle.inside import versions_check
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.devices.runtime_pins import load_pins
+from edgeprune.bundle.model_check import versions_check
+from edgeprune.devices.setup.runtime_pins import load_pins
 from edgeprune.errors import FormatError
 from edgeprune.formats import check_runtime
-from edgeprune.formats._tflite_graph import read_model, write_model
-from edgeprune.formats._tflite_inspect import check_versions
-from edgeprune.formats._tflite_versions import oldest
-from edgeprune.records import read_json
+from edgeprune.formats.tflite.graph import read_model, write_model
+from edgeprune.formats.tflite.inspect import check_versions
+from edgeprune.formats.tflite.versions import oldest
+from edgeprune.records.base import read_json
 
 RUNTIMES = ("litert", "tflite-runtime")
 CONV_2D = 3
@@ -115,6 +115,6 @@ def test_verify_fails_a_model_that_the_oldest_runtime_cannot_load(tmp_path):
 def test_without_the_names_of_operators_nothing_is_claimed(tmp_path, monkeypatch):
     folder = tflite_bundle(tmp_path)
     manifest = read_json(Manifest, folder / "manifest.json")
-    monkeypatch.setattr("edgeprune.bundle.anatomy._tflite_names", dict)
+    monkeypatch.setattr("edgeprune.formats.inside.anatomy._tflite_names", dict)
     found = versions_check(manifest, (folder / manifest.model.path).read_bytes())
     assert found.status == "not-run"

@@ -20,12 +20,14 @@ from click.testing import CliRunner
 from report_fixture import make_fingerprint
 from test_search_command import found
 
-from edgeprune import feasibility
-from edgeprune.closing import boards_note
-from edgeprune.latency import times_cache
-from edgeprune.latency.kernel_times import KernelTime, read_times, write_times
-from edgeprune.latency.table import LatencyTable
-from edgeprune.latency.times_cache import (
+from edgeprune.pipeline.files.records import MeasuredTable
+from edgeprune.pipeline.stages import kernels as feasibility
+from edgeprune.pipeline.stages.finish import boards_note
+from edgeprune.plan.bench import Stand
+from edgeprune.plan.latency import times_cache
+from edgeprune.plan.latency.kernel_times import KernelTime, read_times, write_times
+from edgeprune.plan.latency.table import LatencyTable
+from edgeprune.plan.latency.times_cache import (
     MAX_AGE,
     SWITCH,
     TIME_FORMAT,
@@ -33,11 +35,9 @@ from edgeprune.latency.times_cache import (
     now_text,
     open_cache,
 )
-from edgeprune.planning import Stand
-from edgeprune.report.explain import render_search, render_search_html
-from edgeprune.results import Fingerprint
-from edgeprune.specs import FormatName, Precision, Runtime
-from edgeprune.stage_records import MeasuredTable
+from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.names import FormatName, Precision, Runtime
+from edgeprune.report.search_page import render_search, render_search_html
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeprune import formats, int8_checks
-from edgeprune.datasets import to_layout
+from edgeprune import formats
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.errors import FormatError
 from edgeprune.formats import Format
-from edgeprune.formats._finite import explained, require_bounded, require_finite
-from edgeprune.formats._ranges import spreads
-from edgeprune.tracing import traced
+from edgeprune.formats.shared.finite import explained, require_bounded, require_finite
+from edgeprune.formats.shared.ranges import spreads
+from edgeprune.pipeline.files import int8_warnings as int8_checks
+from edgeprune.workload.dataset import to_layout
+from edgeprune.workload.trace import traced
 
 NEEDS = {
     "tflite": "litert_torch",

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgeprune import verdict
-from edgeprune.budgets import parse_budget
-from edgeprune.context import Context
 from edgeprune.errors import FormatError
-from edgeprune.results import Artifact, Block, Comparison, Measurement, Telemetry
-from edgeprune.specs import Precision
-from edgeprune.verdict import Measured
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.stages import gates as verdict
+from edgeprune.pipeline.stages.gates import Measured
+from edgeprune.records.artifact import Artifact, Block, Comparison, Measurement, Telemetry
+from edgeprune.records.budget import parse_budget
+from edgeprune.records.names import Precision
 
 NAMES = ("dense-fp32", "dense-int8", "pruned-fp32", "pruned-int8")
 BOTH: tuple[Precision, ...] = ("fp32", "int8")

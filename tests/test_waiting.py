@@ -17,13 +17,16 @@ import torch
 import yaml
 from bundle_fixture import make_bundle
 
-from edgeprune import api, cli, deploy, formats, pipeline
+from edgeprune import deploy, formats
+from edgeprune.cli import main as cli
 from edgeprune.devices.board import open_board
-from edgeprune.devices.frames import Refusal
-from edgeprune.devices.waiting import WAIT_MINUTES, take_in_turn, wait_seconds
+from edgeprune.devices.link.frames import Refusal
+from edgeprune.devices.link.wait import WAIT_MINUTES, take_in_turn, wait_seconds
 from edgeprune.errors import Busy, EdgepruneError, MissingTool, SpecError
-from edgeprune.options import Options
-from edgeprune.specs import Device
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.options import Options
+from edgeprune.records.names import Device
 
 ANNA = {"user": "anna", "host": "laptop", "job": "deploy for rpi4", "since_s": 300.0, "pid": 4711}
 
@@ -201,7 +204,7 @@ def test_a_busy_board_is_waited_for_from_python_too(project, monkeypatch):
 def test_verify_says_that_a_board_is_busy_with_its_own_exit_code(tmp_path, monkeypatch):
     make_bundle(tmp_path / "given")
     device = held_device(tmp_path).model_copy(update={"stand_in": False})
-    monkeypatch.setattr("edgeprune.catalog.device", lambda _: device)
+    monkeypatch.setattr("edgeprune.records.catalog.device", lambda _: device)
     done = tinynet.edgeprune_here(tmp_path, "verify", "given", "--device", "pi", "--wait", "0.02")
     assert done.returncode == 75
     assert "pi is held by" in done.stderr
@@ -265,9 +268,9 @@ def no_board(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     monkeypatch.chdir(folder)
-    from edgeprune.records import read_yaml
-    from edgeprune.specs import Workload
-    from edgeprune.workload import load_workload
+    from edgeprune.records.base import read_yaml
+    from edgeprune.records.names import Workload
+    from edgeprune.workload.load import load_workload
 
     loaded = load_workload(read_yaml(Workload, folder / "edgeprune.yaml"), folder)
     given = Options(**{"target": "this-machine", "latency": "80%", **options})
@@ -296,7 +299,7 @@ def branching(folder: Path) -> None:
 
 def forbidden(folder: Path) -> None:
     """A profile that cannot run the pooling of the model."""
-    from edgeprune import catalog
+    from edgeprune.records import catalog
 
     for kind in ("targets", "profiles"):
         (folder / kind).mkdir()
@@ -368,8 +371,9 @@ def test_what_was_worked_out_before_the_board_is_not_worked_out_again(project, m
         traces.append(type(model).__name__)
         return export(model, *args, **rest)
 
-    from edgeprune import static_checks, tracing
-    from edgeprune.context import Context
+    from edgeprune.pipeline.context import Context
+    from edgeprune.pipeline.stages import static_checks
+    from edgeprune.workload import trace as tracing
 
     monkeypatch.setattr(tracing.torch.export, "export", counted)
     loaded = api.from_objects(

@@ -15,9 +15,9 @@ import blocks
 import walltime
 from walltime_blocks import SolverTime, WallTime, walltime_block
 
-from edgeprune import records
-from edgeprune.specs import Preprocess
-from edgeprune.workload import LoadedWorkload, from_objects
+from edgeprune.records import base as records
+from edgeprune.records.names import Preprocess
+from edgeprune.workload.load import LoadedWorkload, from_objects
 
 
 def small() -> LoadedWorkload:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from wheelhouse import described, runtime_wheel
 
-from edgeprune.devices import wheels
-from edgeprune.devices.runtime_pins import Wheel
+from edgeprune.devices.setup import wheels
+from edgeprune.devices.setup.runtime_pins import Wheel
 from edgeprune.errors import DeviceError, IntegrityError, SpecError
 from edgeprune.progress import Silent
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from test_planning import FULL, Clock, Net, groups, table_of
 
-from edgeprune import planning
+from edgeprune.plan import bench as planning
 from edgeprune.progress import Silent
-from edgeprune.specs import ChannelSteps
+from edgeprune.records.names import ChannelSteps
 
 
 def steps(conv: int, depthwise: int, linear: int) -> ChannelSteps:

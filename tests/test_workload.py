@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgeprune.errors import ModelError, SpecError, UnknownName
-from edgeprune.factories import call_factory, is_factory
-from edgeprune.records import read_yaml
-from edgeprune.specs import Preprocess, Workload
-from edgeprune.workload import check_accepts, from_objects, load_workload
+from edgeprune.records.base import read_yaml
+from edgeprune.records.names import Preprocess, Workload
+from edgeprune.workload.factories import call_factory, is_factory
+from edgeprune.workload.load import check_accepts, from_objects, load_workload
 
 NET = """
 import torch

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgeprune import imagefiles, splits
-from edgeprune.datasets import Split
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.imagedata import from_value, load_data
-from edgeprune.specs import Preprocess
+from edgeprune.records.names import Preprocess
+from edgeprune.workload import image_files as imagefiles
+from edgeprune.workload import splits
+from edgeprune.workload.data import from_value, load_data
+from edgeprune.workload.dataset import Split
 
 GREY = Preprocess(color="grey")
 RGB = Preprocess()

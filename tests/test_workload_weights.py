@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from edgeprune.errors import ModelError
-from edgeprune.intake import dead_channels, digest, fold_masks, prepare, read_weights
+from edgeprune.workload.model import dead_channels, digest, fold_masks, prepare, read_weights
 
 
 def net(seed: int = 0) -> nn.Module:

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from sshd import QUICK_REPORT
 from torch import nn
 
-from edgeprune.cli import main
-from edgeprune.last_net import SOFTWARE
+from edgeprune.cli.last_net import SOFTWARE
+from edgeprune.cli.main import main
 
 REPO = Path(__file__).parents[1]
 SIZE, CLASSES = 24, 4

@@ -10,19 +10,23 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from edgeprune import guarantee, planning, records, search, stages
-from edgeprune.basis import Basis
-from edgeprune.budgets import parse_budget
-from edgeprune.closing import Prepared
-from edgeprune.compress import importance as importances
-from edgeprune.context import Context
-from edgeprune.datasets import model_input
+from edgeprune.compress.scores import importance as importances
 from edgeprune.formats import Kernel
-from edgeprune.latency.predictor import LatencyModel
-from edgeprune.plan_results import LatencyModelQuality, PruningPlan
-from edgeprune.search import Problem
-from edgeprune.specs import Recovery
-from edgeprune.stage_records import ScoresResult
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.files.records import ScoresResult
+from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages.finish import Prepared
+from edgeprune.plan import bench as planning
+from edgeprune.plan import guarantee
+from edgeprune.plan.basis import Basis
+from edgeprune.plan.latency.model import LatencyModel
+from edgeprune.plan.solver import solve as search
+from edgeprune.plan.solver.solve import Problem
+from edgeprune.records import base as records
+from edgeprune.records.budget import parse_budget
+from edgeprune.records.names import Recovery
+from edgeprune.records.plan import LatencyModelQuality, PruningPlan
+from edgeprune.workload.dataset import model_input
 from methods import torch_pruning
 from methods.candidate import Candidate, Method
 from methods.paths import halp, netadapt, path_method

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeprune.compress.groups import ChannelGroup, remove_channels
-from edgeprune.compress.importance import removal_order
-from edgeprune.latency.predictor import LatencyModel
+from edgeprune.compress.groups.find import ChannelGroup, remove_channels
+from edgeprune.compress.scores.importance import removal_order
+from edgeprune.plan.latency.model import LatencyModel
 from edgeprune.progress import Progress
 from methods.candidate import Candidate, Method
 from methods.solver import Cutter, geometric

@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import conversion, records
-from edgeprune.closing import Prepared
-from edgeprune.compress.compensate import compensate
 from edgeprune.compress.evaluate import logits, quality
-from edgeprune.compress.recover import recover
-from edgeprune.compress.statistics import recalibrate_batchnorm
-from edgeprune.context import Context
-from edgeprune.datasets import Split, model_input
-from edgeprune.devices.measure import ModelFile, compare, measure
+from edgeprune.compress.heal.recover import recover
+from edgeprune.compress.repair.compensate import compensate
+from edgeprune.compress.repair.norm_statistics import recalibrate_batchnorm
 from edgeprune.devices.plans import SEARCH
+from edgeprune.devices.timing.measure import ModelFile, compare, measure
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.stages.finish import Prepared
 from edgeprune.progress import Silent
-from edgeprune.results import Comparison
-from edgeprune.specs import Recovery
+from edgeprune.records import base as records
+from edgeprune.records.artifact import Comparison
+from edgeprune.records.names import Recovery
+from edgeprune.workload.dataset import Split, model_input
 from methods.candidate import Candidate, Method
 
 REPAIR_SAMPLES = 1024

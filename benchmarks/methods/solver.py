@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune import search
-from edgeprune.compress.groups import ChannelGroup, remove_channels
-from edgeprune.compress.importance import kept_channels
-from edgeprune.compress.structure import macs_by_layer
-from edgeprune.compress.surgery import kept_outputs
+from edgeprune.compress.groups.find import ChannelGroup, remove_channels
+from edgeprune.compress.groups.surgery import kept_outputs
+from edgeprune.compress.scores.importance import kept_channels
+from edgeprune.compress.size import macs_by_layer
 from edgeprune.errors import BudgetError
-from edgeprune.latency.predictor import Factor, LatencyModel
-from edgeprune.search import Problem
+from edgeprune.plan.latency.model import Factor, LatencyModel
+from edgeprune.plan.solver import solve as search
+from edgeprune.plan.solver.solve import Problem
 from methods.candidate import Candidate, Method
 
 UNALIGNED_POINTS = 16  # of the grid that ignores tiles

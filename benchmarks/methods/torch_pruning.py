@@ -12,7 +12,7 @@ import torch_pruning
 from torch import nn
 from torch.nn import functional
 
-from edgeprune.compress.groups import ChannelGroup
+from edgeprune.compress.groups.find import ChannelGroup
 from methods.candidate import Candidate, Method
 
 MOST_REMOVED = 0.95  # of all channels; at 1.0 the library leaves single channels everywhere

@@ -27,7 +27,7 @@ import families  # noqa: E402
 import small  # noqa: E402
 import train as example  # noqa: E402
 
-from edgeprune.compress.recover import low_precision  # noqa: E402
+from edgeprune.compress.heal.recover import low_precision  # noqa: E402
 
 RECALIBRATION = 5120  # images of the training split
 FACTORIES = families.FACTORIES | small.FACTORIES

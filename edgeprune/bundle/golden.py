@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeprune.arrays import npy_array
 from edgeprune.bundle.integrity import read_checked
 from edgeprune.bundle.manifest import MIN_GOLDEN, Manifest, Tolerance
-from edgeprune.datasets import model_input, to_layout
 from edgeprune.errors import IntegrityError, ModelError
-from edgeprune.results import Artifact, TensorSpec
-from edgeprune.specs import Preprocess
+from edgeprune.records.arrays import npy_array
+from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.names import Preprocess
+from edgeprune.workload.dataset import model_input, to_layout
 
 _ROUNDING = (
     1.001  # float32 differences of exact quantisation steps may exceed n steps by a rounding error

@@ -16,7 +16,7 @@ from edgeprune.bundle.integrity import (
     read_model,
 )
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.bundle.running import LOCAL, LOCAL_NAME, load_model, run_model
+from edgeprune.bundle.on_board import LOCAL, LOCAL_NAME, load_model, run_model
 from edgeprune.bundle.sign import check_signature, read_public_key
 from edgeprune.devices.board import Board, open_board
 

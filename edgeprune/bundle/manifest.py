@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from edgeprune.errors import SpecError
-from edgeprune.patterns import SparseWeights
-from edgeprune.records import Record, sha256_bytes, to_json_text
-from edgeprune.results import Artifact, Sha256, TensorSpec
-from edgeprune.specs import SPDX, FormatName, Name, Preprocess, Stamp
+from edgeprune.records.artifact import Artifact, Sha256, TensorSpec
+from edgeprune.records.base import Record, sha256_bytes, to_json_text
+from edgeprune.records.names import SPDX, FormatName, Name, Preprocess, Stamp
+from edgeprune.records.sparsity import SparseWeights
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping
 
-from edgeprune.bundle.eight_bits import file_kind
 from edgeprune.errors import IntegrityError
-from edgeprune.folders import unpacked
-from edgeprune.formats._flatbuffer import root
-from edgeprune.formats._protobuf import fields
-from edgeprune.results import Artifact
+from edgeprune.formats.inside.eight_bits import file_kind
+from edgeprune.formats.shared.flatbuffer import root
+from edgeprune.formats.shared.model_bytes import unpacked
+from edgeprune.formats.shared.protobuf import fields
+from edgeprune.records.artifact import Artifact
 
 # Which fields of a message hold messages, and of which kind.
 Kinds = Mapping[str, Mapping[int, str]]

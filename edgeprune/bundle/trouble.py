@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-from edgeprune.devices.frames import Refusal
+from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import DeviceError, NoSpace
 
 # What an operating system says of itself, and of no file's content.

@@ -18,20 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edgeprune.bundle.behaviour import (
-    Check,
-    delegate_check,
-    golden_check,
-    latency_check,
-)
-from edgeprune.bundle.eight_bits import weights_line
+from edgeprune.bundle.device_check import Check, delegate_check, golden_check, latency_check
 from edgeprune.bundle.golden import judge, read_golden
-from edgeprune.bundle.inside import (
-    float_check,
-    metadata_check,
-    operators_check,
-    versions_check,
-)
 from edgeprune.bundle.integrity import (
     check_hashes,
     check_small_files,
@@ -40,20 +28,20 @@ from edgeprune.bundle.integrity import (
     read_model,
 )
 from edgeprune.bundle.manifest import SIGNATURE, Manifest
-from edgeprune.bundle.running import (
-    LOCAL,
-    LOCAL_NAME,
-    RuntimeMissing,
-    load_model,
-    run_model,
+from edgeprune.bundle.model_check import (
+    float_check,
+    metadata_check,
+    operators_check,
+    versions_check,
 )
+from edgeprune.bundle.on_board import LOCAL, LOCAL_NAME, RuntimeMissing, load_model, run_model
 from edgeprune.bundle.sign import check_signature, read_public_key
 from edgeprune.bundle.trouble import is_trouble
 from edgeprune.devices.agent.coreml import UNITS
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.measure import ModelFile, measure
+from edgeprune.devices.link.wait import WAIT_MINUTES, wait_seconds
 from edgeprune.devices.plans import SEARCH, Loaded
-from edgeprune.devices.waiting import WAIT_MINUTES, wait_seconds
+from edgeprune.devices.timing.measure import ModelFile, measure
 from edgeprune.errors import (
     BudgetError,
     Busy,
@@ -64,8 +52,9 @@ from edgeprune.errors import (
     SpecError,
     Unreachable,
 )
-from edgeprune.records import Record, sha256_bytes
-from edgeprune.specs import Device
+from edgeprune.formats.inside.eight_bits import weights_line
+from edgeprune.records.base import Record, sha256_bytes
+from edgeprune.records.names import Device
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

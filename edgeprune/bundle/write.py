@@ -49,11 +49,11 @@ from edgeprune.bundle.manifest import (
 from edgeprune.bundle.readme import readme_text
 from edgeprune.bundle.sbom import bom_text
 from edgeprune.errors import IntegrityError, NoSpace, SpecError
-from edgeprune.folders import model_bytes, unpacked
-from edgeprune.formats._metadata import PREFIX, carrier
-from edgeprune.records import is_full, sha256_bytes, to_json
-from edgeprune.results import Artifact
-from edgeprune.specs import ComputeUnits
+from edgeprune.formats.shared.metadata import PREFIX, carrier
+from edgeprune.formats.shared.model_bytes import model_bytes, unpacked
+from edgeprune.records.artifact import Artifact
+from edgeprune.records.base import is_full, sha256_bytes, to_json
+from edgeprune.records.names import ComputeUnits
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from edgeprune.compress.inputs import batches, passes, to_input
-from edgeprune.compress.modes import frozen_copy, in_eval, on_device
-from edgeprune.compress.outputs import as_logits
 from edgeprune.errors import ModelError
-from edgeprune.specs import Preprocess
+from edgeprune.records.names import Preprocess
+from edgeprune.workload.batches import batches, passes, to_input
+from edgeprune.workload.modes import frozen_copy, in_eval, on_device
+from edgeprune.workload.outputs import as_logits
 
 # Larger CPU batches are slower: their activations leave the cache and are mapped and unmapped each time (measured: 3x at 500).
 BATCH = 64
@@ -142,7 +142,7 @@ def raw_logits(
     batch_size: int = BATCH,
     device: torch.device | None = None,
 ) -> Tensor:
-    """:func:`logits` of raw samples (as :attr:`edgeprune.datasets.Split.x`), prepared batch by batch."""
+    """:func:`logits` of raw samples (as :attr:`edgeprune.workload.dataset.Split.x`), prepared batch by batch."""
     runner = _placed(model, device)
     place = device_of(runner)
     found = []

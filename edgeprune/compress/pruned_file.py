@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from edgeprune import records
-from edgeprune.compress.modes import can_train, in_eval
-from edgeprune.compress.surgery import Removed, remove_block
+from edgeprune.compress.groups.surgery import Removed, remove_block
 from edgeprune.errors import IntegrityError, ModelError, SpecError
-from edgeprune.factories import call_factory
-from edgeprune.intake import prepare
-from edgeprune.paths import located
+from edgeprune.records import base as records
+from edgeprune.records.paths import located
+from edgeprune.workload.factories import call_factory
+from edgeprune.workload.model import prepare
+from edgeprune.workload.modes import can_train, in_eval
 
 # What says how wide a layer is; surgery changes nothing else about a module.
 WIDTHS = (

@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.arrays import npy_array
-from edgeprune.devices import replies
 from edgeprune.devices.agent.coreml import UNITS as COREML_UNITS
 from edgeprune.devices.agent.runtimes import LOAD_S, RUNTIMES
-from edgeprune.devices.frames import Refusal
+from edgeprune.devices.link import replies
+from edgeprune.devices.link.frames import Refusal
+from edgeprune.devices.link.recording import Recorder, as_recorded, origin_of
+from edgeprune.devices.link.session import BACKOFF_S, LINK_S, Lease, Session, not_ready, ready
 from edgeprune.devices.plans import Loaded, NodeTime, Timing, TimingPlan
-from edgeprune.devices.recording import Recorder, as_recorded, origin_of
-from edgeprune.devices.session import BACKOFF_S, LINK_S, Lease, Session, not_ready, ready
 from edgeprune.devices.store import MeasurementStore, store_key
 from edgeprune.errors import DeviceError, Unreliable
-from edgeprune.records import sha256_bytes
-from edgeprune.results import Fingerprint
-from edgeprune.specs import Device, Stamp
+from edgeprune.records.arrays import npy_array
+from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.base import sha256_bytes
+from edgeprune.records.names import Device, Stamp
 
 MAX_SAMPLES_PER_REQUEST = 300_000  # keeps a reply under the 4 MiB of a header
 _WARMUP_RUNS = 3
@@ -139,7 +139,7 @@ class Board:
     def request(
         self, op: str, fields: dict[str, Any], blob: bytes = b"", *, work_s: float = LINK_S
     ) -> tuple[dict[str, Any], bytes]:
-        """One operation of the agent. See :meth:`Session.request <edgeprune.devices.session.Session.request>`."""
+        """One operation of the agent. See :meth:`Session.request <edgeprune.devices.link.session.Session.request>`."""
         return self.session.request(op, fields, blob, work_s=work_s)
 
     def push(self, content: bytes) -> int:
@@ -158,7 +158,7 @@ class Board:
                 )
 
     def hello(self) -> dict[str, Any]:
-        """Facts about the machine, as :class:`~edgeprune.devices.replies.Hello`; asked once."""
+        """Facts about the machine, as :class:`~edgeprune.devices.link.replies.Hello`; asked once."""
         return self._facts().model_dump()
 
     def _facts(self) -> replies.Hello:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edgeprune.results import Block, Telemetry, TensorSpec
+from edgeprune.records.artifact import Block, Telemetry, TensorSpec
 
 
 @dataclass(frozen=True)

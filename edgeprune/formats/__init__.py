@@ -1,10 +1,9 @@
-"""The format seam: one module a format, found by its file name. See :class:`Format`."""
+"""The format seam: one folder a format, found by its name. See :class:`Format`."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from edgeprune.errors import FormatError, MissingTool, UnknownName
-from edgeprune.results import Artifact
-from edgeprune.specs import ComputeUnits, FormatName, Preprocess
+from edgeprune.records.artifact import Artifact
+from edgeprune.records.names import ComputeUnits, FormatName, Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,9 +24,9 @@ class FormatInfo:
     """Facts about a format: its file suffix, the runtimes that can run it, and the extra that installs its toolchain.
 
     A file of some formats cannot be cut to other widths in place. ``twin`` names the format with the same kernels whose files are cut and
-    timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.converted.Converted`). Without a twin it
-    is ``""``. ``system`` is the only kind of computer that runs its
-    files, in words (``Mac``). ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
+    timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.pipeline.files.reconverted.Converted`).
+    Without a twin it is ``""``. ``system`` is the only kind of computer that runs its files, in words (``Mac``).
+    ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
     ``int8_options`` says whether INT8 files can have other ranges than the format's own, and layers in float.
     """
 
@@ -278,12 +277,12 @@ def check_runtime(form: Format, path: Path, runtime: str) -> tuple[str, ...]:
 
 
 def names() -> list[str]:
-    """Names of the formats that have a module here."""
+    """Names of the formats that have a folder with a ``format.py`` here."""
     import edgeprune.formats as package
 
-    return sorted(
-        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
-    )
+    folders = [Path(folder) for folder in package.__path__]
+    found = (path.parent.name for folder in folders for path in folder.glob("*/format.py"))
+    return sorted(found)
 
 
 def load(name: str) -> Format:
@@ -294,7 +293,7 @@ def load(name: str) -> Format:
     """
     if name not in names():
         raise UnknownName("format", name, names())
-    module = importlib.import_module(f"edgeprune.formats.{name}")
+    module = importlib.import_module(f"edgeprune.formats.{name}.format")
     found: Format = module.FORMAT
     return found
 
@@ -332,7 +331,7 @@ def golden_file(
         inputs: samples as the file takes them, ``float32 [N, ...]``.
         outputs: its answers, ``float32 [N, K]``.
     """
-    module = importlib.import_module(f"edgeprune.formats.{form.info.name}")
+    module = importlib.import_module(f"edgeprune.formats.{form.info.name}.format")
     make = getattr(module, "golden_file", None)
     if make is None:
         return None

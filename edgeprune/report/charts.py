@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeprune.records.artifact import Report, VariantRow
 from edgeprune.report import facts
 from edgeprune.report.figures import (
     TimeUnit,
@@ -29,7 +30,6 @@ from edgeprune.report.svg import (
     path,
     rect,
 )
-from edgeprune.results import Report, VariantRow
 
 
 def variant_name(row: VariantRow) -> str:

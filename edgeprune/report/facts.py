@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgeprune.plan_results import LatencyModelQuality, PlanCheck, PruningPlan
-from edgeprune.results import (
+from edgeprune.records.artifact import (
     Comparison,
     Gate,
     LedgerEntry,
@@ -17,7 +16,8 @@ from edgeprune.results import (
     StageCost,
     VariantRow,
 )
-from edgeprune.specs import Precision, Stamp
+from edgeprune.records.names import Precision, Stamp
+from edgeprune.records.plan import LatencyModelQuality, PlanCheck, PruningPlan
 
 KINDS = ("training", "conversion", "measuring", "other")
 # How the names of targets begin, and what people call such a thing.

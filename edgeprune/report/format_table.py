@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from edgeprune.records.artifact import FormatChoice, FormatRow, Report
 from edgeprune.report.figures import NONE, in_unit, share_text, significant, time_unit
 from edgeprune.report.markup import Column, Markup, table
 from edgeprune.report.sections import note, section
-from edgeprune.results import FormatChoice, FormatRow, Report
 
 HEAD = ("format", "runtime", "precision", "median", "spread", "of own", "same class", "verdict")
 LEFT = 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
+from edgeprune.records.artifact import Report
 from edgeprune.report import (
     charts,
     facts,
@@ -24,7 +25,6 @@ from edgeprune.report.figures import (
     time_text,
 )
 from edgeprune.report.markup import Markup, tag
-from edgeprune.results import Report
 
 # The page may not load, send or run anything, whatever a name in it tries.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

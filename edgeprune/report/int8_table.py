@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from edgeprune.int8_results import SCHEME_WORDS, CalibrationReport, Int8Report
+from edgeprune.records.artifact import Report
+from edgeprune.records.int8 import SCHEME_WORDS, CalibrationReport, Int8Report
 from edgeprune.report.figures import NONE, significant
 from edgeprune.report.markup import Column, Markup, pairs, table, tag
 from edgeprune.report.sections import note, section
-from edgeprune.results import Report
 
 HEAD = ("recipe", "quality", "points lost", "KL, nats", "verdict")
 LAYER_HEAD = ("layer", "nats less in float", "ms more in float", "nats less per ms", "verdict")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgeprune.plan_results import PruningPlan
+from edgeprune.records.artifact import Report
+from edgeprune.records.plan import PruningPlan
 from edgeprune.report import charts, facts
 from edgeprune.report.figures import (
     NONE,
@@ -16,7 +17,6 @@ from edgeprune.report.figures import (
 )
 from edgeprune.report.markup import Column, Markup, pairs, table, tag
 from edgeprune.report.sections import note, section, side_by_side
-from edgeprune.results import Report
 
 
 def widths(report: Report) -> Markup:

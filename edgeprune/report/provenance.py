@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+from edgeprune.records.artifact import Report
 from edgeprune.report import charts, facts
-from edgeprune.report.figures import (
-    bytes_text,
-    quality_text,
-    seconds_text,
-    share_text,
-)
+from edgeprune.report.figures import bytes_text, quality_text, seconds_text, share_text
 from edgeprune.report.markup import Column, Markup, pairs, table, tag
 from edgeprune.report.sections import note, section
-from edgeprune.results import Report
 
 
 def costs(report: Report) -> Markup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edgeprune.records.artifact import Gate, Measurement, Report, VariantRow
 from edgeprune.report import charts, facts, timing_charts, timing_text
 from edgeprune.report.figures import (
     NONE,
@@ -21,7 +22,6 @@ from edgeprune.report.figures import (
     unit_text,
 )
 from edgeprune.report.markup import Column, Markup, pairs, table, tag
-from edgeprune.results import Gate, Measurement, Report, VariantRow
 
 
 def section(key: str, title: str, *children: str | None) -> Markup:

@@ -6,7 +6,8 @@ import io
 import shutil
 from collections.abc import Sequence
 
-from edgeprune.plan_results import PruningPlan
+from edgeprune.records.artifact import Report
+from edgeprune.records.plan import PruningPlan
 from edgeprune.report import charts, facts, format_table, int8_table, plan_sections, timing_text
 from edgeprune.report.figures import (
     NONE,
@@ -32,7 +33,6 @@ from edgeprune.report.sections import (
     ledger_summary,
     speed_cell,
 )
-from edgeprune.results import Report
 
 WIDEST = 110
 MOST_GROUPS = 12

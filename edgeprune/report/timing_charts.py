@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from edgeprune.records.artifact import Block, Measurement, Report, SustainedRun, VariantRow
 from edgeprune.report import facts
 from edgeprune.report.charts import variant_class, variant_name
 from edgeprune.report.figures import per_ms, share_text, signed, time_text, time_unit
@@ -23,7 +24,6 @@ from edgeprune.report.svg import (
     rect,
     steps,
 )
-from edgeprune.results import Block, Measurement, Report, SustainedRun, VariantRow
 
 ECDF_POINTS = 160
 

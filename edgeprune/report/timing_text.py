@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeprune.records.artifact import Measurement, SustainedRun
 from edgeprune.report.figures import (
     NONE,
     bytes_text,
@@ -11,7 +12,6 @@ from edgeprune.report.figures import (
     significant,
     time_text,
 )
-from edgeprune.results import Measurement, SustainedRun
 
 
 def rejected_text(measurement: Measurement) -> str:

@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from edgeprune import formats
-from edgeprune.datasets import model_input, to_layout
-from edgeprune.results import Artifact
-from edgeprune.specs import Preprocess
+from edgeprune.records.artifact import Artifact
+from edgeprune.records.names import Preprocess
+from edgeprune.workload.dataset import model_input, to_layout
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist"
 N_IMAGES, N_CALIBRATION = 32, 64

@@ -10,19 +10,21 @@ import tinynet
 from conftest import write_devices
 from small_project import small_project
 
-from edgeprune import api, pipeline, records
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.context import Job
-from edgeprune.datasets import model_input
 from edgeprune.errors import DeviceError
-from edgeprune.feasibility import plan_stages
-from edgeprune.options import Options
+from edgeprune.pipeline import api
+from edgeprune.pipeline import run as pipeline
+from edgeprune.pipeline.context import Job
+from edgeprune.pipeline.options import Options
+from edgeprune.pipeline.run_folder import RunFolder
+from edgeprune.pipeline.stages.kernels import plan_stages
+from edgeprune.pipeline.stages.measure import EMULATED_SAMPLES
 from edgeprune.progress import Silent
-from edgeprune.results import ProfileReport, Report
-from edgeprune.runfolder import RunFolder
-from edgeprune.specs import Device, Workload
-from edgeprune.stages import EMULATED_SAMPLES
-from edgeprune.workload import load_workload
+from edgeprune.records import base as records
+from edgeprune.records.artifact import ProfileReport, Report
+from edgeprune.records.names import Device, Workload
+from edgeprune.workload.dataset import model_input
+from edgeprune.workload.load import load_workload
 
 pytestmark = [pytest.mark.board, pytest.mark.timeout(900)]
 MISSED = 6

@@ -11,13 +11,14 @@ import pytest
 from build_board import board_folder
 from emulated_board import BARE_PYTHON
 
-from edgeprune import catalog, cli
+from edgeprune.cli import main as cli
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.provision import setup
-from edgeprune.devices.runtime_pins import RuntimePins, load_pins
+from edgeprune.devices.setup.provision import setup
+from edgeprune.devices.setup.runtime_pins import RuntimePins, load_pins
 from edgeprune.progress import Silent
-from edgeprune.records import parse
-from edgeprune.specs import Device
+from edgeprune.records import catalog
+from edgeprune.records.base import parse
+from edgeprune.records.names import Device
 
 pytestmark = [pytest.mark.board, pytest.mark.timeout(1200)]
 VERSIONS = {"litert": "2.3.0", "tflite-runtime": "2.14.0", "onnxruntime": "1.27.0"}

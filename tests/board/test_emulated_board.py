@@ -13,15 +13,15 @@ from bundle_fixture import facts
 from emulated_board import PYTHONS, workdir
 from example_files import ExampleFiles
 
-from edgeprune import cli
 from edgeprune.bundle.write import Payload, write_bundle
-from edgeprune.devices.agent_file import PACKAGE, agent_bytes, agent_name
+from edgeprune.cli import main as cli
 from edgeprune.devices.board import Board, open_board
-from edgeprune.devices.measure import ModelFile, measure
+from edgeprune.devices.link.agent_file import PACKAGE, agent_bytes, agent_name
+from edgeprune.devices.link.transports import open_transport
 from edgeprune.devices.plans import TimingPlan
-from edgeprune.devices.transports import open_transport
+from edgeprune.devices.timing.measure import ModelFile, measure
 from edgeprune.errors import DeviceError
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 # The first use builds the board: minutes, once.
 pytestmark = [pytest.mark.board, pytest.mark.timeout(1800)]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune import catalog, formats
-from edgeprune.budgets import parse_budget, parse_drop
-from edgeprune.records import read_yaml
-from edgeprune.specs import DeviceFile, Profile, Target
+from edgeprune import formats
+from edgeprune.records import catalog
+from edgeprune.records.base import read_yaml
+from edgeprune.records.budget import parse_budget, parse_drop
+from edgeprune.records.names import DeviceFile, Profile, Target
 
 ROOT = Path(__file__).parents[2]
 TARGETS = sorted((ROOT / "targets").iterdir())

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune import formats, records
-from edgeprune.context import STAND_IN_RUNTIMES
-from edgeprune.datasets import to_layout
+from edgeprune import formats
 from edgeprune.devices.board import Board, open_board
 from edgeprune.errors import EdgepruneError, FormatError, UnknownName
-from edgeprune.folders import files_of, model_bytes
 from edgeprune.formats import Format
-from edgeprune.specs import Device
+from edgeprune.formats.shared.model_bytes import files_of, model_bytes
+from edgeprune.pipeline.context import STAND_IN_RUNTIMES
+from edgeprune.records import base as records
+from edgeprune.records.names import Device
+from edgeprune.workload.dataset import to_layout
 
 SHAPE = (3, 12, 12)
 FULL, CHANGED, OTHER = {"a": 16, "b": 24}, {"a": 11, "b": 18}, {"a": 5, "b": 9}

@@ -1,4 +1,4 @@
-"""Every transport keeps the promises of :mod:`edgeprune.devices.transports`."""
+"""Every transport keeps the promises of :mod:`edgeprune.devices.link.transports`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from sshd import serve, wait_until_gone
 
-from edgeprune.devices import transports
 from edgeprune.devices.agent.wire import MAGIC, frame
 from edgeprune.devices.board import open_board
-from edgeprune.devices.transports import Transport, open_transport
+from edgeprune.devices.link import transports
+from edgeprune.devices.link.transports import Transport, open_transport
 from edgeprune.errors import DeadlineExceeded, DeviceError
-from edgeprune.specs import Device
+from edgeprune.records.names import Device
 
 ODD_TEXT = "a b'c\"d $HOME $(touch x) `x` ;|&*?\\ \n\té -n"
 ODD_NAME = "a b'c;$(x) é -n"

@@ -1,0 +1,1 @@
+"""The command line: every command is parsed here, calls a function of another room, and prints what that gives."""

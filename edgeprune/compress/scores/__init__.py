@@ -1,0 +1,1 @@
+"""How much each channel matters, by several measures."""

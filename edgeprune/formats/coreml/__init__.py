@@ -1,0 +1,1 @@
+"""Core ML packages for iPhone and Mac."""

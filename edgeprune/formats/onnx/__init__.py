@@ -1,0 +1,1 @@
+"""ONNX files for onnxruntime, written, quantised, cut and read."""

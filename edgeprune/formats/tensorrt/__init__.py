@@ -1,0 +1,1 @@
+"""ONNX files that TensorRT builds its engines from."""

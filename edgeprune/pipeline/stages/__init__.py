@@ -1,0 +1,1 @@
+"""The stages of a run, from the checks that need no board to the report and the bundle."""
