@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Fingerprint, Report
+from edgeprune.records.base import Record
+from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.names import Precision
 from edgeprune.records.plan import LatencyModelQuality
+from edgeprune.records.report import Report
 from edgeprune.report import charts, facts
 from edgeprune.report.figures import (
     bytes_text,
@@ -33,14 +34,14 @@ from edgeprune.report.sections import speed_cell
 RESULTS = Path(__file__).parent / "results"
 
 
-class Check(records.Record):
+class Check(Record):
     """A structure as predicted and as measured before any training, both as a share of the dense latency."""
 
     predicted_ratio: float
     measured_ratio: float
 
 
-class Achieved(records.Record):
+class Achieved(Record):
     """How a deployment to one budget came out.
 
     ``predicted_ms`` was predicted before the chosen structure was measured; ``plan_ratio`` is that measurement, before training.
@@ -75,7 +76,7 @@ class Achieved(records.Record):
     load_1min: float | None  # of the device before the final timing
 
 
-class BudgetRow(records.Record):
+class BudgetRow(Record):
     """One budget. ``message`` says why there is nothing in ``achieved``."""
 
     budget: str
@@ -86,7 +87,7 @@ class BudgetRow(records.Record):
     achieved: Achieved | None = None
 
 
-class BudgetResults(records.Record):
+class BudgetResults(Record):
     """``budgets.json``: one example, one device, several budgets in one run folder."""
 
     schema_version: Literal[1] = 1
@@ -105,7 +106,7 @@ class BudgetResults(records.Record):
     seconds: float
 
 
-class Trial(records.Record):
+class Trial(Record):
     """Two models compared once. ``ratio`` is what the rule found, ``true_ratio`` is that of their layers."""
 
     number: int
@@ -123,7 +124,7 @@ class Trial(records.Record):
     seconds: float
 
 
-class MeasurementResults(records.Record):
+class MeasurementResults(Record):
     """``measurement.json``: rules of measurement on chains of equal layers. ``chain_ms`` is by number of layers."""
 
     schema_version: Literal[1] = 1
@@ -141,7 +142,7 @@ class MeasurementResults(records.Record):
 def stamp_text(fingerprint: Fingerprint) -> str:
     """Where times come from.
 
-    >>> from edgeprune.records.artifact import Fingerprint
+    >>> from edgeprune.records.measurement import Fingerprint
     >>> stamp_text(Fingerprint.model_construct(stamp="stand-in", machine="x86_64"))
     'stand-in: x86-64'
     """

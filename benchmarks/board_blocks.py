@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.records.artifact import Fingerprint
 from edgeprune.records.base import Record
+from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.version import VERSION
 
 MATRIX = Path(__file__).parents[1] / "tests" / "test_failure_matrix.py"

@@ -28,8 +28,8 @@ from sshd import Sshd, matmul_file, serve  # noqa: E402
 
 from edgeprune.devices.board import Board, open_board  # noqa: E402
 from edgeprune.devices.plans import KERNEL, REPORT, SEARCH, TimingPlan  # noqa: E402
-from edgeprune.records.base import write_json  # noqa: E402
-from edgeprune.records.names import Device  # noqa: E402
+from edgeprune.records.device import Device  # noqa: E402
+from edgeprune.records.files import write_json  # noqa: E402
 
 OUT = REPO / "benchmarks" / "results" / "boards.json"
 ORT = {"runtime": "onnxruntime", "threads": 1}
@@ -37,7 +37,7 @@ PATIENCE_S = 120.0
 HOLDER = """
 import sys, time
 from edgeprune.devices.board import open_board
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 with open_board("board", Device.model_validate_json(sys.argv[1])) as board:
     print("held", flush=True)
     time.sleep(300)

@@ -27,11 +27,13 @@ from edgeprune.pipeline.context import Job
 from edgeprune.pipeline.options import Options
 from edgeprune.pipeline.stages.finish import versions
 from edgeprune.progress import Progress, Terminal
-from edgeprune.records import base as records
 from edgeprune.records import catalog
-from edgeprune.records.artifact import Fingerprint, Report
+from edgeprune.records.base import read_yaml
 from edgeprune.records.budget import parse_budget
-from edgeprune.records.names import Workload
+from edgeprune.records.files import write_json
+from edgeprune.records.measurement import Fingerprint
+from edgeprune.records.report import Report
+from edgeprune.records.workload import Workload
 from edgeprune.report import facts
 from edgeprune.workload.load import LoadedWorkload, load_workload
 
@@ -68,7 +70,7 @@ SHARED_STAGES = frozenset(
 def load_example(epochs: float) -> LoadedWorkload:
     """The example with this many epochs of healing."""
     folder = catalog.example_dir(EXAMPLE)
-    workload = records.read_yaml(Workload, folder / "edgeprune.yaml")
+    workload = read_yaml(Workload, folder / "edgeprune.yaml")
     recovery = workload.recovery.model_copy(update={"epochs": epochs})
     return load_workload(workload.model_copy(update={"recovery": recovery}), folder)
 
@@ -254,7 +256,7 @@ def run_all(
             rows=tuple(rows),
             seconds=time.monotonic() - started,
         )
-        records.write_json(results, out)
+        write_json(results, out)
     return results
 
 

@@ -30,11 +30,11 @@ from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.pipeline.stages.finish import versions
 from edgeprune.pipeline.stages.kernels import prepare
 from edgeprune.progress import Terminal
-from edgeprune.records import base as records
 from edgeprune.records import catalog
+from edgeprune.records.base import read_yaml
 from edgeprune.records.budget import parse_budget
-from edgeprune.records.names import Int8, Recovery, Workload
 from edgeprune.records.version import VERSION
+from edgeprune.records.workload import Int8, Recovery, Workload
 from edgeprune.workload.load import LoadedWorkload, from_objects, load_workload
 
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ EXAMPLE = "fashion-mnist"
 def load_net(name: str, recovery: Recovery) -> LoadedWorkload:
     """A trained net with Fashion-MNIST: ``example``, or one of ``benchmarks/nets``."""
     folder = catalog.example_dir(EXAMPLE)
-    workload = records.read_yaml(Workload, folder / "edgeprune.yaml")
+    workload = read_yaml(Workload, folder / "edgeprune.yaml")
     workload = workload.model_copy(update={"recovery": recovery})
     if name == "example":
         return load_workload(workload, folder)
@@ -148,7 +148,7 @@ def main(
     """Compare pruners at equal measured latency."""
     time_every_kernel()
     until = time.monotonic() + 3600 * max_hours
-    recovery = records.read_yaml(Workload, catalog.example_dir(EXAMPLE) / "edgeprune.yaml").recovery
+    recovery = read_yaml(Workload, catalog.example_dir(EXAMPLE) / "edgeprune.yaml").recovery
     recovery = recovery.model_copy(update={"epochs": epochs, "learning_rate": rate})
     asked = {}
     for text in budgets.split(","):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.base import Record
+from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.names import Precision
 from edgeprune.records.plan import LatencyModelQuality
 
 OURS = "edgeprune"  # the method; parts taken away stand behind a dash
 
 
-class OneShot(records.Record):
+class OneShot(Record):
     """Accuracy in torch on the development split before any training: after removal, with fresh batch-norm statistics, and repaired."""
 
     naive: float
@@ -20,7 +20,7 @@ class OneShot(records.Record):
     compensated: float | None
 
 
-class Trained(records.Record):
+class Trained(Record):
     """One fine-tuned, quantised file: accuracy of the INT8 file on the host. The test split was read once for it."""
 
     seed: int
@@ -29,7 +29,7 @@ class Trained(records.Record):
     seconds: float
 
 
-class Versus(records.Record):
+class Versus(Record):
     """Ours minus this method on the test split, paired by seed and image.
 
     ``margin`` is in accuracy (ratio), ``only_ours`` and ``only_theirs`` count the images (over all seeds) that one of the two got right
@@ -45,7 +45,7 @@ class Versus(records.Record):
     margin_high: float | None = None
 
 
-class CompareRow(records.Record):
+class CompareRow(Record):
     """One method at one budget. ``ratio``, ``low`` and ``high`` are of the shipped INT8 file against dense INT8, measured interleaved."""
 
     method: str
@@ -67,7 +67,7 @@ class CompareRow(records.Record):
     versus: Versus | None = None
 
 
-class CompareResults(records.Record):
+class CompareResults(Record):
     """``compare-NET.json``: pruners side by side on one net, one device, at equal measured latency."""
 
     schema_version: Literal[1] = 1

@@ -17,7 +17,7 @@ from torch import nn
 from edgeprune.compress.heal.fresh_weights import reinitialised
 from edgeprune.compress.size import work
 from edgeprune.errors import BudgetError
-from edgeprune.records import base as records
+from edgeprune.records.files import digest_of, write_json
 
 SCRATCH = "edgeprune-from-scratch"
 UNREPAIRED = "edgeprune-minus-compensation"
@@ -192,7 +192,7 @@ class Runner:
 
     def _train(self, entry: Entry, seed: int) -> None:
         row, rig = entry.row, self._comparison.rig
-        name = f"{row.method}-{row.budget}-{records.digest_of(row.widths)[:8]}"
+        name = f"{row.method}-{row.budget}-{digest_of(row.widths)[:8]}"
         shipped = rig.shipped(name, seed, entry.start)
         place = (row.method, row.budget)
         self._test.setdefault(place, {})[seed] = shipped.test
@@ -258,4 +258,4 @@ class Runner:
             rows.append(row)
         seconds = time.monotonic() - self._began
         self._results = self._results.model_copy(update={"rows": tuple(rows), "seconds": seconds})
-        records.write_json(self._results, self._out)
+        write_json(self._results, self._out)

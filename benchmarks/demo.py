@@ -9,8 +9,9 @@ import click
 from blocks import RESULTS
 
 from edgeprune.errors import EdgepruneError
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.files import write_json
+from edgeprune.records.report import Report
 
 
 def trimmed(report: Report) -> Report:
@@ -24,8 +25,8 @@ def trimmed(report: Report) -> Report:
 def main(run: Path, out: Path) -> None:
     """Copy the report of a finished RUN folder, trimmed."""
     try:
-        report = records.read_json(Report, run / "report.json" if run.is_dir() else run)
-        records.write_json(trimmed(report), out)
+        report = read_json(Report, run / "report.json" if run.is_dir() else run)
+        write_json(trimmed(report), out)
     except EdgepruneError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

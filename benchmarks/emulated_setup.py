@@ -18,7 +18,8 @@ from emulated_board import BARE_PYTHON, emulated_board  # noqa: E402
 from edgeprune.devices.board import open_board  # noqa: E402
 from edgeprune.devices.setup.provision import SetupReport, setup  # noqa: E402
 from edgeprune.progress import Silent  # noqa: E402
-from edgeprune.records.base import Record, write_json  # noqa: E402
+from edgeprune.records.base import Record  # noqa: E402
+from edgeprune.records.files import write_json  # noqa: E402
 from edgeprune.records.version import VERSION  # noqa: E402
 
 RUNTIMES = ("litert", "tflite-runtime", "onnxruntime")

@@ -13,8 +13,7 @@ from compare_records import OURS, CompareResults, CompareRow
 from predictor_blocks import PredictorResults
 from walltime_blocks import WallTime
 
-from edgeprune.records import base as records
-from edgeprune.records.base import Record
+from edgeprune.records.base import Record, read_json
 from edgeprune.report.figures import share_text, signed
 
 R = TypeVar("R", bound=Record)
@@ -73,7 +72,7 @@ def percent(value: float) -> str:
 
 
 def _read(cls: type[R], path: Path) -> R | None:
-    return records.read_json(cls, path) if path.is_file() else None
+    return read_json(cls, path) if path.is_file() else None
 
 
 def _row(results: CompareResults | None, budget: str, method: str = OURS) -> CompareRow | None:

@@ -29,8 +29,9 @@ from edgeprune.pipeline.options import Options
 from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.pipeline.stages.finish import versions
 from edgeprune.progress import Terminal
-from edgeprune.records import base as records
-from edgeprune.records.names import Recovery
+from edgeprune.records.base import read_json
+from edgeprune.records.files import write_json
+from edgeprune.records.workload import Recovery
 from targets import NETS, now
 
 OUT = Path(__file__).parent / "results" / "int8.json"
@@ -101,7 +102,7 @@ def main(nets: tuple[str, ...], out: Path, run: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     found: dict[str, NetRecipes] = {}
     if out.is_file():
-        found = {net.net: net for net in records.read_json(RecipeResults, out).nets}
+        found = {net.net: net for net in read_json(RecipeResults, out).nets}
     for net in nets:
         job = api.resolve(load_net(net, Recovery(epochs=0)), Options(target=TARGET, run=run))
         with (
@@ -111,7 +112,7 @@ def main(nets: tuple[str, ...], out: Path, run: Path) -> None:
             found[net] = recipes_of(context, net, folder.path)
         for row in found[net].rows:
             progress.say(f"{net:18} {row.recipe:28} {row.accuracy:.2%} {row.agreement:.2%}")
-        records.write_json(
+        write_json(
             RecipeResults(
                 command=public_command(shlex.join(["python", "benchmarks/int8.py", *sys.argv[1:]])),
                 split="development",

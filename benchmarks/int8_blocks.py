@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from edgeprune.records import base as records
+from edgeprune.records.base import Record
 
 
-class RecipeRow(records.Record):
+class RecipeRow(Record):
     """One way to make the INT8 file of one net. Accuracy and agreement (the class of torch) are on all samples of the split."""
 
     recipe: str
@@ -18,7 +18,7 @@ class RecipeRow(records.Record):
     note: str = ""
 
 
-class NetRecipes(records.Record):
+class NetRecipes(Record):
     """One net by every recipe. ``fp32`` is the accuracy of its FP32 file; ``seconds`` that of everything."""
 
     net: str
@@ -31,7 +31,7 @@ class NetRecipes(records.Record):
     rows: tuple[RecipeRow, ...]
 
 
-class RecipeResults(records.Record):
+class RecipeResults(Record):
     """``int8.json``."""
 
     schema_version: Literal[1] = 1

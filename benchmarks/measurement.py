@@ -28,9 +28,10 @@ from edgeprune.devices.timing.measure import ModelFile
 from edgeprune.errors import EdgepruneError
 from edgeprune.pipeline.stages.finish import versions
 from edgeprune.progress import Terminal
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Block
-from edgeprune.records.names import Device
+from edgeprune.records.base import read_json
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes, write_json
+from edgeprune.records.measurement import Block
 
 LAYERS = (100, 102, 105)
 WIDTH, ROWS = 192, 4  # a layer of about 5 microseconds on one x86 core
@@ -69,7 +70,7 @@ def chain(layers: int) -> ModelFile:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     content: bytes = model.SerializeToString(deterministic=True)
-    return ModelFile(f"{layers} layers", content, "fp32", records.sha256_bytes(content))
+    return ModelFile(f"{layers} layers", content, "fp32", sha256_bytes(content))
 
 
 def paired(board: Board, number: int, candidate: int, plan: TimingPlan) -> list[Trial]:
@@ -162,7 +163,7 @@ def begun(board: Board, out: Path, block_ms: float) -> MeasurementResults:
     )
     if not out.is_file():
         return empty
-    earlier = records.read_json(MeasurementResults, out)
+    earlier = read_json(MeasurementResults, out)
     same = (earlier.fingerprint.key(), earlier.layer, earlier.block_ms)
     if same != (fingerprint.key(), empty.layer, empty.block_ms):
         raise EdgepruneError(
@@ -205,7 +206,7 @@ def main(trials: int, only: tuple[str, ...], block_ms: float, out: Path) -> None
                     results = results.model_copy(update={"trials": (*results.trials, *found)})
                     bar.advance(1, f"trial {number + 1}: {found[0].rule} {found[0].ratio - 1:+.2%}")
                     if (number + 1) % SAVE_EVERY == 0 or number + 1 == trials:
-                        records.write_json(results, out)
+                        write_json(results, out)
     except EdgepruneError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

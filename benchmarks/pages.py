@@ -27,8 +27,8 @@ from targets_blocks import TargetResults, targets_block
 from walltime_blocks import WallTime, walltime_block
 from zoo_blocks import ZooResults, zoo_block
 
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.report import Report
 
 README_NETS = ("example", "mobilenetv2-half")
 # "-brief" is the same net healed for less, which keeps apart what long training makes equal.
@@ -70,40 +70,40 @@ def load_blocks(results: Path) -> dict[str, str | None]:
     any_found = any(goal.found is not None for goal in asked)
     found["goals"] = goals_block(asked, table) if any_found else None
     if demo.is_file():
-        found["demo"] = demo_block(records.read_json(Report, demo))
+        found["demo"] = demo_block(read_json(Report, demo))
     if budgets.is_file():
-        read = records.read_json(BudgetResults, budgets)
+        read = read_json(BudgetResults, budgets)
         found |= {"budgets": budgets_block(read), "prediction": prediction_block(read)}
     if measurement.is_file():
-        found["measurement"] = measurement_block(records.read_json(MeasurementResults, measurement))
+        found["measurement"] = measurement_block(read_json(MeasurementResults, measurement))
     predictor = results / "predictor.json"
     if predictor.is_file():
-        predicted = records.read_json(PredictorResults, predictor)
+        predicted = read_json(PredictorResults, predictor)
         found["predictor"] = predictor_block(predicted, table, stamp_text)
     if (walltime := results / "walltime.json").is_file():
-        timed = records.read_json(WallTime, walltime)
+        timed = read_json(WallTime, walltime)
         found["walltime"] = walltime_block(timed, table, stamp_text)
     if (targets := results / "targets.json").is_file():
-        converted = records.read_json(TargetResults, targets)
+        converted = read_json(TargetResults, targets)
         found["targets"] = targets_block(converted, table)
         found["targets-short"] = targets_block(
             converted, table, precisions=("int8",), nets=README_NETS
         )
     if (recipes := results / "int8.json").is_file():
-        found["int8"] = int8_block(records.read_json(RecipeResults, recipes), table)
+        found["int8"] = int8_block(read_json(RecipeResults, recipes), table)
     if (zoo := results / "zoo.json").is_file():
-        found["zoo"] = zoo_block(records.read_json(ZooResults, zoo), table)
+        found["zoo"] = zoo_block(read_json(ZooResults, zoo), table)
     for net in COMPARISONS:
         path = results / f"compare-{net}.json"
         found |= {f"compare-{net}": None, f"compare-{net}-short": None}
         if path.is_file():
-            compared = records.read_json(CompareResults, path)
+            compared = read_json(CompareResults, path)
             stamp = stamp_text(compared.fingerprint)
             found[f"compare-{net}"] = compare_block(compared, table, stamp)
             found[f"compare-{net}-short"] = compare_summary(compared, stamp)
     if boards.is_file():
         costs = json.loads(setup.read_bytes()) if setup.is_file() else None
-        found["boards"] = boards_block(records.read_json(BoardResults, boards), costs)
+        found["boards"] = boards_block(read_json(BoardResults, boards), costs)
     return found
 
 
@@ -112,7 +112,7 @@ def load_plots(results: Path) -> dict[str, str]:
     found = {}
     for net in COMPARISONS:
         path = results / f"compare-{net}.json"
-        drawn = compare_plot(records.read_json(CompareResults, path)) if path.is_file() else None
+        drawn = compare_plot(read_json(CompareResults, path)) if path.is_file() else None
         if drawn is not None:
             found[f"docs/compare-{net}.svg"] = drawn.decode()
     return found

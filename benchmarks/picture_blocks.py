@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.base import Record, read_json
+from edgeprune.records.measurement import Fingerprint
 
 TARGETS = ("rpi4", "jetson-orin-nano", "android-arm64", "iphone")
 
 
-class Picture(records.Record):
+class Picture(Record):
     """One picture and the report that it shows.
 
     ``command`` made the run; folders of that machine are left out of it. ``report_sha256`` is of the whole page, ``sha256`` of the picture.
@@ -34,7 +34,7 @@ class Picture(records.Record):
     browser: str
 
 
-class PictureResults(records.Record):
+class PictureResults(Record):
     """``pictures.json``."""
 
     schema_version: Literal[1] = 1
@@ -70,6 +70,6 @@ def picture_blocks(
 ) -> dict[str, str | None]:
     """The blocks ``result-TARGET``; ``None`` while there is no such picture. Raises ``IntegrityError``: the results file is damaged."""
     path = results / "pictures.json"
-    read = records.read_json(PictureResults, path).pictures if path.is_file() else ()
+    read = read_json(PictureResults, path).pictures if path.is_file() else ()
     found = {f"result-{p.target}": caption(p, stamp_text(p.fingerprint)) for p in read}
     return {f"result-{target}": None for target in TARGETS} | found

@@ -25,9 +25,10 @@ from picture_blocks import TARGETS, Picture, PictureResults, picture_file
 from PIL import Image, ImageChops
 
 from edgeprune.errors import EdgepruneError, FormatError, IntegrityError, SpecError
-from edgeprune.records import base as records
 from edgeprune.records import catalog
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.files import write_bytes, write_json
+from edgeprune.records.report import Report
 from edgeprune.report import facts
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +163,7 @@ def draw(browser: Browser, page: str, out: Path) -> None:
         raise IntegrityError(
             f"a picture must have at most {MAX_BYTES} bytes, but has {len(content)}"
         )
-    records.write_bytes(out, content)
+    write_bytes(out, content)
 
 
 def described(report: Report, page: bytes, drawn: bytes, browser: str) -> Picture:
@@ -203,7 +204,7 @@ def deployed(target: str, folder: Path, latency: str, epochs: float | None) -> P
 
 def merged(out: Path, pictures: Sequence[Picture]) -> tuple[Picture, ...]:
     """The new pictures beside the older ones of other targets."""
-    old = records.read_json(PictureResults, out).pictures if out.is_file() else ()
+    old = read_json(PictureResults, out).pictures if out.is_file() else ()
     found = {p.target: p for p in (*old, *pictures)}
     return tuple(found[target] for target in sorted(found))
 
@@ -239,7 +240,7 @@ def main(
             pictures.append(pictured(target, folder, docs, found))
             click.echo(f"drew {pictures[-1].file}: {pictures[-1].headline}")
         command = public_command(shlex.join(["python", "benchmarks/pictures.py", *sys.argv[1:]]))
-        records.write_json(PictureResults(command=command, pictures=merged(out, pictures)), out)
+        write_json(PictureResults(command=command, pictures=merged(out, pictures)), out)
     except EdgepruneError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -256,7 +257,7 @@ def pictured(target: str, folder: Path, docs: Path, browser: Browser) -> Picture
     """
     if not (folder / "report.html").is_file():
         raise SpecError(f"a finished run has a report.html, but {folder} has none")
-    report = records.read_json(Report, folder / "report.json")
+    report = read_json(Report, folder / "report.json")
     if report.target != target:
         raise SpecError(f"{folder} must be a run for {target}, but is one for {report.target}")
     page = (folder / "report.html").read_bytes()

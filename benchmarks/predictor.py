@@ -41,10 +41,12 @@ from edgeprune.pipeline.stages.finish import versions
 from edgeprune.plan import bench as planning
 from edgeprune.plan.latency.model import sample_nets
 from edgeprune.progress import Terminal
-from edgeprune.records import base as records
 from edgeprune.records import catalog
-from edgeprune.records.names import Precision, Workload
+from edgeprune.records.base import read_json, read_yaml
+from edgeprune.records.files import write_json
+from edgeprune.records.names import Precision
 from edgeprune.records.statistics import nearest_rank
+from edgeprune.records.workload import Workload
 from edgeprune.workload.factories import call_factory
 from edgeprune.workload.load import LoadedWorkload, from_objects, load_workload
 
@@ -58,7 +60,7 @@ SAMPLES = 512  # of noise, for a network that comes without data: time does not 
 def load(model: str, shape: Sequence[int]) -> LoadedWorkload:
     """The example, or a factory with random weights and noise of ``shape`` ``[C, H, W]`` as data."""
     folder = catalog.example_dir(EXAMPLE)
-    workload = records.read_yaml(Workload, folder / "edgeprune.yaml")
+    workload = read_yaml(Workload, folder / "edgeprune.yaml")
     if model == "example":
         return load_workload(workload, folder)
     torch.manual_seed(0)
@@ -181,7 +183,7 @@ def main(
     """Compare predicted with measured latency on structures that the model was not fitted on."""
     time_every_kernel()
     command = shlex.join(["python", "benchmarks/predictor.py", *sys.argv[1:]])
-    rows = list(records.read_json(PredictorResults, out).rows) if out.is_file() else []
+    rows = list(read_json(PredictorResults, out).rows) if out.is_file() else []
     try:
         size = _shape(shape)
         for model, target in itertools.product(models, targets):
@@ -227,7 +229,7 @@ def write(rows: Sequence[Predictor], command: str, out: Path) -> None:
         versions=versions(),
         rows=tuple(rows),
     )
-    records.write_json(results, out)
+    write_json(results, out)
 
 
 def line(row: Predictor) -> str:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.base import Record
+from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.names import Precision
 from edgeprune.records.plan import LatencyModelQuality
 from edgeprune.report.figures import seconds_text, share_text
 
 
-class HeldOut(records.Record):
+class HeldOut(Record):
     """One structure: predicted and measured share of the dense latency, and half of the 99 % interval of the latter."""
 
     predicted_ratio: float
@@ -22,7 +22,7 @@ class HeldOut(records.Record):
     noise_ratio: float
 
 
-class Predictor(records.Record):
+class Predictor(Record):
     """One network on one target in one precision. Errors are relative, over ``held_out``; seconds are of the wall clock."""
 
     model: str
@@ -44,7 +44,7 @@ class Predictor(records.Record):
     held_out: tuple[HeldOut, ...]
 
 
-class PredictorResults(records.Record):
+class PredictorResults(Record):
     """``predictor.json``."""
 
     schema_version: Literal[1] = 1

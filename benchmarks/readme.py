@@ -16,7 +16,7 @@ from blocks import RESULTS
 from pages import load_blocks, load_plots
 
 from edgeprune.errors import EdgepruneError, SpecError, UnknownName
-from edgeprune.records import base as records
+from edgeprune.records.files import write_bytes
 
 ROOT = Path(__file__).parents[1]
 _MARK = re.compile(r"^<!-- (?P<end>/?)figures:(?P<name>[a-z0-9-]+) -->$")
@@ -90,7 +90,7 @@ def main(check: bool, root: Path, results: Path) -> None:
         sys.exit(error.exit_code)
     for path, text in found.items():
         if not check:
-            records.write_bytes(path, text.encode())
+            write_bytes(path, text.encode())
         click.echo(f"{path.name}: {'stale' if check else 'rewritten'}")
     if check and found:
         click.echo("run: python benchmarks/readme.py", err=True)

@@ -33,9 +33,10 @@ from edgeprune.pipeline.options import Options
 from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.pipeline.stages.finish import versions
 from edgeprune.progress import Terminal
-from edgeprune.records import base as records
+from edgeprune.records.base import read_json
+from edgeprune.records.files import write_json
 from edgeprune.records.int8 import LayerFallback
-from edgeprune.records.names import Recovery
+from edgeprune.records.workload import Recovery
 
 OUT = Path(__file__).parent / "results" / "targets.json"
 TARGETS = ("rpi4", "rpi3-32bit", "this-machine", "jetson-orin-nano", "android-arm64", "iphone")
@@ -153,7 +154,7 @@ def rows_of(
 
 def write(out: Path, rows: tuple[TargetRow, ...], accuracy: dict[str, float]) -> None:
     """The results file."""
-    records.write_json(
+    write_json(
         TargetResults(
             command=public_command(shlex.join(["python", "benchmarks/targets.py", *sys.argv[1:]])),
             created=now(),
@@ -182,7 +183,7 @@ def main(
     rows: tuple[TargetRow, ...] = ()
     accuracy: dict[str, float] = {}
     if out.is_file():
-        before = records.read_json(TargetResults, out)
+        before = read_json(TargetResults, out)
         rows = tuple(
             row.model_copy(update={"created": row.created or before.created}) for row in before.rows
         )

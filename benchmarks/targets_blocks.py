@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from edgeprune.records import base as records
+from edgeprune.records.base import Record
 from edgeprune.records.int8 import LayerFallback
 
 LEDGER_FROM = 0.005  # accuracy that INT8 loses against FP32 before its layers are looked at
@@ -14,7 +14,7 @@ EMULATED = "emulated arm64 board"
 WORKED_OUT = "worked out on this machine, not run"
 
 
-class TargetRow(records.Record):
+class TargetRow(Record):
     """One net as one file of one target's format.
 
     ``agreement`` is with torch, on ``n`` images, those of the whole table where it is ``None``; ``error_steps`` the largest difference of
@@ -45,7 +45,7 @@ class TargetRow(records.Record):
     costs: tuple[LayerFallback, ...] = ()
 
 
-class TargetResults(records.Record):
+class TargetResults(Record):
     """``targets.json``."""
 
     schema_version: Literal[1] = 1

@@ -35,9 +35,9 @@ from edgeprune.pipeline.stages.finish import Planned, versions
 from edgeprune.pipeline.stages.kernels import plan_stages
 from edgeprune.plan.solver import solve as search
 from edgeprune.progress import Terminal
-from edgeprune.records import base as records
-from edgeprune.records.names import Preprocess
+from edgeprune.records.files import write_json
 from edgeprune.records.version import VERSION
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.load import LoadedWorkload, from_objects
 
 NET = "MobileNetV2, 224x224"
@@ -147,7 +147,7 @@ def main(target: str, device: str | None, latency: str, out: Path) -> None:
     except EdgepruneError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    records.write_json(found, out)
+    write_json(found, out)
     click.echo(f"{found.seconds:.0f} s before training; next: python benchmarks/readme.py")
 
 

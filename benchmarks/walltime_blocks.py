@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Fingerprint, StageCost
+from edgeprune.records.base import Record
+from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.names import Precision
+from edgeprune.records.report import StageCost
 from edgeprune.report.figures import seconds_text, share_text
 
 
-class SolverTime(records.Record):
+class SolverTime(Record):
     """The solver alone, on the costs and the corrected latency model of a search.
 
     Seconds are by the wall clock, each the median of ``repeats``. ``solve_seconds`` is one structure for the budget, ``pareto_seconds`` the
@@ -26,7 +27,7 @@ class SolverTime(records.Record):
     repeats: int
 
 
-class WallTime(records.Record):
+class WallTime(Record):
     """``walltime.json``: one search from an empty run folder. ``seconds`` is all of it, by the wall clock; ``stages`` are its parts.
 
     ``checked`` counts the structures that were measured whole, ``ratio`` is the chosen one's measured share of the dense latency.

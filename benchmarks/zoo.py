@@ -30,7 +30,8 @@ from zoo_blocks import ZooResults, ZooRow
 from edgeprune.compress.groups.find import find_groups, mask_identity, remove_channels
 from edgeprune.errors import EdgepruneError
 from edgeprune.progress import Terminal
-from edgeprune.records import base as records
+from edgeprune.records.base import read_json
+from edgeprune.records.files import write_json
 
 OUT = Path(__file__).parent / "results" / "zoo.json"
 MEMORY_BYTES, CLASSES = 10 * 2**30, 10
@@ -250,14 +251,14 @@ def main(
     declare_operators()
     known = versions()
     if out.exists():
-        earlier = records.read_json(ZooResults, out)
+        earlier = read_json(ZooResults, out)
         rows = {
             (r.library, r.architecture): r for r in earlier.rows if r.status not in again.split(",")
         }
         known = {**earlier.versions, **known}  # of libraries that are not there now
     wanted = [(lib, a, v) for lib in library or LIBRARIES for a, v in architectures(lib).items()]
     progress = Terminal()
-    save: Callable[[], None] = lambda: records.write_json(  # noqa: E731
+    save: Callable[[], None] = lambda: write_json(  # noqa: E731
         ZooResults(
             command="python benchmarks/zoo.py",
             versions=known,

@@ -6,14 +6,14 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from edgeprune.records import base as records
+from edgeprune.records.base import Record
 
 HOLDS, FROZEN = "identity holds", "all frozen"
 SKIPPED = ("no classifier", "not built")
 UNTRIED = ("too slow", "too large")
 
 
-class ZooRow(records.Record):
+class ZooRow(Record):
     """One architecture. ``half_ratio``: parameters that are left when half of each group's channels go, as a share."""
 
     library: str
@@ -28,7 +28,7 @@ class ZooRow(records.Record):
     seconds: float = 0.0
 
 
-class ZooResults(records.Record):
+class ZooResults(Record):
     """All architectures, and the versions of the libraries."""
 
     schema_version: int = 1

@@ -9,8 +9,8 @@ import numpy as np
 from edgeprune.bundle.manifest import Facts, Latency, Provenance, Quality, RuntimeNeed
 from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.records.artifact import Artifact, TensorSpec
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import Preprocess
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.dataset import model_input
 
 PREPROCESS = Preprocess(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))

@@ -10,7 +10,7 @@ from torch import nn
 
 from edgeprune.formats import AppFacts
 from edgeprune.formats.shared.model_bytes import files_of
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 
 DATA = Path(__file__).parent / "data"
 PREPROCESS = Preprocess(color="grey", mean=(0.25,), std=(0.5,))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sshd import script
 
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 HELLO = {
     "machine": "aarch64",

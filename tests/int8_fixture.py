@@ -14,7 +14,9 @@ from edgeprune.devices.board import Board
 from edgeprune.formats import Format
 from edgeprune.pipeline.context import Context
 from edgeprune.progress import Silent
-from edgeprune.records.names import Device, Int8, Preprocess, Recovery, Runtime, Target
+from edgeprune.records.device import Device
+from edgeprune.records.target import Runtime, Target
+from edgeprune.records.workload import Int8, Preprocess, Recovery
 from edgeprune.workload.dataset import Dataset, Split
 
 CLASSES = 5

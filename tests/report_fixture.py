@@ -6,19 +6,7 @@ import random
 import statistics
 from typing import Any
 
-from edgeprune.records.artifact import (
-    Block,
-    Comparison,
-    Fingerprint,
-    Gate,
-    LayerWidth,
-    LedgerEntry,
-    Measurement,
-    Report,
-    StageCost,
-    Telemetry,
-    VariantRow,
-)
+from edgeprune.records.measurement import Block, Comparison, Fingerprint, Measurement, Telemetry
 from edgeprune.records.plan import (
     FrozenGroup,
     GroupPlan,
@@ -26,6 +14,7 @@ from edgeprune.records.plan import (
     PlanCheck,
     PruningPlan,
 )
+from edgeprune.records.report import Gate, LayerWidth, LedgerEntry, Report, StageCost, VariantRow
 
 LATENCY_MS = {
     ("dense", "fp32"): 24.6,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 # Final measurements for tests that deploy but do not look at figures.

@@ -21,7 +21,7 @@ from edgeprune.devices.link import replies
 from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import DeviceError
 from edgeprune.formats.shared.model_bytes import packed
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 SCALE, BIAS = 1 / (255 * 0.5), -0.25 / 0.5
 

@@ -17,7 +17,7 @@ from edgeprune.devices.agent.lease import Lease
 from edgeprune.devices.agent.wire import Refused
 from edgeprune.devices.board import open_board
 from edgeprune.errors import Busy
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 OWNER = {"user": "ann", "host": "laptop", "job": "deploy"}
 ONE, OTHER = "1" * 32, "2" * 32
@@ -121,7 +121,7 @@ def test_two_clients_of_one_board_take_turns(tmp_path):
 def test_waiting_ends_when_the_board_is_free(tmp_path):
     hold = (
         "import sys, time; from edgeprune.devices.board import open_board;"
-        " from edgeprune.records.names import Device;"
+        " from edgeprune.records.device import Device;"
         f" b = open_board('here', Device.model_validate_json({device(tmp_path).model_dump_json()!r}));"
         " print('held', flush=True); time.sleep(1.5); b.close()"
     )
@@ -148,7 +148,7 @@ def test_breaking_the_lease_ends_the_client_that_holds_it(tmp_path):
 def test_a_client_that_is_killed_frees_the_board_at_once(tmp_path):
     hold = (
         "import sys, time; from edgeprune.devices.board import open_board;"
-        " from edgeprune.records.names import Device;"
+        " from edgeprune.records.device import Device;"
         f" b = open_board('here', Device.model_validate_json({device(tmp_path).model_dump_json()!r}));"
         " print('held', flush=True); time.sleep(60)"
     )

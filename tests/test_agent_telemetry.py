@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from edgeprune.devices.agent import telemetry
 from edgeprune.devices.agent.machine import read_text
-from edgeprune.records.artifact import Telemetry
+from edgeprune.records.measurement import Telemetry
 
 MODULES = ("wire.py", "machine.py", "telemetry.py", "validity.py", "tuning.py")
 AGENT = Path(telemetry.__file__).parent

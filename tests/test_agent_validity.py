@@ -13,7 +13,7 @@ import pytest
 from fakeboard import FakeBoard
 
 from edgeprune.devices.agent import validity
-from edgeprune.records.artifact import Telemetry
+from edgeprune.records.measurement import Telemetry
 
 OURS = 4242
 HZ = validity.TICKS_PER_S

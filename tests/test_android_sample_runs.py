@@ -20,7 +20,7 @@ from bundle_fixture import make_bundle
 
 from edgeprune.bundle.golden import file_input
 from edgeprune.bundle.manifest import MANIFEST, GoldenFile, Manifest
-from edgeprune.records import base as records
+from edgeprune.records.base import read_json
 
 REPO = Path(__file__).parents[1]
 FOLDER = REPO / "edgeprune/bundle/samples/android"
@@ -36,7 +36,7 @@ def keys_in(plain: object) -> set[str]:
 
 def test_every_file_and_key_that_the_sample_reads_is_in_a_bundle(tmp_path):
     folder = make_bundle(tmp_path / "bundle")
-    manifest = records.read_json(Manifest, folder / MANIFEST)
+    manifest = read_json(Manifest, folder / MANIFEST)
     known = keys_in(manifest.recipe().model_dump(mode="json"))
     known |= keys_in(manifest.golden_file().model_dump(mode="json"))
     text = SAMPLE.read_text("utf-8")
@@ -68,7 +68,7 @@ class App:
         self.assets, self.files, self.classpath = folder / "assets", folder / "files", classpath
         self.assets.mkdir()
         self.bundle = make_bundle(self.assets / "edgeprune")
-        self.manifest = records.read_json(Manifest, self.bundle / MANIFEST)
+        self.manifest = read_json(Manifest, self.bundle / MANIFEST)
 
     def say(self, answers: np.ndarray, *arguments: str) -> str:
         """What the app prints when its model answers these rows, one for each run."""
@@ -135,7 +135,7 @@ def off_by(limits: float) -> Callable[[np.ndarray, float], np.ndarray]:
     ids=["within", "beyond", "not a number", "other classes"],
 )
 def test_the_sample_judges_by_the_tolerance_of_the_bundle(app, golden, change, passed):
-    limit = records.read_json(GoldenFile, app.bundle / "golden/tolerance.json").max_abs_error
+    limit = read_json(GoldenFile, app.bundle / "golden/tolerance.json").max_abs_error
     assert app.say(change(golden[1], limit)).split()[0] == passed
 
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from edgeprune.compress.pruned_file import load_pruned
 from edgeprune.formats import load
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
-from edgeprune.records.search import PlanFile
+from edgeprune.records.base import read_json
+from edgeprune.records.files import write_json
+from edgeprune.records.plan import PlanFile
+from edgeprune.records.report import Report
 
 pytestmark = pytest.mark.slow
 SOURCE = '''
@@ -78,7 +79,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target="this-machine", budget="90%", precision="int8", dense_ms=1, predicted_ms=1, measured_ms=1,
         widths={"3.conv1": 0, "4.conv1": 16, "5.conv1": 0, "5.conv2": 0}, admissible_widths={},
     )  # fmt: skip
-    records.write_json(plan, home / "mine.json")
+    write_json(plan, home / "mine.json")
     args = ("--target", "this-machine", "--latency", "90%", "--plan", "mine.json", "--run", "run")
     done = tinynet.edgeprune(home, "deploy", *args)
     assert (home / "run" / "report.json").exists(), done.stderr
@@ -86,7 +87,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_plan_that_was_deployed_says_that_the_block_is_removed(project) -> None:
-    report = records.read_json(Report, project / "run" / "report.json")
+    report = read_json(Report, project / "run" / "report.json")
     group = next(g for g in report.plan.groups if g.name == "3.conv1")
     assert group.kept == ()
     assert group.note == "block removed"
@@ -99,7 +100,7 @@ def test_the_plan_that_was_deployed_says_that_the_block_is_removed(project) -> N
 
 
 def test_a_bottleneck_goes_with_both_its_groups_and_counts_once(project) -> None:
-    plan = records.read_json(Report, project / "run" / "report.json").plan
+    plan = read_json(Report, project / "run" / "report.json").plan
     first, second = (next(g for g in plan.groups if g.name == f"5.conv{i}") for i in (1, 2))
     assert first.kept == second.kept == ()
     assert first.note == second.note == "block removed"
@@ -114,7 +115,7 @@ def test_a_bottleneck_goes_with_both_its_groups_and_counts_once(project) -> None
 
 
 def test_what_ships_has_no_operator_of_the_blocks(project) -> None:
-    report = records.read_json(Report, project / "run" / "report.json")
+    report = read_json(Report, project / "run" / "report.json")
     rows = {(r.variant, r.precision): r for r in report.variants}
     assert rows["pruned", "fp32"].macs < 0.4 * rows["dense", "fp32"].macs
     (dense,) = (project / "run").glob("stages/dense-*/dense.fp32.onnx")

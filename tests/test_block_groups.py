@@ -31,11 +31,11 @@ from edgeprune.compress.structure_loss import AfterRepair
 from edgeprune.errors import FormatError, ModelError, SpecError
 from edgeprune.formats import Format
 from edgeprune.formats.shared.widths import distinct_widths
-from edgeprune.pipeline.files.records import MeasuredTable, ScoresResult
 from edgeprune.pipeline.stages import steps as schedule
 from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
+from edgeprune.plan.measured import MeasuredTable, ScoresResult
 from edgeprune.plan.solver import solve as search
 from edgeprune.progress import Silent
 from edgeprune.records.budget import parse_budget

@@ -11,10 +11,10 @@ import pytest
 from edgeprune.compress.groups.find import ChannelGroup
 from edgeprune.compress.groups.surgery import Block
 from edgeprune.formats import Kernel
-from edgeprune.pipeline.files.records import MeasuredTable
 from edgeprune.plan import bench as planning
 from edgeprune.plan.latency import call_overhead as calls
 from edgeprune.plan.latency.table import LatencyTable, tabulate
+from edgeprune.plan.measured import MeasuredTable
 from edgeprune.plan.solver import solve as search
 from edgeprune.plan.solver.solve import Problem
 from edgeprune.progress import Silent

@@ -10,10 +10,10 @@ import pytest
 
 from edgeprune.errors import SpecError
 from edgeprune.pipeline.options import Options, chosen_gates
-from edgeprune.records import base as records
 from edgeprune.records import catalog
+from edgeprune.records.base import read_yaml
 from edgeprune.records.budget import budget_text, drop_text
-from edgeprune.records.names import Workload
+from edgeprune.records.workload import Workload
 
 PLAIN = {"model": "net.py:build", "data": "photos"}
 
@@ -98,7 +98,7 @@ def test_numbers_of_a_call_go_before_those_of_the_file_and_the_target():
 def test_a_file_may_have_numbers_too(tmp_path: Path):
     path = tmp_path / "edgeprune.yaml"
     path.write_text("model: net.py:build\ndata: photos\nlatency: 0.6\nmax_drop: 0.01\n")
-    read = records.read_yaml(Workload, path)
+    read = read_yaml(Workload, path)
     assert (read.latency, read.max_drop) == ("60%", "1%")
     for line, words in {
         "latency: 15": "write '15ms', '15x' or '15%'",
@@ -108,6 +108,6 @@ def test_a_file_may_have_numbers_too(tmp_path: Path):
     }.items():
         path.write_text(f"model: net.py:build\ndata: photos\n{line}\n")
         with pytest.raises(SpecError) as caught:
-            records.read_yaml(Workload, path)
+            read_yaml(Workload, path)
         assert words in str(caught.value)
         assert str(caught.value).count("but got") == 1

@@ -25,8 +25,9 @@ from edgeprune.errors import IntegrityError
 from edgeprune.formats.inside import weights
 from edgeprune.formats.shared.model_bytes import model_bytes, packed
 from edgeprune.records.artifact import Artifact, TensorSpec
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import ComputeUnits, Device
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.names import ComputeUnits
 
 MAC = Device(transport="local", targets=("iphone",))
 MODEL = "models/Classifier.mlpackage"

@@ -23,8 +23,9 @@ from edgeprune.bundle.schemas import SCHEMAS, schema_files
 from edgeprune.bundle.verify import verify
 from edgeprune.cli import main as cli
 from edgeprune.pipeline.stages.finish import for_bundle
-from edgeprune.records.base import read_json, to_json
-from edgeprune.records.names import Workload
+from edgeprune.records.base import read_json
+from edgeprune.records.files import to_json
+from edgeprune.records.workload import Workload
 from edgeprune.report import render_html
 
 SCHEMA_FOLDER = Path(__file__).parents[1] / "docs" / "schemas"

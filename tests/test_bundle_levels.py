@@ -24,7 +24,7 @@ from edgeprune.errors import BudgetError, IntegrityError
 from edgeprune.formats import load as load_format
 from edgeprune.formats.inside.anatomy import anatomy
 from edgeprune.records.base import read_json
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 
 def _local(tmp_path: Path, *, stand_in: bool = True) -> Device:

@@ -17,7 +17,8 @@ from edgeprune.bundle.manifest import (
 )
 from edgeprune.errors import SpecError
 from edgeprune.records.artifact import TensorSpec
-from edgeprune.records.base import read_json, sha256_bytes, to_json, to_json_text
+from edgeprune.records.base import read_json
+from edgeprune.records.files import sha256_bytes, to_json, to_json_text
 from edgeprune.records.sparsity import SparseWeights
 
 

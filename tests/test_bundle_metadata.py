@@ -21,7 +21,8 @@ from edgeprune.errors import IntegrityError
 from edgeprune.formats.shared import metadata as _metadata
 from edgeprune.formats.shared import protobuf as _protobuf
 from edgeprune.formats.shared.metadata import KEYS, PREFIX, carrier
-from edgeprune.records.base import read_json, sha256_bytes
+from edgeprune.records.base import read_json
+from edgeprune.records.files import sha256_bytes
 
 TEXTS = {PREFIX + key: f"{key} = été" for key in KEYS}
 LABEL_BYTES = labels_text(LABELS)

@@ -21,7 +21,7 @@ from edgeprune.bundle.verify import VerifyReport, require_ok, verify
 from edgeprune.bundle.write import Payload, write_bundle, zip_path
 from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import DeviceError, IntegrityError, LinkLost, NoSpace
-from edgeprune.records.base import sha256_bytes
+from edgeprune.records.files import sha256_bytes
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from edgeprune.bundle.integrity import check_structure, sums_text
 from edgeprune.bundle.verify import Level, VerifyReport, require_ok
 from edgeprune.bundle.write import Payload, write_bundle, zip_path
 from edgeprune.errors import DeviceError, IntegrityError
-from edgeprune.records.base import read_json, sha256_bytes, to_json, write_json
-from edgeprune.records.names import Device
+from edgeprune.records.base import read_json
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes, to_json, write_json
 
 STAND_IN = Device(transport="local", targets=("rpi4",), stand_in=True)
 

@@ -13,8 +13,8 @@ from edgeprune.devices.timing.decide import Decision, interval, judge_budget
 from edgeprune.plan.bench import CONFIRM_LOOKS
 from edgeprune.plan.certainty import PLAN_SHARE, Confirmation, Limit
 from edgeprune.progress import Silent
-from edgeprune.records.artifact import Block
 from edgeprune.records.budget import parse_budget
+from edgeprune.records.measurement import Block
 from edgeprune.records.plan import PlanCheck
 from edgeprune.records.statistics import centre
 

@@ -14,11 +14,12 @@ import yaml
 from edgeprune import __version__
 from edgeprune.errors import SpecError
 from edgeprune.pipeline import api
-from edgeprune.pipeline.files.records import PlanResult
 from edgeprune.pipeline.options import Options
-from edgeprune.records.artifact import Report
 from edgeprune.records.base import read_yaml
-from edgeprune.records.names import Profile, Target, Workload
+from edgeprune.records.plan import PlanResult
+from edgeprune.records.report import Report
+from edgeprune.records.target import Profile, Target
+from edgeprune.records.workload import Workload
 from edgeprune.workload.load import from_objects
 
 COMMANDS = ("compare", "deploy", "devices", "doctor", "init", "profile", "profiles", "report",

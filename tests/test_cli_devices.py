@@ -32,7 +32,7 @@ from edgeprune.devices.link import replies
 from edgeprune.devices.setup import checkup
 from edgeprune.errors import SpecError
 from edgeprune.records import catalog
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 NO_KEY = "SHA256:" + "A" * 43
 ANSI = "\x1b[31mred\x1b[0m\x07\u202e"

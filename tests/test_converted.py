@@ -21,7 +21,7 @@ from edgeprune.formats.shared.widths import distinct_widths
 from edgeprune.pipeline.files.reconverted import Converted
 from edgeprune.pipeline.stages import gates as verdict
 from edgeprune.progress import Silent
-from edgeprune.records.artifact import Gate
+from edgeprune.records.report import Gate
 from edgeprune.report import facts, render_html, render_terminal
 
 

@@ -13,7 +13,8 @@ from test_kill9 import check_same
 
 from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.progress import Silent
-from edgeprune.records.base import Record, write_bytes
+from edgeprune.records.base import Record
+from edgeprune.records.files import write_bytes
 
 COMMAND = (*replayed.COMMAND, "--device", "replayed")
 

@@ -23,9 +23,9 @@ from edgeprune.devices.timing import decide as decisions
 from edgeprune.devices.timing.decide import LOOKS, Interval, decide, interval, judge, judge_budget
 from edgeprune.devices.timing.measure import ModelFile
 from edgeprune.errors import DeviceError, Unreliable
-from edgeprune.records.artifact import Block, Telemetry
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.measurement import Block, Telemetry
 from edgeprune.records.statistics import centre, percentile_overs, signed_rank
 
 ORT: dict[str, Any] = {"runtime": "onnxruntime", "threads": 1}

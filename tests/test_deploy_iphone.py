@@ -19,9 +19,9 @@ from edgeprune.devices.board import open_board
 from edgeprune.errors import DeviceError, FormatError
 from edgeprune.pipeline import app as apps
 from edgeprune.pipeline import run as pipeline
-from edgeprune.records.artifact import Report
 from edgeprune.records.base import read_json
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.report import Report
 
 LABELS = ("flat", "rising", "upright", "falling")
 

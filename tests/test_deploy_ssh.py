@@ -12,8 +12,8 @@ import yaml
 from sshd import Sshd, serve
 
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.report import Report
 
 BOARD = "shelf"
 
@@ -42,7 +42,7 @@ def deployed(server: Sshd, tmp_path_factory: pytest.TempPathFactory) -> tinynet.
 @pytest.fixture(scope="module")
 def report(deployed: tinynet.Run) -> Report:
     assert deployed.done.returncode == 0, deployed.done.stderr
-    return records.read_json(Report, deployed.folder / "report.json")
+    return read_json(Report, deployed.folder / "report.json")
 
 
 def test_the_board_that_lists_the_target_is_used(report):
@@ -58,7 +58,7 @@ def test_a_board_that_stands_in_for_another_says_so(report):
 def test_a_budget_over_the_dense_latency_prunes_nothing_and_passes(deployed, report):
     assert all(len(group.kept) == group.channels for group in report.plan.groups)
     assert report.passed
-    manifest = records.read_json(Manifest, deployed.folder / "bundle" / "manifest.json")
+    manifest = read_json(Manifest, deployed.folder / "bundle" / "manifest.json")
     assert manifest.status == "passed"
 
 

@@ -27,8 +27,8 @@ from edgeprune.devices.link.frames import Frames, Refusal, clean
 from edgeprune.devices.link.transports import open_transport
 from edgeprune.devices.plans import KERNEL, Timing, TimingPlan
 from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost
-from edgeprune.records.artifact import Block, Telemetry
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.measurement import Block, Telemetry
 
 QUICK = TimingPlan(rounds=4, block_ms=0.5, min_runs=2, max_runs=6, warmup_ms=1)
 ORT = {"runtime": "onnxruntime", "threads": 1}

@@ -15,7 +15,7 @@ from edgeprune.devices.agent import worker as worker_module
 from edgeprune.devices.agent.wire import Refused
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.plans import TimingPlan
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 QUICK = TimingPlan(rounds=4, block_ms=0.5, min_runs=2, max_runs=6, warmup_ms=1)
 ORT = {"runtime": "onnxruntime", "threads": 1}

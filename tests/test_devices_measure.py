@@ -23,9 +23,9 @@ from edgeprune.devices.timing.measure import (
 )
 from edgeprune.errors import DeviceError
 from edgeprune.progress import Silent
-from edgeprune.records.artifact import Block, Measurement, Telemetry
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.measurement import Block, Measurement, Telemetry
 from edgeprune.records.statistics import centre
 
 QUICK = TimingPlan(rounds=4, block_ms=0.2, min_runs=2, max_runs=4, warmup_ms=0.5)

@@ -28,8 +28,9 @@ from edgeprune.devices.link.login import seen_host_key
 from edgeprune.devices.link.secrets import Secret, resolve
 from edgeprune.devices.link.transports import open_transport
 from edgeprune.errors import AuthFailed, DeviceError, EdgepruneError, HostKeyMismatch, SpecError
-from edgeprune.records import base as records
-from edgeprune.records.names import Device, DeviceFile
+from edgeprune.records.base import read_yaml
+from edgeprune.records.device import Device, DeviceFile
+from edgeprune.records.files import write_json
 
 CANARY = "canary-9c41e7d2"
 EVIL = (
@@ -339,11 +340,11 @@ LOGGED_LOGIN = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
 from pathlib import Path
-from edgeprune.records import base as records
+from edgeprune.records.base import read_json
 from edgeprune.devices.board import open_board
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 for path in sys.argv[1:]:
-    device = records.read_json(Device, Path(path))
+    device = read_json(Device, Path(path))
     print(device)
     try:
         with open_board("board", device) as board:
@@ -363,7 +364,7 @@ def test_no_output_of_a_login_holds_a_secret_at_the_debug_level(server, tmp_path
     good = {"method": "key", "key_file": str(locked), "passphrase_ref": "env:THE_SECRET"}
     bad = {"method": "password", "password_ref": "env:THE_SECRET"}
     for name, auth in (("good", good), ("bad", bad)):
-        records.write_json(server.device(auth=auth), tmp_path / name)
+        write_json(server.device(auth=auth), tmp_path / name)
     done = subprocess.run(
         [sys.executable, "-c", LOGGED_LOGIN, str(tmp_path / "good"), str(tmp_path / "bad")],
         env=os.environ | {"THE_SECRET": CANARY},
@@ -417,7 +418,7 @@ def test_a_secret_written_into_devices_yaml_is_refused_and_not_repeated(tmp_path
     path = tmp_path / "devices.yaml"
     path.write_text(yaml.safe_dump({"schema_version": 1, "devices": {"pi": device}}))
     with pytest.raises(SpecError) as caught:
-        records.read_yaml(DeviceFile, path)
+        read_yaml(DeviceFile, path)
     assert CANARY not in "".join(traceback.format_exception(caught.value))
 
 
@@ -429,5 +430,5 @@ def test_a_device_file_of_tags_or_bombs_is_refused(tmp_path):
     for text in (f"!!python/object/apply:os.mkdir ['{marker}']", bomb, "[" * 5000):
         (tmp_path / "devices.yaml").write_text(text)
         with pytest.raises(SpecError):
-            records.read_yaml(DeviceFile, tmp_path / "devices.yaml")
+            read_yaml(DeviceFile, tmp_path / "devices.yaml")
     assert not marker.exists()

@@ -21,7 +21,7 @@ from edgeprune.compress.structure_loss import (
     AfterRepair,
     trial_settings,
 )
-from edgeprune.records.names import Recovery
+from edgeprune.records.workload import Recovery
 from edgeprune.workload.dataset import model_input
 
 NET = "residual"

@@ -23,9 +23,12 @@ from edgeprune.cli.main import main as edgeprune_main
 from edgeprune.pipeline import api
 from edgeprune.pipeline.options import Options
 from edgeprune.progress import Silent
-from edgeprune.records import base as records
+from edgeprune.records.base import read_yaml
 from edgeprune.records.budget import parse_budget, parse_drop
-from edgeprune.records.names import DeviceFile, Preprocess, Profile, Target, Workload
+from edgeprune.records.device import DeviceFile
+from edgeprune.records.files import write_json
+from edgeprune.records.target import Profile, Target
+from edgeprune.records.workload import Preprocess, Workload
 from edgeprune.workload.load import from_objects
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +140,7 @@ def test_the_yaml_of_a_page_is_a_valid_file(page, tmp_path):
     for record, content in zip(YAML_RECORDS[page], examples, strict=True):
         path = tmp_path / "example.yaml"
         path.write_text(content, "utf-8")
-        records.read_yaml(record, path)
+        read_yaml(record, path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -347,7 +350,7 @@ def test_figures_are_written_once_and_then_fresh(tmp_path):
     root = page_with(tmp_path, BLOCKS)
     run = tmp_path / "run"
     run.mkdir()
-    records.write_json(make_report(), run / "report.json")
+    write_json(make_report(), run / "report.json")
     demo = tmp_path / "results" / "demo.json"
     done = CliRunner().invoke(demo_script.main, [str(run), "--out", str(demo)])
     assert done.exit_code == 0, done.output
@@ -384,7 +387,7 @@ def test_a_trimmed_report_has_no_samples_and_says_the_same(tmp_path):
     report = make_report()
     small = demo_script.trimmed(report)
     path = tmp_path / "demo.json"
-    records.write_json(small, path)
+    write_json(small, path)
     assert path.stat().st_size < 40_000
     assert blocks.demo_block(small) == blocks.demo_block(report)
 

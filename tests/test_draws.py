@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.data import from_folder, from_value
 from edgeprune.workload.dataset import Dataset, Split
 from edgeprune.workload.draws import fair_order, shares

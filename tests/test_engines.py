@@ -18,7 +18,7 @@ from edgeprune.devices.board import open_board
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.devices.timing.measure import ModelFile, measure
 from edgeprune.errors import DeviceError
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 FORMAT = formats.load("tensorrt")

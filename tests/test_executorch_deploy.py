@@ -10,7 +10,7 @@ import tinynet
 
 import edgeprune
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.records.artifact import Report
+from edgeprune.records.report import Report
 
 pytest.importorskip("executorch")
 pytest.importorskip("ai_edge_litert")

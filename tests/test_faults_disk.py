@@ -13,7 +13,7 @@ from sshd import serve
 
 from edgeprune.devices.link.transports import Transport, open_transport
 from edgeprune.errors import DeviceError
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from edgeprune.devices.board import open_board
 from edgeprune.devices.link.login import seen_host_key
 from edgeprune.devices.link.transports import Transport, open_transport
 from edgeprune.errors import AuthFailed, DeviceError, HostKeyMismatch, LinkLost, Unreachable
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from test_faults_disk import mounted
 from edgeprune.devices.board import Board, Timing, TimingPlan, open_board
 from edgeprune.devices.link import frames, session
 from edgeprune.devices.link.frames import Refusal
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 # Two seconds and more, so that a fault after half a second meets the middle of it.
 LONG = TimingPlan(rounds=24, block_ms=100, min_runs=2, max_runs=1000, warmup_ms=1)
@@ -229,7 +229,7 @@ import signal, sys, time
 import numpy as np
 from edgeprune.cli import main as cli
 from edgeprune.devices.board import TimingPlan, open_board
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 

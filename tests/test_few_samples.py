@@ -16,7 +16,7 @@ from edgeprune.pipeline import run as pipeline
 from edgeprune.pipeline.api import plan_loaded, resolve
 from edgeprune.pipeline.options import Options
 from edgeprune.progress import Silent
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.dataset import Split
 from edgeprune.workload.load import from_objects
 from edgeprune.workload.sample_counts import FEWEST, coarse_note, require_enough, share_to_draw

@@ -15,9 +15,9 @@ from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import IntegrityError
 from edgeprune.formats.inside.anatomy import anatomy
 from edgeprune.formats.inside.eight_bits import file_kind, require_eight_bits
-from edgeprune.records import base as records
 from edgeprune.records import catalog
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.report import Report
 
 pytestmark = pytest.mark.slow
 
@@ -52,12 +52,12 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
 @pytest.fixture(scope="module")
 def report(deployed: tinynet.Run) -> Report:
     assert deployed.done.returncode == 0, deployed.done.stderr
-    return records.read_json(Report, deployed.folder / "report.json")
+    return read_json(Report, deployed.folder / "report.json")
 
 
 @pytest.fixture(scope="module")
 def manifest(deployed: tinynet.Run, report: Report) -> Manifest:
-    return records.read_json(Manifest, deployed.folder / "bundle" / "manifest.json")
+    return read_json(Manifest, deployed.folder / "bundle" / "manifest.json")
 
 
 def content(deployed: tinynet.Run, manifest: Manifest) -> bytes:

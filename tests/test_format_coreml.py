@@ -30,8 +30,8 @@ from edgeprune.formats.coreml.package import (
 )
 from edgeprune.formats.coreml.program import program_of, read_program
 from edgeprune.formats.shared.model_bytes import files_of, model_bytes
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import Preprocess
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.workload import Preprocess
 
 pytestmark = pytest.mark.slow
 

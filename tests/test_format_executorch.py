@@ -23,7 +23,7 @@ from edgeprune.formats.executorch.format import missing_operators
 from edgeprune.formats.executorch.program import read_program
 from edgeprune.formats.inside.weights import eight_bit_ratio, weight_elements
 from edgeprune.pipeline.files import export as conversion
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 SHAPE = (3, 16, 16)
 STEPS = 3  # of the output's range, as the tolerance of a bundle

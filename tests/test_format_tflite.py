@@ -21,8 +21,8 @@ from edgeprune.errors import FormatError, MissingTool, ModelError
 from edgeprune.formats.shared.widths import distinct_widths
 from edgeprune.formats.tflite.format import quiet
 from edgeprune.formats.tflite.graph import constant_value, is_constant, op_name, read_model, text
-from edgeprune.records import base as records
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_file
 
 FORMAT = formats.load("tflite")
 SHAPE = (3, 16, 16)
@@ -278,7 +278,7 @@ def test_means_read_channels_last_tensors_without_a_transpose(files) -> None:
 def test_the_record_of_a_file_counts_operators_and_weight_types(files) -> None:
     fp32, int8 = (FORMAT.describe(files["full", p]) for p in ("fp32", "int8"))
     assert (fp32.precision, int8.precision) == ("fp32", "int8")
-    assert fp32.sha256 == records.sha256_file(files["full", "fp32"])
+    assert fp32.sha256 == sha256_file(files["full", "fp32"])
     assert int8.op_counts["weights:int8"] >= 12
     assert "weights:float32" not in int8.op_counts
     assert (fp32.inputs[0].shape, fp32.inputs[0].layout) == ((1, 16, 16, 3), "NHWC")

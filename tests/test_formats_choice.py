@@ -19,11 +19,13 @@ from edgeprune.pipeline.context import Candidate
 from edgeprune.pipeline.format_choice import decide
 from edgeprune.pipeline.options import Options, chosen_formats
 from edgeprune.pipeline.run_folder import StageRecord
-from edgeprune.records import base as records
 from edgeprune.records import catalog
-from edgeprune.records.artifact import Comparison, FormatChoice, FormatRow, Report
-from edgeprune.records.base import parse
-from edgeprune.records.names import RUNTIMES, Target, Workload
+from edgeprune.records.base import parse, read_json
+from edgeprune.records.files import digest_of, to_json_text
+from edgeprune.records.measurement import Comparison
+from edgeprune.records.report import FormatChoice, FormatRow, Report
+from edgeprune.records.target import RUNTIMES, Target
+from edgeprune.records.workload import Workload
 from edgeprune.report import render_html, render_terminal
 
 TARGET: dict[str, Any] = {
@@ -39,7 +41,7 @@ def test_a_target_without_alternatives_is_written_as_before():
     assert not {"formats", "compute_units"} & set(plain.model_dump(mode="json"))
     listed = parse(Target, TARGET | {"formats": [ONNX]}, where="here")
     assert parse(Target, listed.model_dump(mode="json"), where="here") == listed
-    assert records.digest_of(plain) != records.digest_of(listed)
+    assert digest_of(plain) != digest_of(listed)
 
 
 def test_compute_units_are_for_core_ml_and_tell_one_run_from_another():
@@ -47,7 +49,7 @@ def test_compute_units_are_for_core_ml_and_tell_one_run_from_another():
     plain = parse(Target, apple, where="here")
     chosen = parse(Target, apple | {"compute_units": "CPU_AND_NE"}, where="here")
     assert parse(Target, chosen.model_dump(mode="json"), where="here") == chosen
-    assert records.digest_of(plain) != records.digest_of(chosen)
+    assert digest_of(plain) != digest_of(chosen)
     found = chosen_formats(Options(formats="auto"), WORKLOAD, chosen)
     assert [t.compute_units for t in found] == ["CPU_AND_NE", None]
     with pytest.raises(SpecError, match="compute_units is for coreml files, not for tflite"):
@@ -202,7 +204,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
 
 
 def read_report(folder: Path) -> Report:
-    return records.read_json(Report, folder / "report.json")
+    return read_json(Report, folder / "report.json")
 
 
 def test_the_fastest_row_that_holds_ships(run):
@@ -228,7 +230,7 @@ def test_the_fastest_row_that_holds_ships(run):
 def test_the_bundle_names_the_format_that_ships_and_verifies(run):
     found = read_report(run.folder).formats
     assert found is not None
-    manifest = records.read_json(Manifest, run.folder / "bundle" / "manifest.json")
+    manifest = read_json(Manifest, run.folder / "bundle" / "manifest.json")
     assert manifest.model.format == found.chosen
     assert manifest.runtime.name == {"onnx": "onnxruntime", "tflite": "litert"}[found.chosen]
     done = tinynet.edgeprune_here(run.project, "verify", "run/bundle")
@@ -241,9 +243,7 @@ def test_each_format_is_converted_once_and_its_cost_is_told_once(run):
     assert costs.count("dense, onnx") == costs.count("dense, tflite") == 1
     assert costs.count("formats") == 1
     assert "dense" not in costs
-    stages = [
-        records.read_json(StageRecord, p) for p in (run.folder / "stages").glob("*/stage.json")
-    ]
+    stages = [read_json(StageRecord, p) for p in (run.folder / "stages").glob("*/stage.json")]
     assert sum(s.name == "dense" for s in stages) == 2
 
 
@@ -255,7 +255,7 @@ def test_a_format_without_its_converter_is_a_row_with_the_reason(run, tmp_path, 
     assert done.returncode == 0, done.stderr
     folder = tinynet.stage_folders(home / "run")["formats"]
     found = FormatChoice.model_validate_json(
-        records.to_json_text(records.read_json(StageRecord, folder / "stage.json").result)
+        to_json_text(read_json(StageRecord, folder / "stage.json").result)
     )
     (refused,) = [r for r in found.rows if r.format == "tflite"]
     assert refused.median_ms is None

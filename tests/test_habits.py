@@ -18,7 +18,7 @@ from edgeprune.compress.scores import importance
 from edgeprune.errors import ModelError
 from edgeprune.pipeline.stages import measure as stages
 from edgeprune.progress import Silent
-from edgeprune.records.names import Recovery
+from edgeprune.records.workload import Recovery
 from edgeprune.workload import model as intake
 from edgeprune.workload.dataset import model_input
 from edgeprune.workload.load import LoadedWorkload, from_objects

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from edgeprune.errors import ModelError
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.data import Data, from_value, load_data
 from edgeprune.workload.init import look_at
 

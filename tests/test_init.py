@@ -11,7 +11,7 @@ from PIL import Image
 
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.records.base import read_yaml
-from edgeprune.records.names import Workload
+from edgeprune.records.workload import Workload
 from edgeprune.workload import discover
 from edgeprune.workload.init import initialise, look_at
 

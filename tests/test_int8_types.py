@@ -141,7 +141,8 @@ def test_a_finished_stage_sets_the_types_again_and_other_formats_have_no_choice(
 def test_the_board_times_all_variants_together(dense, tmp_path):
     from edgeprune.devices.board import open_board
     from edgeprune.pipeline.context import Context
-    from edgeprune.records.names import Device, Runtime, Target
+    from edgeprune.records.device import Device
+    from edgeprune.records.target import Runtime, Target
 
     device = Device(
         transport="local",

@@ -21,10 +21,10 @@ import swift_tools
 from edgeprune.bundle.manifest import MANIFEST, GoldenFile, Manifest
 from edgeprune.bundle.write import Payload, write_bundle
 from edgeprune.formats.shared.model_bytes import model_bytes
-from edgeprune.records import base as records
 from edgeprune.records.artifact import Artifact, TensorSpec
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import Preprocess
+from edgeprune.records.base import read_json
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.workload import Preprocess
 
 REPO = Path(__file__).parents[1]
 MODULES = ("CoreVideo", "CoreML", "Vision")
@@ -94,7 +94,7 @@ class App:
 
     def __init__(self, folder: Path, built: Path, kind: str, golden: str) -> None:
         self.folder, self.bundle = folder, make_bundle(folder / "bundle", kind)
-        self.manifest = records.read_json(Manifest, self.bundle / MANIFEST)
+        self.manifest = read_json(Manifest, self.bundle / MANIFEST)
         self.files, self.model = folder / "files", folder / "files/Classifier.mlmodelc"
         self.model.mkdir(parents=True)
         (self.files / golden).mkdir(exist_ok=True)
@@ -177,7 +177,7 @@ def other_class(n: int) -> Callable[[np.ndarray, float], np.ndarray]:
 )
 def test_the_sample_judges_by_the_tolerance_of_the_bundle(tmp_path, built, change, said):
     app = App(tmp_path, built, "grey images", "golden")
-    limit = records.read_json(GoldenFile, app.bundle / "golden/tolerance.json").max_abs_error
+    limit = read_json(GoldenFile, app.bundle / "golden/tolerance.json").max_abs_error
     assert app.say(change(app.golden()[1], limit)).startswith(said)
 
 

@@ -17,8 +17,8 @@ import edgeprune
 from edgeprune.bundle.manifest import MANIFEST, Manifest
 from edgeprune.compress.heal.two_of_four import without_pattern
 from edgeprune.formats.tensorrt.format import placement_problems
-from edgeprune.records.artifact import Report
 from edgeprune.records.base import read_json
+from edgeprune.records.report import Report
 from edgeprune.records.sparsity import SparseWeights
 
 MISSED = 6

@@ -24,7 +24,8 @@ from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import FloatTwin, Payload, write_bundle, zip_path
 from edgeprune.errors import IntegrityError, ModelError, SpecError
 from edgeprune.formats.shared.metadata import carrier
-from edgeprune.records.base import read_json, sha256_bytes
+from edgeprune.records.base import read_json
+from edgeprune.records.files import sha256_bytes
 
 FLOAT, INT8 = "models/model.fp32.onnx", "models/model.int8.onnx"
 QUALITY = Quality(metric="accuracy", split="development", n=200, dense=0.9, shipped=0.895)

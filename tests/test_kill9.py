@@ -11,15 +11,15 @@ import replayed
 import tinynet
 
 from edgeprune.bundle.manifest import Manifest
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.report import Report
 
 KILLS = 20
 COMMAND = (*replayed.COMMAND, "--device", "replayed")
 
 
 def stage_seconds(run: Path) -> dict[str, float]:
-    return {s.name: s.seconds for s in records.read_json(Report, run / "report.json").stages}
+    return {s.name: s.seconds for s in read_json(Report, run / "report.json").stages}
 
 
 def moments(seconds: dict[str, float], seed: int) -> list[tuple[str, float]]:
@@ -81,15 +81,13 @@ def test_twenty_kills_at_random_moments_change_nothing_in_the_result(tmp_path_fa
 
 def check_same(whole: Path, killed: Path, *, is_damaged: bool = False) -> None:
     """Both runs ended in the same plan, figures and file."""
-    first, second = (records.read_json(Report, run / "report.json") for run in (whole, killed))
+    first, second = (read_json(Report, run / "report.json") for run in (whole, killed))
     assert second.plan == first.plan
     assert second.checks == first.checks
     assert second.gates == first.gates
     blocks = [{n: m.blocks for n, m in found.measurements.items()} for found in (first, second)]
     assert blocks[0] == blocks[1]
-    one, other = (
-        records.read_json(Manifest, run / "bundle" / "manifest.json") for run in (whole, killed)
-    )
+    one, other = (read_json(Manifest, run / "bundle" / "manifest.json") for run in (whole, killed))
     # What ships is the measured file with texts in it.
     assert one.source_sha256 == first.measurements[f"pruned-{first.shipped}"].artifact_sha256
     assert (other.source_sha256, other.model.sha256) == (one.source_sha256, one.model.sha256)

@@ -9,7 +9,8 @@ import pytest
 
 from edgeprune.errors import IntegrityError, SpecError, UnknownName
 from edgeprune.plan.latency.table import LatencyTable, probe_points, slot_grids, tabulate
-from edgeprune.records.base import read_json, write_json
+from edgeprune.records.base import read_json
+from edgeprune.records.files import write_json
 
 WIDE = tuple(range(8, 65, 4))
 

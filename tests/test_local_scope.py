@@ -20,17 +20,15 @@ from test_walltime_benchmark import small
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.pipeline import api
 from edgeprune.pipeline import run as pipeline
-from edgeprune.pipeline.files.records import PlanResult
 from edgeprune.pipeline.options import Options, check_names, chosen_scope
 from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.solver.solve import Problem, alternatives, fastest, pareto, solve
 from edgeprune.progress import Silent
-from edgeprune.records import base as records
+from edgeprune.records.base import read_json
 from edgeprune.records.budget import parse_budget
-from edgeprune.records.plan import PruningPlan
-from edgeprune.records.search import SearchResult
+from edgeprune.records.plan import PlanResult, PruningPlan, SearchResult
 from edgeprune.report.search_page import render_plan, render_search, render_search_html
 
 
@@ -245,7 +243,7 @@ def test_a_search_of_scope_local_takes_all_but_the_plan_from_an_earlier_run(
     assert done.returncode == 0, done.stderr
     new = {path.name for path in (home / "run" / "stages").iterdir()} - before
     assert [name.rpartition("-")[0] for name in new] == ["plan"]
-    found = records.read_json(SearchResult, home / "run" / "search.json")
+    found = read_json(SearchResult, home / "run" / "search.json")
     assert found.plan.scope == "local"
     grids = {c.group: tuple(w.width for w in c.choices) for c in found.curves}
     full = {c.group: c.channels for c in found.curves}

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # the benchmarks are scripts, not 
 import blocks  # noqa: E402
 import measurement as script  # noqa: E402
 
-from edgeprune.records import base as records  # noqa: E402
+from edgeprune.records.base import read_json  # noqa: E402
 
 
 def results(*trials: blocks.Trial) -> blocks.MeasurementResults:
@@ -69,7 +69,7 @@ def test_trials_are_kept_and_go_on(tmp_path):
     def run(*args: str) -> blocks.MeasurementResults:
         done = CliRunner().invoke(script.main, ["--out", str(out), "--block-ms", "1", *args])
         assert done.exit_code == 0, done.output
-        return records.read_json(blocks.MeasurementResults, out)
+        return read_json(blocks.MeasurementResults, out)
 
     first = run("--trials", "1", "--only", "a-a")
     more = run("--trials", "2", "--only", "a-a", "--only", "shift")

@@ -20,7 +20,7 @@ from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.devices.store import MeasurementStore, store_key
 from edgeprune.errors import DeviceError, SpecError, Unreliable
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 PLAN = TimingPlan(rounds=4, block_ms=0.2, min_runs=2, max_runs=4, warmup_ms=0.5)
 ORT = {"runtime": "onnxruntime", "threads": 1}

@@ -18,8 +18,8 @@ from edgeprune.errors import ModelError, SpecError
 from edgeprune.pipeline.files.operators import check, places
 from edgeprune.records import catalog
 from edgeprune.records.base import parse
-from edgeprune.records.names import Profile
 from edgeprune.records.operators import WORDS, word_of
+from edgeprune.records.target import Profile
 from edgeprune.workload.trace import traced
 
 SAID = {"cost": "runs on the CPU", "source": "a data sheet, page 4", "read_on": "2026-11-29"}

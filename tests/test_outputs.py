@@ -16,7 +16,7 @@ from edgeprune.compress.structure_loss import AfterRepair
 from edgeprune.formats.coreml.convert import Dressed, Entry
 from edgeprune.progress import Silent
 from edgeprune.records.artifact import Artifact, TensorSpec
-from edgeprune.records.names import Augment, Preprocess, Recovery
+from edgeprune.records.workload import Augment, Preprocess, Recovery
 from edgeprune.workload.load import from_objects
 from edgeprune.workload.outputs import as_logits, file_logits, mark, seen
 

@@ -23,8 +23,9 @@ from commands import public_command  # noqa: E402
 
 from edgeprune.cli.options import schedule_settings  # noqa: E402
 from edgeprune.errors import FormatError, IntegrityError, SpecError, UnknownName  # noqa: E402
-from edgeprune.records import base as records  # noqa: E402
-from edgeprune.records.artifact import Report  # noqa: E402
+from edgeprune.records.base import read_json  # noqa: E402
+from edgeprune.records.files import write_bytes, write_json  # noqa: E402
+from edgeprune.records.report import Report  # noqa: E402
 from edgeprune.report import render_html  # noqa: E402
 
 PAGES = {
@@ -150,13 +151,13 @@ def test_without_a_browser_the_error_says_what_to_install(monkeypatch):
 
 def fake_draw(browser: script.Browser, page: str, out: Path) -> None:
     script.head_of(page)
-    records.write_bytes(out, b"picture")
+    write_bytes(out, b"picture")
 
 
 def run_folder(tmp_path: Path, report: Report) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    records.write_json(report, folder / "report.json")
+    write_json(report, folder / "report.json")
     (folder / "report.html").write_bytes(render_html(report))
     return folder
 
@@ -169,7 +170,7 @@ def test_a_record_traces_the_picture_to_the_page(tmp_path, monkeypatch):
     arguments = ["--run", f"rpi4={folder}", "--docs", str(tmp_path), "--out", str(out)]
     done = CliRunner().invoke(script.main, arguments)
     assert done.exit_code == 0, done.output
-    (kept,) = records.read_json(picture_blocks.PictureResults, out).pictures
+    (kept,) = read_json(picture_blocks.PictureResults, out).pictures
     page = (folder / "report.html").read_bytes()
     assert kept.report_sha256 == hashlib.sha256(page).hexdigest()
     assert kept.sha256 == hashlib.sha256((tmp_path / "result-rpi4.png").read_bytes()).hexdigest()
@@ -179,7 +180,7 @@ def test_a_record_traces_the_picture_to_the_page(tmp_path, monkeypatch):
     assert str(tmp_path) not in out.read_text("utf-8")
     older = kept.model_copy(update={"target": "iphone"})
     again = kept.model_copy(update={"headline": "new"})
-    records.write_json(picture_blocks.PictureResults(command="c", pictures=(kept, older)), out)
+    write_json(picture_blocks.PictureResults(command="c", pictures=(kept, older)), out)
     assert script.merged(out, [again]) == (older, again)
 
 
@@ -202,7 +203,7 @@ def test_the_five_minutes_of_a_page_end_with_their_picture(target, page):
 
 
 def test_every_picture_is_the_one_of_its_record_and_small_enough_for_a_page():
-    found = records.read_json(picture_blocks.PictureResults, RECORD).pictures
+    found = read_json(picture_blocks.PictureResults, RECORD).pictures
     assert {p.target for p in found} == set(PAGES)
     for kept in found:
         path = ROOT / "docs" / kept.file

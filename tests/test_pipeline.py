@@ -20,10 +20,11 @@ from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.pipeline import run as pipeline
 from edgeprune.plan.latency.kernel_times import read_times
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
-from edgeprune.records.names import Augment, Preprocess, Recovery, Workload
-from edgeprune.records.search import PlanFile
+from edgeprune.records.base import read_json, read_yaml
+from edgeprune.records.files import write_json
+from edgeprune.records.plan import PlanFile
+from edgeprune.records.report import Report
+from edgeprune.records.workload import Augment, Preprocess, Recovery, Workload
 from edgeprune.report.facts import unreliable
 
 MISSED = 6
@@ -51,7 +52,7 @@ def project(deployed: tinynet.Run, tmp_path: Path) -> Path:
 
 
 def read_report(run: Path) -> Report:
-    return records.read_json(Report, run / "report.json")
+    return read_json(Report, run / "report.json")
 
 
 def kept(report: Report) -> str:
@@ -60,7 +61,7 @@ def kept(report: Report) -> str:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    return records.read_json(Manifest, bundle / "manifest.json")
+    return read_json(Manifest, bundle / "manifest.json")
 
 
 def deploy(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -82,7 +83,7 @@ def write_narrowest_plan(project: Path, report: Report) -> None:
         widths={group: widths[0] for group, widths in grids.items()},
         admissible_widths=grids,
     )
-    records.write_json(plan, project / "narrowest.json")
+    write_json(plan, project / "narrowest.json")
 
 
 def test_a_deployment_leaves_a_bundle_and_a_report(deployed):
@@ -311,7 +312,7 @@ def from_python(home: Path, **flags: Any) -> Report:
         weights="weights.safetensors",
         target="this-machine",
         latency=0.8,
-        settings=records.read_yaml(Workload, home / "edgeprune.yaml"),
+        settings=read_yaml(Workload, home / "edgeprune.yaml"),
         run=home / "run",
         **flags,
     )
@@ -347,7 +348,7 @@ def test_the_python_api_takes_kernel_times_and_a_plan(deployed, tmp_path, monkey
         target="this-machine", budget="80%", precision="int8", dense_ms=1.0, predicted_ms=1.0,
         measured_ms=1.0, widths=found.plan.widths(), admissible_widths={},
     )  # fmt: skip
-    records.write_json(plan, home / "plan.json")
+    write_json(plan, home / "plan.json")
     jobs = []
 
     def stop(job, path, progress):

@@ -16,17 +16,17 @@ from edgeprune.compress.groups.find import ChannelGroup
 from edgeprune.devices.timing.decide import Decision
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.formats import Kernel
-from edgeprune.pipeline.files.records import MeasuredNets, MeasuredTable, PlanResult
 from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.latency.kernel_times import KernelKey
 from edgeprune.plan.latency.model import LatencyModel
+from edgeprune.plan.measured import MeasuredNets, MeasuredTable
 from edgeprune.progress import Progress, Silent
-from edgeprune.records.artifact import Block, Measurement, Telemetry
 from edgeprune.records.budget import parse_budget
+from edgeprune.records.measurement import Block, Measurement, Telemetry
 from edgeprune.records.names import Precision
-from edgeprune.records.plan import FrozenGroup, LatencyModelQuality
+from edgeprune.records.plan import FrozenGroup, LatencyModelQuality, PlanResult
 
 FULL = {"a": 64, "b": 96, "c": 128}
 TILE = 8

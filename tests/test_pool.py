@@ -41,8 +41,9 @@ from edgeprune.pipeline.stages.finish import boards_note
 from edgeprune.plan.bench import MeasuredTable, Stand
 from edgeprune.plan.latency.table import LatencyTable
 from edgeprune.progress import Bar, Silent
-from edgeprune.records.artifact import Fingerprint
-from edgeprune.records.names import Device, Runtime
+from edgeprune.records.device import Device
+from edgeprune.records.measurement import Fingerprint
+from edgeprune.records.target import Runtime
 
 QUICK = TimingPlan(rounds=4, block_ms=0.2, min_runs=2, max_runs=4, warmup_ms=0.5)
 ORT = {"runtime": "onnxruntime", "threads": 1}

@@ -15,7 +15,7 @@ from edgeprune.devices.setup import provision
 from edgeprune.devices.setup.runtime_pins import load_pins
 from edgeprune.errors import DeviceError, IntegrityError
 from edgeprune.progress import Silent
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 HERE = {"machine": platform.machine(), "python": platform.python_version(), "bits": 64}
 

@@ -13,7 +13,7 @@ from edgeprune.devices.inventory import quarantine
 from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.pipeline.options import Options, check_names, chosen_device
 from edgeprune.records import catalog
-from edgeprune.records.names import Workload
+from edgeprune.records.workload import Workload
 
 SSH = (
     "transport: ssh, host: pi.local, user: pi, auth: {method: key, key_file: ~/.ssh/id},"

@@ -30,10 +30,12 @@ from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.plan.latency.kernel_times import KernelTime, KernelTimes, read_times
 from edgeprune.progress import Silent
 from edgeprune.records import catalog
-from edgeprune.records.artifact import Report
-from edgeprune.records.base import Record, load_yaml, read_json, read_yaml, sha256_bytes, to_json
-from edgeprune.records.names import Device, Preprocess, Workload
-from edgeprune.records.search import PlanFile
+from edgeprune.records.base import Record, load_yaml, read_json, read_yaml
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes, to_json
+from edgeprune.records.plan import PlanFile
+from edgeprune.records.report import Report
+from edgeprune.records.workload import Preprocess, Workload
 from edgeprune.report import compare_text, render_terminal
 from edgeprune.workload import data as imagedata
 from edgeprune.workload import model as intake

@@ -19,8 +19,8 @@ from edgeprune.devices.link.frames import MAX_HEADER_BYTES, Refusal
 from edgeprune.devices.link.recording import Recording, check_recordable, origin_of
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.errors import DeviceError, EdgepruneError, IntegrityError, SpecError
-from edgeprune.records.artifact import Fingerprint
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.measurement import Fingerprint
 
 PLAN = TimingPlan(rounds=4, block_ms=0.2, min_runs=2, max_runs=4, warmup_ms=0.5)
 ORT = {"runtime": "onnxruntime", "threads": 1}

@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from edgeprune.errors import IntegrityError, NoSpace, SpecError, UnknownName
-from edgeprune.records.base import (
-    MAX_YAML_BYTES,
-    Record,
+from edgeprune.records.base import MAX_YAML_BYTES, Record, load_yaml, parse, read_json, read_yaml
+from edgeprune.records.files import (
     atomic_path,
     digest_of,
-    load_yaml,
-    parse,
-    read_json,
-    read_yaml,
     sha256_bytes,
     sha256_file,
     to_json,

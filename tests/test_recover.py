@@ -17,7 +17,7 @@ from edgeprune.compress.evaluate import agreement, raw_logits
 from edgeprune.compress.heal.recover import recover
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
-from edgeprune.records.names import Augment, Preprocess, Recovery
+from edgeprune.records.workload import Augment, Preprocess, Recovery
 from edgeprune.workload.batches import augmented, to_input
 from edgeprune.workload.dataset import Split, model_input
 from edgeprune.workload.memory import fast_copy

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgeprune.devices.inventory import entries as registry
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.records import catalog
-from edgeprune.records.names import Device, HostKey
+from edgeprune.records.device import Device, HostKey
 
 ROOT = Path(__file__).parents[1]
 PIN, OTHER = ("SHA256:" + letter * 43 for letter in "AB")

@@ -13,8 +13,8 @@ import tinynet
 
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.devices.store import MeasurementStore
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.report import Report
 
 pytestmark = pytest.mark.slow  # whole deployments; test_recording has the quick ones
 REPLAY = (*replayed.COMMAND, "--device", "replayed")
@@ -40,12 +40,12 @@ def again(recorded, zygote, tmp_path_factory) -> Path:
 
 
 def report(run: Path) -> Report:
-    return records.read_json(Report, run / "report.json")
+    return read_json(Report, run / "report.json")
 
 
 def model_sha256(run: Path) -> str:
     """Of the model without the texts inside it, which name the device: a replay is another."""
-    return records.read_json(Manifest, run / "bundle" / "manifest.json").source_sha256
+    return read_json(Manifest, run / "bundle" / "manifest.json").source_sha256
 
 
 def test_a_replayed_deployment_ends_in_the_same_plan_and_the_same_file(recorded, again):

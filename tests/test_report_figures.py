@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_fixture import make_ledger, make_report
 
-from edgeprune.records.artifact import Comparison, LedgerEntry
+from edgeprune.records.measurement import Comparison
+from edgeprune.records.report import LedgerEntry
 from edgeprune.report import facts, figures
 
 

@@ -9,15 +9,16 @@ import pytest
 from report_fixture import make_report
 
 from edgeprune.errors import SpecError
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.files import to_json, write_json
+from edgeprune.records.report import Report
 
 
 def test_a_report_that_was_read_knows_its_folder_and_its_bundle(tmp_path: Path, monkeypatch):
     made = make_report().model_copy(update={"bundle_name": "bundle"})
     monkeypatch.chdir(tmp_path)
-    records.write_json(made, Path("run/report.json"))
-    found = records.read_json(Report, Path("run/report.json"))
+    write_json(made, Path("run/report.json"))
+    found = read_json(Report, Path("run/report.json"))
     assert found.folder == tmp_path / "run"
     assert found.bundle == tmp_path / "run" / "bundle"
     assert found.model_copy(update={"notes": ()}).folder == found.folder
@@ -32,8 +33,8 @@ def test_a_report_without_a_file_says_that_it_lies_nowhere():
 
 def test_the_place_of_a_report_is_not_written_into_it(tmp_path: Path):
     made = make_report()
-    plain = records.to_json(made)
+    plain = to_json(made)
     made.lies_in(tmp_path)
-    assert records.to_json(made) == plain
+    assert to_json(made) == plain
     assert str(tmp_path) not in repr(made)
     assert isinstance(json.loads(plain)["bundle"], str)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_fixture import make_empty_report, make_fingerprint, make_plan, make_report, median_of
 
-from edgeprune.records.artifact import Report
 from edgeprune.records.plan import FrozenGroup
+from edgeprune.records.report import Report
 from edgeprune.report import render_html
 from edgeprune.report.markup import VOID
 

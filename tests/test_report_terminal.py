@@ -12,7 +12,7 @@ from report_fixture import make_empty_report, make_report, median_of
 
 from edgeprune.devices.board import judged
 from edgeprune.devices.plans import Timing
-from edgeprune.records.artifact import Telemetry
+from edgeprune.records.measurement import Telemetry
 from edgeprune.report import compare_text, render_html, render_terminal
 from edgeprune.report.timing_text import rejected_text
 

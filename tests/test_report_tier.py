@@ -18,9 +18,9 @@ from edgeprune.devices.timing.measure import ModelFile, compare, measure
 from edgeprune.devices.timing.report_tier import measure_report, report_options
 from edgeprune.devices.timing.sentinel import KEY
 from edgeprune.errors import DeviceError, Unreliable
-from edgeprune.records.artifact import Block, Fingerprint, Measurement, Telemetry
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import Device, ReportTier
+from edgeprune.records.device import Device, ReportTier
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.measurement import Block, Fingerprint, Measurement, Telemetry
 
 ORT: dict[str, Any] = {"runtime": "onnxruntime", "threads": 1}
 QUICK = TimingPlan(rounds=2, block_ms=0.5, min_runs=2, max_runs=5, warmup_ms=0.5)

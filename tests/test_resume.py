@@ -18,8 +18,9 @@ from sshd import wait_until_gone
 from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.plan import bench as planning
 from edgeprune.progress import Silent
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.files import sha256_file
+from edgeprune.records.report import Report
 
 EXPORT = "pruned.fp32.onnx"
 COMMAND = ("deploy", "--target", "this-machine", "--latency", "80%", "--run", "run")
@@ -84,13 +85,13 @@ def finished(home: Path, stage: str) -> Callable[[], bool]:
 
 
 def export_digest(home: Path) -> str:
-    return records.sha256_file(tinynet.stage_folders(home / "run")["export"] / EXPORT)
+    return sha256_file(tinynet.stage_folders(home / "run")["export"] / EXPORT)
 
 
 def check_finished(home: Path, done: subprocess.CompletedProcess[str]) -> Report:
     """The report of a run that has ended well."""
     assert done.returncode in (0, 6), done.stderr
-    found = records.read_json(Report, home / "run" / "report.json")
+    found = read_json(Report, home / "run" / "report.json")
     assert done.returncode == (0 if found.passed else 6), done.stderr
     assert not list((home / "run").rglob("*.part"))
     return found
@@ -148,8 +149,8 @@ def test_a_finished_run_is_shown_again_without_any_work(deployed, tmp_path):
     shutil.copytree(deployed.folder, home / "other")
     done = tinynet.edgeprune_here(home, *AGAIN, "--resume", "other")
     assert done.returncode == deployed.done.returncode, done.stderr
-    first = records.read_json(Report, deployed.folder / "report.json")
-    again = records.read_json(Report, home / "other" / "report.json")
+    first = read_json(Report, deployed.folder / "report.json")
+    again = read_json(Report, home / "other" / "report.json")
     assert [s.name for s in again.stages if s.cached] == list(tinynet.STAGES)
     assert (again.gates, again.variants, again.plan) == (first.gates, first.variants, first.plan)
 

@@ -14,7 +14,8 @@ import pytest
 from edgeprune.errors import SpecError
 from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.progress import Silent
-from edgeprune.records.base import Record, write_bytes
+from edgeprune.records.base import Record
+from edgeprune.records.files import write_bytes
 
 
 class Answer(Record):

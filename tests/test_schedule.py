@@ -30,18 +30,20 @@ from edgeprune.errors import ModelError, SpecError
 from edgeprune.pipeline import api
 from edgeprune.pipeline import run as pipeline
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files.records import MeasuredNets, PlanResult, ScoresResult, StepResult
+from edgeprune.pipeline.files.records import StepResult
 from edgeprune.pipeline.options import Options
 from edgeprune.pipeline.stages import measure as stages
 from edgeprune.pipeline.stages import steps as schedule
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.latency.model import Factor, LatencyModel
+from edgeprune.plan.measured import MeasuredNets, ScoresResult
 from edgeprune.plan.solver.solve import solve
 from edgeprune.progress import Silent
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
-from edgeprune.records.names import MOST_STEPS, Preprocess, Recovery, Workload
-from edgeprune.records.plan import LatencyModelQuality
+from edgeprune.records.base import R, parse, read_json, read_yaml
+from edgeprune.records.files import digest_of, to_json_text
+from edgeprune.records.plan import LatencyModelQuality, PlanResult
+from edgeprune.records.report import Report
+from edgeprune.records.workload import MOST_STEPS, Preprocess, Recovery, Workload
 from edgeprune.workload.load import from_objects
 
 GROUPS = ("0", "3", "6")  # of the tiny net
@@ -64,11 +66,11 @@ def test_a_recovery_without_a_schedule_is_written_as_it_always_was() -> None:
     ],
 )  # fmt: skip
 def test_a_schedule_is_written_and_read_again(given: dict[str, object]) -> None:
-    found = records.parse(Recovery, given, where="here")
+    found = parse(Recovery, given, where="here")
     plain = found.model_dump(mode="json")
     assert given.items() <= plain.items()
-    assert records.parse(Recovery, plain, where="there") == found
-    assert records.digest_of(found) != records.digest_of(Recovery())
+    assert parse(Recovery, plain, where="there") == found
+    assert digest_of(found) != digest_of(Recovery())
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_a_schedule_is_written_and_read_again(given: dict[str, object]) -> None:
 )
 def test_a_schedule_that_makes_no_sense_is_refused(given: dict[str, object], says: str) -> None:
     with pytest.raises(SpecError) as caught:
-        records.parse(Recovery, given, where="here")
+        parse(Recovery, given, where="here")
     assert says in caught.value.message
     assert "\n" not in caught.value.message
 
@@ -95,14 +97,12 @@ def test_a_schedule_that_makes_no_sense_is_refused(given: dict[str, object], say
 def test_sparsity_needs_no_quotes_in_yaml(tmp_path: Path) -> None:
     """YAML 1.1 reads 2:4 as a number to the base 60."""
     (tmp_path / "plain.yaml").write_text("sparsity: 2:4\n")
-    assert records.read_yaml(Recovery, tmp_path / "plain.yaml").sparsity == "2:4"
+    assert read_yaml(Recovery, tmp_path / "plain.yaml").sparsity == "2:4"
 
 
 def test_a_misspelt_key_is_told_the_nearest_one() -> None:
     with pytest.raises(SpecError) as caught:
-        records.parse(
-            Workload, {"model": "n.py:b", "data": "d", "recovery": {"step": 2}}, where="x"
-        )
+        parse(Workload, {"model": "n.py:b", "data": "d", "recovery": {"step": 2}}, where="x")
     assert "did you mean 'recovery.steps'" in (caught.value.hint or "")
 
 
@@ -117,7 +117,7 @@ def test_flags_say_the_same_as_keys() -> None:
     assert schedule_settings(rewound) == rewound
     # A flag wins over the file: a file of earlier weights that is named there is left aside.
     over = {**rewound, **schedule_settings({"start": "fresh"})}
-    assert records.parse(Recovery, over, where="here").start == "fresh"
+    assert parse(Recovery, over, where="here").start == "fresh"
 
 
 # Budgets and epochs
@@ -344,9 +344,7 @@ def context_of(
     """The tiny net's job without a board: cuts need none."""
     save_file(early_state(), folder / "early.safetensors")
     settings = Workload.model_validate_json(
-        records.to_json_text(
-            {"model": "net.py:build", "data": "-", "recovery": recovery, "seed": seed}
-        )
+        to_json_text({"model": "net.py:build", "data": "-", "recovery": recovery, "seed": seed})
     )
     loaded = from_objects(
         tinynet.trained(), tinynet.arrays(), preprocess=Preprocess(color="grey"),
@@ -515,9 +513,9 @@ def deploy(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return tinynet.edgeprune(home, "deploy", "--target", "this-machine", *latency, *args)
 
 
-def result(run: Path, stage: str, cls: type[records.R]) -> records.R:
+def result(run: Path, stage: str, cls: type[R]) -> R:
     plain = json.loads((tinynet.stage_folders(run)[stage] / "stage.json").read_text())["result"]
-    return records.parse(cls, plain, where=stage)
+    return parse(cls, plain, where=stage)
 
 
 @pytest.mark.slow
@@ -525,7 +523,7 @@ def result(run: Path, stage: str, cls: type[records.R]) -> records.R:
 def test_a_run_in_two_steps_keeps_fewer_and_fewer_channels_within_its_epochs(
     stepped: tinynet.Run,
 ) -> None:
-    report = records.read_json(Report, stepped.folder / "report.json")
+    report = read_json(Report, stepped.folder / "report.json")
     assert set(STEP_STAGES) < set(tinynet.stage_folders(stepped.folder))
     step = result(stepped.folder, "step-1-prune", StepResult)
     assert step.predicted_ms <= step.limit_ms
@@ -558,7 +556,7 @@ def test_a_run_in_steps_goes_on_from_its_stages(stepped: tinynet.Run, tmp_path: 
     assert "step-2-plan: done earlier" not in done.stderr
     folders = tinynet.stage_folders(home / "run")
     assert before == {n: (folders[n] / "stage.json").read_bytes() for n in STEP_STAGES[:3]}
-    report = records.read_json(Report, home / "run" / "report.json")
+    report = read_json(Report, home / "run" / "report.json")
     step = result(home / "run", "step-1-prune", StepResult)
     assert all(set(g.kept) <= set(step.kept[g.name]) for g in report.plan.groups)
 
@@ -577,7 +575,7 @@ def test_a_dry_run_of_steps_trains_nothing_and_a_control_shares_all_before_the_c
     assert dry.returncode == 0, dry.stderr
     assert not list((home / "run" / "stages").glob("step-*"))
     done = deploy(home, "--steps", "1", "--start", "fresh")
-    report = records.read_json(Report, home / "run" / "report.json")
+    report = read_json(Report, home / "run" / "report.json")
     assert "plan: done earlier, kept" in done.stderr
     assert [e.stage for e in report.ledger][:3] == ["dense", "pruned", "recovered"]
     assert any("from-scratch control" in note for note in report.notes)

@@ -11,9 +11,15 @@ import pytest
 import tinynet
 from report_fixture import make_report
 
-from edgeprune.pipeline.files.records import PlanResult
-from edgeprune.records import base as records
-from edgeprune.records.search import GroupCurve, ParetoPoint, PlanFile, SearchResult, WidthChoice
+from edgeprune.records.base import read_json
+from edgeprune.records.plan import (
+    GroupCurve,
+    ParetoPoint,
+    PlanFile,
+    PlanResult,
+    SearchResult,
+    WidthChoice,
+)
 from edgeprune.report.figures import significant, time_text
 from edgeprune.report.plan_sections import saved_note
 from edgeprune.report.search_page import (
@@ -180,8 +186,8 @@ def test_search_explains_and_trains_nothing(searched):
     assert done.returncode == 0, done.stderr
     assert "budget of" in done.stdout
     assert "page    run/search.html" in done.stdout
-    result = records.read_json(SearchResult, home / "run" / "search.json")
-    plan = records.read_json(PlanFile, home / "run" / "plan.json")
+    result = read_json(SearchResult, home / "run" / "search.json")
+    plan = read_json(PlanFile, home / "run" / "plan.json")
     assert plan.widths == result.plan.widths()
     assert set(plan.admissible_widths) == set(plan.widths)
     assert all(w in plan.admissible_widths[g] for g, w in plan.widths.items())

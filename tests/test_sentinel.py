@@ -15,8 +15,8 @@ from edgeprune.devices.plans import Timing, TimingPlan
 from edgeprune.devices.timing import sentinel as sentinels
 from edgeprune.devices.timing.sentinel import KEY, SENTINELS, Sentinel, judge_drift, sentinel_file
 from edgeprune.errors import DeviceError, IntegrityError
-from edgeprune.records.artifact import Block, Telemetry
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.measurement import Block, Telemetry
 
 QUICK = TimingPlan(rounds=3, block_ms=1, min_runs=2, max_runs=5, warmup_ms=1)
 

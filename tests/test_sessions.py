@@ -20,7 +20,7 @@ from edgeprune.devices.link.frames import Refusal
 from edgeprune.devices.link.session import allowed_load
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.errors import DeviceError, LinkLost
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 QUICK = TimingPlan(rounds=4, block_ms=0.5, min_runs=2, max_runs=6, warmup_ms=1)
 ORT = {"runtime": "onnxruntime", "threads": 1}

@@ -13,8 +13,8 @@ from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import FormatError, IntegrityError
 from edgeprune.pipeline.files import export as conversion
 from edgeprune.pipeline.stages import gates as verdict
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Report
+from edgeprune.records.base import read_json
+from edgeprune.records.report import Report
 
 pytestmark = pytest.mark.slow
 
@@ -52,8 +52,8 @@ def refuse_pruned(monkeypatch) -> None:
 def is_whole(home: Path, run: str, why: str) -> tuple[Report, Manifest]:
     """The report and the manifest of a run that shipped FP32 and says so everywhere."""
     folder = home / run
-    report = records.read_json(Report, folder / "report.json")
-    manifest = records.read_json(Manifest, folder / "bundle" / "manifest.json")
+    report = read_json(Report, folder / "report.json")
+    manifest = read_json(Manifest, folder / "bundle" / "manifest.json")
     line = f"INT8 was refused: {why}; FP32 ships"
     assert report.shipped == "fp32"
     assert report.shipped_reason == report.why_fp32 == manifest.why_fp32 == line

@@ -13,7 +13,7 @@ from zoo import ZOO, make
 from edgeprune.compress.int8.faint_channels import rescue_silent
 from edgeprune.devices.board import open_board
 from edgeprune.errors import DeviceError
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 CHANNEL = 2
 

@@ -26,7 +26,7 @@ from edgeprune.formats.onnx.sparsity import sparse_layers
 from edgeprune.pipeline import api
 from edgeprune.pipeline.options import Options
 from edgeprune.progress import Silent
-from edgeprune.records.names import Preprocess, Recovery, Workload
+from edgeprune.records.workload import Preprocess, Recovery, Workload
 from edgeprune.workload.load import from_objects
 
 SPARSE = SETTINGS.model_copy(update={"sparsity": "2:4"})

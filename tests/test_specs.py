@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.records.base import parse
 from edgeprune.records.budget import parse_budget, parse_drop
-from edgeprune.records.names import Device, DeviceFile, Fact, Preprocess, Profile, Target, Workload
+from edgeprune.records.device import Device, DeviceFile
+from edgeprune.records.target import Fact, Profile, Target
+from edgeprune.records.workload import Preprocess, Workload
 
 FINGERPRINT = "SHA256:" + base64.b64encode(bytes(range(32))).decode().rstrip("=")
 TARGET = {

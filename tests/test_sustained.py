@@ -20,11 +20,12 @@ from edgeprune.errors import DeviceError, SpecError
 from edgeprune.pipeline.options import Options, chosen_sustained
 from edgeprune.pipeline.stages import gates as verdict
 from edgeprune.progress import Silent
-from edgeprune.records.artifact import Block, ProfileReport, SustainedPoint, SustainedRun, Telemetry
-from edgeprune.records.base import sha256_bytes
 from edgeprune.records.budget import parse_budget, parse_duration
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes
 from edgeprune.records.intervals import steady_ms
-from edgeprune.records.names import Device
+from edgeprune.records.measurement import Block, SustainedPoint, SustainedRun, Telemetry
+from edgeprune.records.report import ProfileReport
 from edgeprune.report import render_html, render_terminal
 from edgeprune.report.profile_text import render_profile
 

@@ -26,8 +26,8 @@ import targets
 from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import FormatError
 from edgeprune.progress import Silent
+from edgeprune.records.device import Device
 from edgeprune.records.int8 import LayerFallback
-from edgeprune.records.names import Device
 from edgeprune.workload.dataset import Split
 from targets import rows_of
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from edgeprune.compress.groups.find import find_groups, remove_channels
 from edgeprune.errors import EdgepruneError, ModelError, SpecError
-from edgeprune.records.names import Preprocess, Workload
+from edgeprune.records.workload import Preprocess, Workload
 from edgeprune.workload.load import LoadedWorkload, from_objects
 from edgeprune.workload.outputs import outputs_of
 

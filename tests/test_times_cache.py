@@ -20,7 +20,6 @@ from click.testing import CliRunner
 from report_fixture import make_fingerprint
 from test_search_command import found
 
-from edgeprune.pipeline.files.records import MeasuredTable
 from edgeprune.pipeline.stages import kernels as feasibility
 from edgeprune.pipeline.stages.finish import boards_note
 from edgeprune.plan.bench import Stand
@@ -35,8 +34,10 @@ from edgeprune.plan.latency.times_cache import (
     now_text,
     open_cache,
 )
-from edgeprune.records.artifact import Fingerprint
-from edgeprune.records.names import FormatName, Precision, Runtime
+from edgeprune.plan.measured import MeasuredTable
+from edgeprune.records.measurement import Fingerprint
+from edgeprune.records.names import FormatName, Precision
+from edgeprune.records.target import Runtime
 from edgeprune.report.search_page import render_search, render_search_html
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

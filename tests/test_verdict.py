@@ -11,8 +11,9 @@ from edgeprune.errors import FormatError
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.stages import gates as verdict
 from edgeprune.pipeline.stages.gates import Measured
-from edgeprune.records.artifact import Artifact, Block, Comparison, Measurement, Telemetry
+from edgeprune.records.artifact import Artifact
 from edgeprune.records.budget import parse_budget
+from edgeprune.records.measurement import Block, Comparison, Measurement, Telemetry
 from edgeprune.records.names import Precision
 
 NAMES = ("dense-fp32", "dense-int8", "pruned-fp32", "pruned-int8")

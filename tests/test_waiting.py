@@ -26,7 +26,7 @@ from edgeprune.errors import Busy, EdgepruneError, MissingTool, SpecError
 from edgeprune.pipeline import api
 from edgeprune.pipeline import run as pipeline
 from edgeprune.pipeline.options import Options
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 ANNA = {"user": "anna", "host": "laptop", "job": "deploy for rpi4", "since_s": 300.0, "pid": 4711}
 
@@ -269,7 +269,7 @@ def no_board(monkeypatch: pytest.MonkeyPatch) -> None:
 def asked_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     monkeypatch.chdir(folder)
     from edgeprune.records.base import read_yaml
-    from edgeprune.records.names import Workload
+    from edgeprune.records.workload import Workload
     from edgeprune.workload.load import load_workload
 
     loaded = load_workload(read_yaml(Workload, folder / "edgeprune.yaml"), folder)

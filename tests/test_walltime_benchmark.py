@@ -15,8 +15,8 @@ import blocks
 import walltime
 from walltime_blocks import SolverTime, WallTime, walltime_block
 
-from edgeprune.records import base as records
-from edgeprune.records.names import Preprocess
+from edgeprune.records.base import read_json
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.load import LoadedWorkload, from_objects
 
 
@@ -32,7 +32,7 @@ def test_every_second_of_a_search_is_in_a_stage(monkeypatch: pytest.MonkeyPatch,
     asked = ["--target", "this-machine", "--latency", "80%", "--out", str(out)]
     done = CliRunner().invoke(walltime.main, asked, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    found = records.read_json(WallTime, out)
+    found = read_json(WallTime, out)
     names = [stage.name for stage in found.stages]
     before_training = tinynet.STAGES[: tinynet.STAGES.index("prune")]
     assert names == ["opening the device", *before_training]
@@ -49,7 +49,7 @@ def test_every_second_of_a_search_is_in_a_stage(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_results_from_before_the_solver_was_timed_say_nothing_of_it():
-    committed = records.read_json(WallTime, blocks.RESULTS / "walltime.json")
+    committed = read_json(WallTime, blocks.RESULTS / "walltime.json")
     earlier = committed.model_copy(update={"solver": None})
     timed = earlier.model_copy(
         update={

@@ -9,7 +9,7 @@ from test_planning import FULL, Clock, Net, groups, table_of
 
 from edgeprune.plan import bench as planning
 from edgeprune.progress import Silent
-from edgeprune.records.names import ChannelSteps
+from edgeprune.records.target import ChannelSteps
 
 
 def steps(conv: int, depthwise: int, linear: int) -> ChannelSteps:

@@ -14,7 +14,7 @@ from torch import nn
 
 from edgeprune.errors import ModelError, SpecError, UnknownName
 from edgeprune.records.base import read_yaml
-from edgeprune.records.names import Preprocess, Workload
+from edgeprune.records.workload import Preprocess, Workload
 from edgeprune.workload.factories import call_factory, is_factory
 from edgeprune.workload.load import check_accepts, from_objects, load_workload
 

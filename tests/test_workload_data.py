@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload import image_files as imagefiles
 from edgeprune.workload import splits
 from edgeprune.workload.data import from_value, load_data

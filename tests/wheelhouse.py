@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from edgeprune.devices.setup.runtime_pins import RuntimePins, Wheel
-from edgeprune.records.base import sha256_bytes
+from edgeprune.records.files import sha256_bytes
 
 IMPORTS = "VALUE = 1\n"
 DIES = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"

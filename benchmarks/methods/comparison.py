@@ -13,19 +13,20 @@ import torch
 from edgeprune.compress.scores import importance as importances
 from edgeprune.formats import Kernel
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files.records import ScoresResult
 from edgeprune.pipeline.stages import measure as stages
 from edgeprune.pipeline.stages.finish import Prepared
 from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.latency.model import LatencyModel
+from edgeprune.plan.measured import ScoresResult
 from edgeprune.plan.solver import solve as search
 from edgeprune.plan.solver.solve import Problem
-from edgeprune.records import base as records
+from edgeprune.records.base import read_json
 from edgeprune.records.budget import parse_budget
-from edgeprune.records.names import Recovery
+from edgeprune.records.files import write_json
 from edgeprune.records.plan import LatencyModelQuality, PruningPlan
+from edgeprune.records.workload import Recovery
 from edgeprune.workload.dataset import model_input
 from methods import torch_pruning
 from methods.candidate import Candidate, Method
@@ -66,12 +67,12 @@ class Comparison:
     def _scores(self, importance: str) -> ScoresResult:
         path = self.rig.folder / f"scores-{importance}.json"
         if path.exists():
-            return records.read_json(ScoresResult, path)
+            return read_json(ScoresResult, path)
         job = dataclasses.replace(self.context.job, importance=importance)
         context = dataclasses.replace(self.context, job=job)
         grids, groups = self.ready.table.result.grids, context.groups[0]
         found = stages.score(context, grids, context.model, groups)
-        records.write_json(found, path)
+        write_json(found, path)
         return found
 
     def _basis(
@@ -230,8 +231,8 @@ class Comparison:
                 budget=parse_budget(budget),
                 progress=self.context.progress,
             )
-            records.write_json(found.plan, path)
-        plan = records.read_json(PruningPlan, path)
+            write_json(found.plan, path)
+        plan = read_json(PruningPlan, path)
         self.rig.measure([plan.widths()])
         return plan, self.rig.ratios[tuple(sorted(plan.widths().items()))]
 

@@ -24,9 +24,9 @@ from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files import export as conversion
 from edgeprune.pipeline.stages.finish import Prepared
 from edgeprune.progress import Silent
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Comparison
-from edgeprune.records.names import Recovery
+from edgeprune.records.files import digest_of, sha256_file, write_bytes
+from edgeprune.records.measurement import Comparison
+from edgeprune.records.workload import Recovery
 from edgeprune.workload.dataset import Split, model_input
 from methods.candidate import Candidate, Method
 
@@ -62,12 +62,12 @@ class Rig:
         for i, key in enumerate(missing):
             self.ratios[key] = compare(found[str(i)], found["dense"]).ratio
         plain = [[dict(key), ratio] for key, ratio in self.ratios.items()]
-        records.write_bytes(self._measured, json.dumps(plain).encode())
+        write_bytes(self._measured, json.dumps(plain).encode())
 
     @property
     def trained(self) -> Path:
         """The folder of the files that were trained with this recipe."""
-        return self.folder / f"trained-{records.digest_of(self.recovery)}"
+        return self.folder / f"trained-{digest_of(self.recovery)}"
 
     @property
     def _knobs(self) -> Path:
@@ -129,7 +129,7 @@ class Rig:
     def _keep_knob(self, name: str, ratio: float, knob: float | None) -> None:
         kept = json.loads(self._knobs.read_text(encoding="utf-8")) if self._knobs.exists() else {}
         kept[f"{name} {ratio:.6f}"] = -1 if knob is None else knob
-        records.write_bytes(self._knobs, json.dumps(kept).encode())
+        write_bytes(self._knobs, json.dumps(kept).encode())
 
     def _least(self, tried: Mapping[float, Candidate], ratio: float) -> float | None:
         """The knob of the largest measured structure within the budget."""
@@ -201,7 +201,7 @@ class Rig:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 **{s: self.correct(int8, s).astype(int).tolist() for s in ("development", "test")},
             }
-            records.write_bytes(note, json.dumps(plain).encode())
+            write_bytes(note, json.dumps(plain).encode())
         return Shipped.of(json.loads(note.read_text(encoding="utf-8")), folder)
 
     def correct(self, path: Path, split: str) -> np.ndarray:
@@ -216,9 +216,7 @@ class Rig:
         """The files against ``dense["int8"]``, and ``dense["int8"]`` against ``dense["fp32"]`` under its own name."""
         runtime = self.context.runtime_on(self.context.board)
         models = [
-            ModelFile(
-                n, p.read_bytes(), "fp32" if n == "dense-fp32" else "int8", records.sha256_file(p)
-            )
+            ModelFile(n, p.read_bytes(), "fp32" if n == "dense-fp32" else "int8", sha256_file(p))
             for n, p in ({f"dense-{k}": v for k, v in dense.items()} | dict(files)).items()
         ]
         found = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from edgeprune.bundle.manifest import check_distinct, check_path
 from edgeprune.errors import IntegrityError
 from edgeprune.formats.shared.model_bytes import zip_entry
-from edgeprune.records.base import atomic_path
+from edgeprune.records.files import atomic_path
 
 MAX_FILES = 10_000
 MAX_TOTAL_BYTES = 2 * 1024**3

@@ -13,7 +13,7 @@ from edgeprune.bundle.manifest import MIN_GOLDEN, Manifest, Tolerance
 from edgeprune.errors import IntegrityError, ModelError
 from edgeprune.records.arrays import npy_array
 from edgeprune.records.artifact import Artifact, TensorSpec
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.dataset import model_input, to_layout
 
 _ROUNDING = (

@@ -23,7 +23,8 @@ from edgeprune.bundle.manifest import (
 from edgeprune.bundle.outside import check_self_contained
 from edgeprune.errors import DeviceError, IntegrityError
 from edgeprune.formats.shared.model_bytes import packed
-from edgeprune.records.base import read_json, sha256_bytes, sha256_file
+from edgeprune.records.base import read_json
+from edgeprune.records.files import sha256_bytes, sha256_file
 
 MAX_MANIFEST_BYTES = 8 * 1024**2
 MAX_SHOWN = 3

@@ -15,10 +15,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from edgeprune.errors import SpecError
-from edgeprune.records.artifact import Artifact, Sha256, TensorSpec
-from edgeprune.records.base import Record, sha256_bytes, to_json_text
-from edgeprune.records.names import SPDX, FormatName, Name, Preprocess, Stamp
+from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.base import Record
+from edgeprune.records.files import sha256_bytes, to_json_text
+from edgeprune.records.names import SPDX, FormatName, Name, Sha256, Stamp
 from edgeprune.records.sparsity import SparseWeights
+from edgeprune.records.workload import Preprocess
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"

@@ -17,7 +17,7 @@ from edgeprune.formats.inside.eight_bits import file_kind, layers_line
 from edgeprune.formats.shared.metadata import carrier
 from edgeprune.formats.tflite.versions import oldest
 from edgeprune.records.artifact import Artifact
-from edgeprune.records.base import sha256_bytes
+from edgeprune.records.files import sha256_bytes
 
 _OWN_TEXTS = {
     "coreml": "the package carries texts of its own (description, author, license, keys), which are not compared here",

@@ -14,7 +14,7 @@ from edgeprune.devices.link.frames import Refusal
 from edgeprune.devices.plans import Loaded
 from edgeprune.errors import FormatError, IntegrityError
 from edgeprune.records.artifact import TensorSpec
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 LOCAL_NAME = "this-machine"
 LOCAL = Device(transport="local", targets=(), stand_in=True)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import yaml
 
 from edgeprune.errors import SpecError
-from edgeprune.records.base import Record, to_json
+from edgeprune.records.base import Record
+from edgeprune.records.files import to_json
 
 CONFIG, RECORD = "repro/edgeprune.yaml", "repro/repro.json"
 _ABSOLUTE = re.compile(

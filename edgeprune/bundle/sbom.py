@@ -9,7 +9,7 @@ import uuid
 from typing import Any
 
 from edgeprune.bundle.manifest import Manifest, Quality
-from edgeprune.records.base import to_json_text
+from edgeprune.records.files import to_json_text
 
 _NAMESPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")  # of URLs, RFC 9562
 _PACKAGES = {  # how a package manager names the runtime

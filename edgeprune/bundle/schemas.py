@@ -5,7 +5,8 @@ from __future__ import annotations
 from edgeprune.bundle.manifest import GoldenFile, Manifest, Recipe
 from edgeprune.bundle.repro import Repro
 from edgeprune.bundle.verify import VerifyReport
-from edgeprune.records.base import Record, to_json_text
+from edgeprune.records.base import Record
+from edgeprune.records.files import to_json_text
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SCHEMAS: dict[str, type[Record]] = {

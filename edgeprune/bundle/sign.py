@@ -14,7 +14,7 @@ from edgeprune.bundle.integrity import check_hashes, check_structure
 from edgeprune.bundle.manifest import MANIFEST, SIGNATURE
 from edgeprune.devices.link.secrets import read_private, resolve
 from edgeprune.errors import IntegrityError, SpecError
-from edgeprune.records.base import write_bytes
+from edgeprune.records.files import write_bytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -78,7 +78,7 @@ def check_signature(folder: Path, public: Ed25519PublicKey) -> str:
 
 def fingerprint(public: Ed25519PublicKey) -> str:
     """The first 16 digits of the SHA-256 of the 32 bytes of a public key."""
-    from edgeprune.records.base import sha256_bytes
+    from edgeprune.records.files import sha256_bytes
 
     return sha256_bytes(public.public_bytes_raw())[:16]
 

@@ -53,8 +53,9 @@ from edgeprune.errors import (
     Unreachable,
 )
 from edgeprune.formats.inside.eight_bits import weights_line
-from edgeprune.records.base import Record, sha256_bytes
-from edgeprune.records.names import Device
+from edgeprune.records.base import Record
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

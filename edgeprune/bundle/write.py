@@ -52,7 +52,7 @@ from edgeprune.errors import IntegrityError, NoSpace, SpecError
 from edgeprune.formats.shared.metadata import PREFIX, carrier
 from edgeprune.formats.shared.model_bytes import model_bytes, unpacked
 from edgeprune.records.artifact import Artifact
-from edgeprune.records.base import is_full, sha256_bytes, to_json
+from edgeprune.records.files import is_full, sha256_bytes, to_json
 from edgeprune.records.names import ComputeUnits
 
 if TYPE_CHECKING:

@@ -49,8 +49,8 @@ def verify(
     from edgeprune.bundle.verify import Level, require_ok
     from edgeprune.bundle.verify import verify as verify_bundle
     from edgeprune.devices.link.wait import WAIT_MINUTES
-    from edgeprune.records import base as records
     from edgeprune.records import catalog
+    from edgeprune.records.files import to_json
 
     if not bundle.exists():
         raise SpecError(
@@ -76,7 +76,7 @@ def verify(
         )
         shown = found.model_copy(update={"levels": (*found.levels, missing)})
     if as_json:
-        click.echo(records.to_json(shown).decode(), nl=False)
+        click.echo(to_json(shown).decode(), nl=False)
     else:
         for level in shown.levels:
             click.echo(f"L{level.level} {level.name:28} {level.status:8} {plain(level.detail)}")
@@ -109,7 +109,7 @@ def sign(folder: Path, key: str) -> None:
 def schema(folder: Path) -> None:
     """Write the JSON Schemas of the files in a bundle into FOLDER."""
     from edgeprune.bundle.schemas import schema_files
-    from edgeprune.records.base import write_bytes
+    from edgeprune.records.files import write_bytes
 
     for name, content in schema_files().items():
         write_bytes(folder / name, content)

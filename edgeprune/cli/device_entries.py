@@ -16,7 +16,7 @@ from edgeprune.errors import HostKeyMismatch, SpecError, UnknownName
 
 if TYPE_CHECKING:
     from edgeprune.devices.link.replies import Hello
-    from edgeprune.records.names import Device, HostKey
+    from edgeprune.records.device import Device, HostKey
 
 CONSOLE_COMMANDS = {
     "ssh-ed25519": "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub",
@@ -97,7 +97,7 @@ def _unpinned(
 
     from edgeprune.devices.inventory.proposals import login_method, parse_address
     from edgeprune.records.base import parse
-    from edgeprune.records.names import Device, HostKey
+    from edgeprune.records.device import Device, HostKey
 
     ways = (flags["key"], flags["agent_key"], flags["password_ref"], flags["passphrase_ref"])
     place = parse_address(address, flags["port"])
@@ -122,7 +122,7 @@ def _pinned(entry: dict[str, Any], expected: str | None) -> Device:
     """The device with the host key that the server shows, once a person or ``--fingerprint`` has said that it is the right one."""
     from edgeprune.devices.link.login import seen_host_key
     from edgeprune.records.base import parse
-    from edgeprune.records.names import Device
+    from edgeprune.records.device import Device
 
     place = f"{entry['host']}:{entry['port']}"
     seen = seen_host_key(entry["host"], entry["port"], CONNECT_S)
@@ -252,12 +252,12 @@ def remove(name: str, file: Path | None) -> None:
 
 def _entry(name: str, file: Path | None) -> tuple[Path, Device]:
     """The file that holds an entry, and the entry; ``this-machine`` counts only where a file names it."""
-    from edgeprune.records import base as records
     from edgeprune.records import catalog
-    from edgeprune.records.names import DeviceFile
+    from edgeprune.records.base import read_yaml
+    from edgeprune.records.device import DeviceFile
 
     path = file or catalog.devices_file()
-    known = {} if path is None else records.read_yaml(DeviceFile, path).devices
+    known = {} if path is None else read_yaml(DeviceFile, path).devices
     if path is None or name not in known:
         raise UnknownName("device", name, known, where=str(path or ""))
     return path, known[name]

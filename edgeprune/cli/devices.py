@@ -19,7 +19,7 @@ from edgeprune.errors import Busy, DeviceError, SpecError
 if TYPE_CHECKING:
     from edgeprune.devices.board import Board
     from edgeprune.devices.link.replies import Owner
-    from edgeprune.records.names import Device
+    from edgeprune.records.device import Device
 
 RUNTIMES = ("litert", "tflite-runtime", "onnxruntime")
 _CLEAN_S = 600.0
@@ -71,14 +71,14 @@ def check(name: str, as_json: bool) -> None:
     """
     from edgeprune.devices.inventory import quarantine
     from edgeprune.devices.setup.checkup import check_up
-    from edgeprune.records import base as records
     from edgeprune.records import catalog
+    from edgeprune.records.files import to_json
 
     device = catalog.device(name)
     with _open(name, exclusive=False) as board:
         found = check_up(board, _runtimes_of(device))
     if as_json:
-        click.echo(records.to_json(found).decode(), nl=False)
+        click.echo(to_json(found).decode(), nl=False)
     else:
         width = max(len(f.name) for f in found.findings)
         for f in found.findings:
@@ -189,12 +189,12 @@ def who(name: str, as_json: bool) -> None:
     """Who holds the board now."""
     from edgeprune.devices.link.replies import Who
     from edgeprune.devices.setup.checkup import asked
-    from edgeprune.records import base as records
+    from edgeprune.records.files import to_json
 
     with _open(name, exclusive=False) as board:
         found = asked(board, Who, "who", {})
     if as_json:
-        click.echo(records.to_json(found).decode(), nl=False)
+        click.echo(to_json(found).decode(), nl=False)
     else:
         click.echo(plain(f"{name} is {_holder(found.owner)}"))
 

@@ -122,13 +122,13 @@ def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     progress = _progress(quiet)
     loaded = _load(flags, options)
     from edgeprune.pipeline import api
-    from edgeprune.records import base as records
+    from edgeprune.records.files import to_json
 
     if dry_run:
         from edgeprune.report.search_page import render_plan
 
         plan, path = api.plan_loaded(loaded, options, progress)
-        click.echo(records.to_json(plan).decode() if as_json else render_plan(plan), nl=False)
+        click.echo(to_json(plan).decode() if as_json else render_plan(plan), nl=False)
         click.echo(f"deploy without --dry-run goes on from {path}", err=True)
         if not plan.chosen().within_budget:
             raise BudgetError(
@@ -140,7 +140,7 @@ def deploy(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     from edgeprune.report import render_terminal
 
     if as_json:
-        click.echo(records.to_json(outcome.report).decode(), nl=False)
+        click.echo(to_json(outcome.report).decode(), nl=False)
     else:
         click.echo(render_terminal(outcome.report, color=sys.stdout.isatty()), nl=False)
         click.echo(f"bundle  {outcome.folder / 'bundle'} and {outcome.folder / 'bundle.zip'}")
@@ -200,11 +200,11 @@ def search(as_json: bool, quiet: bool, **flags: Any) -> None:
     progress = _progress(quiet)
     loaded = _load(flags, options)
     from edgeprune.pipeline import api
-    from edgeprune.records import base as records
+    from edgeprune.records.files import to_json
     from edgeprune.report.search_page import render_search
 
     found, path = api.search_loaded(loaded, options, progress)
-    click.echo(records.to_json(found).decode() if as_json else render_search(found), nl=False)
+    click.echo(to_json(found).decode() if as_json else render_search(found), nl=False)
     if not as_json:
         click.echo(f"page    {path / 'search.html'}")
         click.echo(f"plan    {path / 'plan.json'}, for deploy --plan")
@@ -218,11 +218,11 @@ def profile(as_json: bool, quiet: bool, **flags: Any) -> None:
     progress = _progress(quiet)
     loaded = _load(flags, options)
     from edgeprune.pipeline import api
-    from edgeprune.records import base as records
+    from edgeprune.records.files import to_json
     from edgeprune.report.profile_text import render_profile
 
     found = api.profile_loaded(loaded, options, progress)
-    click.echo(records.to_json(found).decode() if as_json else render_profile(found), nl=False)
+    click.echo(to_json(found).decode() if as_json else render_profile(found), nl=False)
 
 
 @cli.command()
@@ -252,11 +252,11 @@ def init(model: str | None, weights: str | None, data: str | None, target: str, 
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def report(run: Path, as_json: bool) -> None:
     """Show the report of a finished run again."""
-    from edgeprune.records import base as records
+    from edgeprune.records.files import to_json
     from edgeprune.report import render_terminal
 
     found = _read_report(run)
-    click.echo(records.to_json(found).decode() if as_json else render_terminal(found), nl=False)
+    click.echo(to_json(found).decode() if as_json else render_terminal(found), nl=False)
 
 
 @cli.command()
@@ -269,8 +269,8 @@ def compare(runs: Sequence[Path]) -> None:
 
 
 def _read_report(run: Path) -> Any:
-    from edgeprune.records import base as records
-    from edgeprune.records.artifact import Report
+    from edgeprune.records.base import read_json
+    from edgeprune.records.report import Report
 
     path = run / "report.json" if run.is_dir() else run
     if not path.exists():
@@ -281,7 +281,7 @@ def _read_report(run: Path) -> Any:
         elif run.is_dir() and (folder / "run.json").exists():
             why = "the run has not finished yet"
         raise SpecError(f"there is no report at {path}", hint=why)
-    return records.read_json(Report, path)
+    return read_json(Report, path)
 
 
 @cli.group()
@@ -420,9 +420,9 @@ def _load(flags: dict[str, Any], options: Options) -> LoadedWorkload:
 
 
 def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
-    from edgeprune.records import base as records
     from edgeprune.records import catalog
-    from edgeprune.records.names import Workload
+    from edgeprune.records.base import parse, read_yaml
+    from edgeprune.records.workload import Workload
 
     base = catalog.example_dir(flags["example"]) if flags["example"] else Path.cwd()
     file = base / "edgeprune.yaml"
@@ -435,7 +435,7 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
         raise SpecError(f"--example brings its own {', '.join(given)}", hint="leave them out")
     record: dict[str, Any] = {}
     if file.is_file() and "model" not in given:
-        record = records.read_yaml(Workload, file).model_dump(mode="json")
+        record = read_yaml(Workload, file).model_dump(mode="json")
     elif "model" not in given:
         raise SpecError("no model was named", hint="give MODEL, or run: edgeprune init")
     elif "data" not in given:
@@ -460,4 +460,4 @@ def _workload(flags: dict[str, Any]) -> tuple[Any, Path]:
         record["task"] = flags["task"]
     # The file was checked when it was read.
     whole = {**record, **given}
-    return records.parse(Workload, whole, where="the command line", said=AS_FLAGS), base
+    return parse(Workload, whole, where="the command line", said=AS_FLAGS), base

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from edgeprune.errors import ModelError
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.batches import batches, passes, to_input
 from edgeprune.workload.modes import frozen_copy, in_eval, on_device
 from edgeprune.workload.outputs import as_logits

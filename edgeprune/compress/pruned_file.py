@@ -17,7 +17,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgeprune.compress.groups.surgery import Removed, remove_block
 from edgeprune.errors import IntegrityError, ModelError, SpecError
-from edgeprune.records import base as records
+from edgeprune.records.base import Record
+from edgeprune.records.files import to_json, write_bytes
 from edgeprune.records.paths import located
 from edgeprune.workload.factories import call_factory
 from edgeprune.workload.model import prepare
@@ -34,7 +35,7 @@ _SHOWN = 3
 Width = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
-class PrunedSpec(records.Record):
+class PrunedSpec(Record):
     """The widths of every layer that has any: layer -> attribute -> value.
 
     ``removed`` are the layers of removed blocks.
@@ -65,8 +66,8 @@ def save_pruned(model: nn.Module, path: Path, dense: nn.Module | None = None) ->
     if dense is not None:
         spec = spec.model_copy(update={"dense": _descriptions(dense)})
     tensors = {k: v.detach().contiguous().cpu().clone() for k, v in model.state_dict().items()}
-    text = records.to_json(spec).decode()
-    records.write_bytes(path, save(tensors, metadata={_KEY: text}))
+    text = to_json(spec).decode()
+    write_bytes(path, save(tensors, metadata={_KEY: text}))
 
 
 def load_pruned(factory: Callable[[], nn.Module] | str, file: Path | str) -> nn.Module:

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgeprune.compress.cost import LayerShape, macs
 from edgeprune.compress.groups.surgery import Removed
-from edgeprune.records.artifact import LayerWidth
+from edgeprune.records.report import LayerWidth
 
 
 def layer_widths(before: nn.Module, after: nn.Module) -> tuple[LayerWidth, ...]:

@@ -17,7 +17,7 @@ from edgeprune.compress.heal.recover import recover, updates_per_epoch
 from edgeprune.compress.repair.compensate import repaired
 from edgeprune.compress.repair.norm_statistics import HeldOut, Judged
 from edgeprune.progress import Silent
-from edgeprune.records.names import Preprocess, Recovery
+from edgeprune.records.workload import Preprocess, Recovery
 from edgeprune.workload.dataset import Split
 
 # A trial: enough updates to see what heals, and a bound of its multiply-accumulates. One sample costs the teacher's forward pass, and

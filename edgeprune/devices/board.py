@@ -24,9 +24,10 @@ from edgeprune.devices.plans import Loaded, NodeTime, Timing, TimingPlan
 from edgeprune.devices.store import MeasurementStore, store_key
 from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.records.arrays import npy_array
-from edgeprune.records.artifact import Fingerprint
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import Device, Stamp
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.measurement import Fingerprint
+from edgeprune.records.names import Stamp
 
 MAX_SAMPLES_PER_REQUEST = 300_000  # keeps a reply under the 4 MiB of a header
 _WARMUP_RUNS = 3

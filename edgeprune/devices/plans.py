@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edgeprune.records.artifact import Block, Telemetry, TensorSpec
+from edgeprune.records.artifact import TensorSpec
+from edgeprune.records.measurement import Block, Telemetry
 
 
 @dataclass(frozen=True)

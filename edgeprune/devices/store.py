@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import NoSpace, SpecError
-from edgeprune.records.base import digest_of
+from edgeprune.records.files import digest_of
 
 STORE_VERSION = 1
 _SCHEMA = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, sha256 TEXT NOT NULL, reply BLOB NOT NULL) WITHOUT ROWID"

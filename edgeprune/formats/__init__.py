@@ -13,7 +13,8 @@ import numpy as np
 
 from edgeprune.errors import FormatError, MissingTool, UnknownName
 from edgeprune.records.artifact import Artifact
-from edgeprune.records.names import ComputeUnits, FormatName, Preprocess
+from edgeprune.records.names import ComputeUnits, FormatName
+from edgeprune.records.workload import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,6 @@ from edgeprune.devices.link.wait import WAIT_MINUTES, wait_seconds
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.pipeline import run as pipeline
 from edgeprune.pipeline.context import Candidate, Context, Job, stand_in_runtime
-from edgeprune.pipeline.files.records import PlanResult
 from edgeprune.pipeline.options import (
     Options,
     check_paths,
@@ -37,11 +36,14 @@ from edgeprune.pipeline.search_result import plan_file, search_result
 from edgeprune.pipeline.stages.finish import Outcome, Planned
 from edgeprune.pipeline.stages.kernels import plan_stages
 from edgeprune.progress import Progress, Silent
-from edgeprune.records import base as records
 from edgeprune.records import catalog
-from edgeprune.records.artifact import ProfileReport, Report
-from edgeprune.records.names import Device, Preprocess, Target, Workload
-from edgeprune.records.search import SearchResult
+from edgeprune.records.base import parse, read_json
+from edgeprune.records.device import Device
+from edgeprune.records.files import write_bytes, write_json
+from edgeprune.records.plan import PlanResult, SearchResult
+from edgeprune.records.report import ProfileReport, Report
+from edgeprune.records.target import Target
+from edgeprune.records.workload import Preprocess, Workload
 from edgeprune.report.search_page import render_search_html
 from edgeprune.workload.load import LoadedWorkload, from_objects, load_workload
 from edgeprune.workload.sample_counts import require_enough
@@ -126,7 +128,7 @@ def run_path(job: Job, options: Options) -> Path:
             f"{options.resume} is no run folder: it has no run.json",
             hint="leave --resume out to start a new run",
         )
-    found = records.read_json(pipeline.Request, options.resume / "run.json")
+    found = read_json(pipeline.Request, options.resume / "run.json")
     if found.digest != digest:
         raise SpecError(
             f"{options.resume} is a run of other inputs: {found.command}",
@@ -220,7 +222,7 @@ def _loaded(
     if not isinstance(model, str):
         return from_objects(model, data, settings=settings, **given)
     named = {"model": model, "data": str(data)}
-    record = settings or records.parse(Workload, named, where="deploy()")
+    record = settings or parse(Workload, named, where="deploy()")
     changes = {"model": model, "weights": weights, "data": str(data), **given}
     return load_workload(record.model_copy(update=changes), Path.cwd())
 
@@ -258,7 +260,7 @@ def _planned(
     path = run_path(job, options)
     require_enough(loaded.dataset)
     with RunFolder(path, progress) as run, pipeline.opened(job, progress, run) as context:
-        records.write_json(pipeline.request(job), path / "run.json")
+        write_json(pipeline.request(job), path / "run.json")
         yield context, plan_stages(context, run), path
 
 
@@ -280,7 +282,7 @@ def search_loaded(
     """
     with _planned(loaded, options, progress) as (context, planned, path):
         found = search_result(context, planned)
-        records.write_json(found, path / "search.json")
-        records.write_json(plan_file(found), path / "plan.json")
-        records.write_bytes(path / "search.html", render_search_html(found))
+        write_json(found, path / "search.json")
+        write_json(plan_file(found), path / "plan.json")
+        write_bytes(path / "search.html", render_search_html(found))
     return found, path

@@ -18,7 +18,7 @@ from edgeprune.formats import AppFacts, Evaluated, ForApps, Format
 from edgeprune.pipeline.context import Context, Job
 from edgeprune.pipeline.files.records import PrunedFiles
 from edgeprune.pipeline.run_folder import Stage
-from edgeprune.records.artifact import Report, VariantRow
+from edgeprune.records.report import Report, VariantRow
 from edgeprune.report import facts
 from edgeprune.report.figures import printable
 

@@ -22,11 +22,16 @@ from edgeprune.devices.timing.measure import ModelFile
 from edgeprune.formats import Format
 from edgeprune.formats.shared.model_bytes import model_bytes
 from edgeprune.progress import Progress
-from edgeprune.records.artifact import Artifact, Fingerprint, FormatChoice, LedgerEntry, Measurement
-from edgeprune.records.base import sha256_file
+from edgeprune.records.artifact import Artifact
 from edgeprune.records.budget import Budget
-from edgeprune.records.names import Device, Int8, Precision, Profile, Runtime, Target
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_file
+from edgeprune.records.measurement import Fingerprint, Measurement
+from edgeprune.records.names import Precision
 from edgeprune.records.plan import FrozenGroup, Scope
+from edgeprune.records.report import FormatChoice, LedgerEntry
+from edgeprune.records.target import Profile, Runtime, Target
+from edgeprune.records.workload import Int8
 from edgeprune.workload.dataset import Split, model_input, to_layout
 from edgeprune.workload.load import LoadedWorkload
 from edgeprune.workload.trace import traced

@@ -30,8 +30,9 @@ from edgeprune.pipeline.files.records import DenseFiles
 from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.pipeline.stages.gates import MIN_BUILT_IN_AGREEMENT
 from edgeprune.pipeline.stages.kernels import dense_stage
-from edgeprune.records.artifact import Comparison, FormatChoice, FormatRow, Measurement
+from edgeprune.records.measurement import Comparison, Measurement
 from edgeprune.records.names import Precision
+from edgeprune.records.report import FormatChoice, FormatRow
 
 Making = Callable[[Job], Context]
 OF_THE_BOARD = (LinkLost, Unreachable, Busy, HostKeyMismatch, AuthFailed)  # no format is to blame

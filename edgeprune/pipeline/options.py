@@ -22,10 +22,11 @@ from edgeprune.records.budget import (
     parse_drop,
     parse_duration,
 )
-from edgeprune.records.names import Device, Target, Workload
+from edgeprune.records.device import Device
 from edgeprune.records.paths import located
-from edgeprune.records.plan import Scope
-from edgeprune.records.search import PlanFile, check_widths
+from edgeprune.records.plan import PlanFile, Scope, check_widths
+from edgeprune.records.target import Target
+from edgeprune.records.workload import Workload
 
 AUTO_FORMATS = "auto"
 

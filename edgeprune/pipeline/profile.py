@@ -14,8 +14,10 @@ from edgeprune.devices.timing.sustained import sustained
 from edgeprune.formats.shared.model_bytes import model_bytes
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files import export as conversion
-from edgeprune.records.artifact import Artifact, LayerTime, Measurement, ProfileReport
+from edgeprune.records.artifact import Artifact
 from edgeprune.records.base import Record
+from edgeprune.records.measurement import Measurement
+from edgeprune.records.report import LayerTime, ProfileReport
 
 PROFILED_RUNS = 50
 PROFILER_FROM_MS = (

@@ -41,10 +41,12 @@ from edgeprune.pipeline.stages import steps as schedule
 from edgeprune.pipeline.stages.finish import Closing, Outcome, Planned
 from edgeprune.pipeline.stages.kernels import plan_stages
 from edgeprune.progress import Progress
-from edgeprune.records import base as records
 from edgeprune.records.artifact import Artifact
-from edgeprune.records.names import Device, Int8
+from edgeprune.records.base import Record
+from edgeprune.records.device import Device
+from edgeprune.records.files import digest_of, sha256_file, write_json
 from edgeprune.records.version import VERSION
+from edgeprune.records.workload import Int8
 from edgeprune.workload.sample_counts import require_enough
 
 STORE = "measurements.sqlite"
@@ -53,7 +55,7 @@ STORE = "measurements.sqlite"
 def run_digest(job: Job) -> str:
     """What tells one run from another: the model, the data, every setting, and the device."""
     workload = job.loaded.workload
-    return records.digest_of(
+    return digest_of(
         {
             "version": VERSION,
             "model": job.loaded.model_digest,
@@ -266,13 +268,13 @@ def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
     """
     require_enough(job.loaded.dataset)
     with RunFolder(run_path, progress) as run:
-        records.write_json(request(job), run_path / "run.json")
+        write_json(request(job), run_path / "run.json")
         with opened(job, progress, run) as context:
             planned = plan_stages(context, run)
             return _finish(context, run, planned)
 
 
-class Request(records.Record):
+class Request(Record):
     """``run.json``: the request, for people and for ``--resume``."""
 
     schema_version: int = 1
@@ -325,7 +327,7 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
         "export",
         "conversion",
         {
-            "weights": records.sha256_file(recovered.path("recovered.safetensors")),
+            "weights": sha256_file(recovered.path("recovered.safetensors")),
             "recover": recovered.digest,
             "int8": job.int8,
             "limit_ms": limit_ms,

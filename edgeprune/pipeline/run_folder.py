@@ -25,9 +25,16 @@ from pydantic import ValidationError
 
 from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.progress import Progress
-from edgeprune.records import base as records
-from edgeprune.records.artifact import StageCost
-from edgeprune.records.base import Record
+from edgeprune.records.base import Record, read_json
+from edgeprune.records.files import (
+    digest_of,
+    sha256_bytes,
+    sha256_file,
+    to_json,
+    to_json_text,
+    write_json,
+)
+from edgeprune.records.report import StageCost
 
 R = TypeVar("R", bound=Record)
 Kind = Literal["training", "conversion", "measuring", "other"]
@@ -48,7 +55,7 @@ class StageRecord(Record):
 
 def sealed(record: StageRecord) -> str:
     """SHA-256 of a record without its seal."""
-    return records.sha256_bytes(records.to_json(record.model_copy(update={"seal": ""})))
+    return sha256_bytes(to_json(record.model_copy(update={"seal": ""})))
 
 
 class Stage(Generic[R]):
@@ -149,7 +156,7 @@ class RunFolder:
             final: whether a result may be kept; one that was interrupted is used now and worked on again next time.
             title: what its cost is called, where its name does not tell it from others.
         """
-        digest = records.digest_of({"stage": name, **inputs})
+        digest = digest_of({"stage": name, **inputs})
         folder = self.path / "stages" / f"{name}-{digest}"
         known = self._load(folder, digest, cls)
         if known is not None:
@@ -162,7 +169,7 @@ class RunFolder:
         result = work(folder)
         seconds = time.monotonic() - started
         files = {
-            str(p.relative_to(folder)): records.sha256_file(p)
+            str(p.relative_to(folder)): sha256_file(p)
             for p in sorted(folder.rglob("*"))
             if p.is_file() and not p.name.startswith((".", "stage.json"))
         }
@@ -176,7 +183,7 @@ class RunFolder:
         )
         if final(result):
             record = record.model_copy(update={"seal": sealed(record)})
-            records.write_json(record, folder / "stage.json")
+            write_json(record, folder / "stage.json")
         self._count(folder, title or name, seconds, kind)
         return Stage(folder, digest, result)
 
@@ -192,14 +199,14 @@ class RunFolder:
         if not (folder / "stage.json").exists():
             return None
         try:
-            record = records.read_json(StageRecord, folder / "stage.json")
+            record = read_json(StageRecord, folder / "stage.json")
             if record.digest != digest:
                 raise IntegrityError(f"{folder} is of another stage")
             if record.seal != sealed(record):
                 raise IntegrityError(f"{folder / 'stage.json'} is not what the stage wrote")
             for name, wanted in record.files.items():
                 path = folder / name
-                if not path.is_file() or records.sha256_file(path) != wanted:
+                if not path.is_file() or sha256_file(path) != wanted:
                     raise IntegrityError(f"{path} is not what the stage wrote")
             result = _result(cls, record, folder)
         except IntegrityError as error:
@@ -211,6 +218,6 @@ class RunFolder:
 
 def _result(cls: type[R], record: StageRecord, folder: Path) -> R:
     try:
-        return cls.model_validate_json(records.to_json_text(record.result))
+        return cls.model_validate_json(to_json_text(record.result))
     except ValidationError as error:
         raise IntegrityError(f"{folder / 'stage.json'} holds no valid {cls.__name__}") from error

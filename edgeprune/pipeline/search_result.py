@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.stages.finish import Planned
-from edgeprune.records.search import PlanFile, SearchResult
+from edgeprune.records.plan import PlanFile, SearchResult
 from edgeprune.records.version import VERSION
 
 

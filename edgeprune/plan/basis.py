@@ -10,8 +10,8 @@ import numpy as np
 
 from edgeprune.compress.groups.find import ChannelGroup
 from edgeprune.compress.scores.importance import kept_channels
-from edgeprune.pipeline.files.records import MeasuredNets
 from edgeprune.plan.latency.model import LatencyModel
+from edgeprune.plan.measured import MeasuredNets
 from edgeprune.plan.solver.solve import Problem
 from edgeprune.records.plan import FrozenGroup, LatencyModelQuality, Scope
 

@@ -20,7 +20,6 @@ from edgeprune.devices.timing.measure import ModelFile, compare, measure
 from edgeprune.devices.timing.pool import Pool
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
-from edgeprune.pipeline.files.records import MeasuredNets, MeasuredTable, Staircase
 from edgeprune.plan.latency import call_overhead as calls
 from edgeprune.plan.latency import sampling as sparse
 from edgeprune.plan.latency import weight_traffic as traffic
@@ -30,13 +29,15 @@ from edgeprune.plan.latency.kernel_times import KernelKey, KernelTime
 from edgeprune.plan.latency.model import Factor, LatencyModel, correct, evaluate, sample_nets
 from edgeprune.plan.latency.sampling import KernelClass
 from edgeprune.plan.latency.table import LatencyTable
+from edgeprune.plan.measured import MeasuredNets, MeasuredTable, Staircase
 from edgeprune.progress import Progress
-from edgeprune.records.artifact import Measurement
-from edgeprune.records.base import sha256_bytes
 from edgeprune.records.budget import Budget
-from edgeprune.records.names import ChannelSteps, FormatName, Precision, Runtime
+from edgeprune.records.files import sha256_bytes
+from edgeprune.records.measurement import Measurement
+from edgeprune.records.names import FormatName, Precision
 from edgeprune.records.plan import LatencyModelQuality
 from edgeprune.records.statistics import nearest_rank
+from edgeprune.records.target import ChannelSteps, Runtime
 
 MOST_KERNELS = 250  # timed for one table
 WIDTH_TOLERANCE = (

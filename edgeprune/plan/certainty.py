@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from edgeprune.formats import Resizable
 from edgeprune.plan.bench import CONFIRM_LOOKS, Stand
 from edgeprune.progress import Progress
-from edgeprune.records.artifact import Block, Comparison
 from edgeprune.records.budget import Budget
 from edgeprune.records.intervals import median_ms
+from edgeprune.records.measurement import Block, Comparison
 from edgeprune.records.plan import PlanCheck
 
 # A plan must fit into this much of the budget: the last measurement is another session. The gate judges the upper end of an interval that

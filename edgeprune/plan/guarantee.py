@@ -13,7 +13,6 @@ from edgeprune.compress.scores.importance import kept_channels
 from edgeprune.devices.timing.measure import compare
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Resizable
-from edgeprune.pipeline.files.records import PlanResult
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.bench import Stand
 from edgeprune.plan.certainty import PLAN_SHARE, Confirmation, Limit
@@ -22,8 +21,17 @@ from edgeprune.plan.solver import solve as search
 from edgeprune.plan.solver.solve import Problem, Solution
 from edgeprune.progress import Progress
 from edgeprune.records.budget import Budget
-from edgeprune.records.plan import GroupPlan, PlanCheck, PruningPlan
-from edgeprune.records.search import SHARES, GroupCurve, ParetoPoint, WidthChoice, check_widths
+from edgeprune.records.plan import (
+    SHARES,
+    GroupCurve,
+    GroupPlan,
+    ParetoPoint,
+    PlanCheck,
+    PlanResult,
+    PruningPlan,
+    WidthChoice,
+    check_widths,
+)
 
 CHECK_ROUNDS = 6
 TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %

@@ -15,9 +15,10 @@ from typing import Literal, TypeVar
 
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.records.base import read_yaml
-from edgeprune.records.names import Device, DeviceFile, Profile, Target
+from edgeprune.records.device import Device, DeviceFile
 from edgeprune.records.paths import user_folder
 from edgeprune.records.sparsity import PATTERN_FACT
+from edgeprune.records.target import Profile, Target
 
 Kind = Literal["targets", "profiles"]
 S = TypeVar("S", Target, Profile)

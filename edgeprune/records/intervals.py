@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from edgeprune.records.artifact import Block, Measurement, SustainedRun
+from edgeprune.records.measurement import Block, Measurement, SustainedRun
 from edgeprune.records.statistics import Centre, centre
 
 STRETCHES = 30  # of a sustained run; neighbouring moments of one are much alike

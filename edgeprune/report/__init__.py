@@ -1,4 +1,4 @@
-"""The report: one record shown as a page, as terminal text and beside others. Its JSON is :func:`edgeprune.records.base.to_json`."""
+"""The report: one record shown as a page, as terminal text and beside others. Its JSON is :func:`edgeprune.records.files.to_json`."""
 
 from edgeprune.report.html import render_html
 from edgeprune.report.terminal import compare_text, render_terminal

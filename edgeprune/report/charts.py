@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.records.artifact import Report, VariantRow
+from edgeprune.records.report import Report, VariantRow
 from edgeprune.report import facts
 from edgeprune.report.figures import (
     TimeUnit,

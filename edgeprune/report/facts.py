@@ -7,17 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgeprune.records.artifact import (
-    Comparison,
-    Gate,
-    LedgerEntry,
-    Measurement,
-    Report,
-    StageCost,
-    VariantRow,
-)
+from edgeprune.records.measurement import Comparison, Measurement
 from edgeprune.records.names import Precision, Stamp
 from edgeprune.records.plan import LatencyModelQuality, PlanCheck, PruningPlan
+from edgeprune.records.report import Gate, LedgerEntry, Report, StageCost, VariantRow
 
 KINDS = ("training", "conversion", "measuring", "other")
 # How the names of targets begin, and what people call such a thing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.records.artifact import FormatChoice, FormatRow, Report
+from edgeprune.records.report import FormatChoice, FormatRow, Report
 from edgeprune.report.figures import NONE, in_unit, share_text, significant, time_unit
 from edgeprune.report.markup import Column, Markup, table
 from edgeprune.report.sections import note, section

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
-from edgeprune.records.artifact import Report
+from edgeprune.records.report import Report
 from edgeprune.report import (
     charts,
     facts,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edgeprune.records.artifact import Report
 from edgeprune.records.int8 import SCHEME_WORDS, CalibrationReport, Int8Report
+from edgeprune.records.report import Report
 from edgeprune.report.figures import NONE, significant
 from edgeprune.report.markup import Column, Markup, pairs, table, tag
 from edgeprune.report.sections import note, section

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edgeprune.records.artifact import Report
 from edgeprune.records.plan import PruningPlan
+from edgeprune.records.report import Report
 from edgeprune.report import charts, facts
 from edgeprune.report.figures import (
     NONE,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgeprune.records.artifact import Measurement, ProfileReport
+from edgeprune.records.measurement import Measurement
+from edgeprune.records.report import ProfileReport
 from edgeprune.report import timing_text
 
 BAR_WIDTH = 24

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.records.artifact import Report
+from edgeprune.records.report import Report
 from edgeprune.report import charts, facts
 from edgeprune.report.figures import bytes_text, quality_text, seconds_text, share_text
 from edgeprune.report.markup import Column, Markup, pairs, table, tag

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 
-from edgeprune.pipeline.files.records import PlanResult
-from edgeprune.records.plan import LatencyModelQuality
-from edgeprune.records.search import SHARES, GroupCurve, ParetoPoint, SearchResult
+from edgeprune.records.plan import (
+    SHARES,
+    GroupCurve,
+    LatencyModelQuality,
+    ParetoPoint,
+    PlanResult,
+    SearchResult,
+)
 from edgeprune.report import facts, plan_sections
 from edgeprune.report.facts import earlier_kernels
 from edgeprune.report.figures import (

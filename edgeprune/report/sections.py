@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeprune.records.artifact import Gate, Measurement, Report, VariantRow
+from edgeprune.records.measurement import Measurement
+from edgeprune.records.report import Gate, Report, VariantRow
 from edgeprune.report import charts, facts, timing_charts, timing_text
 from edgeprune.report.figures import (
     NONE,

@@ -6,8 +6,8 @@ import io
 import shutil
 from collections.abc import Sequence
 
-from edgeprune.records.artifact import Report
 from edgeprune.records.plan import PruningPlan
+from edgeprune.records.report import Report
 from edgeprune.report import charts, facts, format_table, int8_table, plan_sections, timing_text
 from edgeprune.report.figures import (
     NONE,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from edgeprune.records.artifact import Block, Measurement, Report, SustainedRun, VariantRow
+from edgeprune.records.measurement import Block, Measurement, SustainedRun
+from edgeprune.records.report import Report, VariantRow
 from edgeprune.report import facts
 from edgeprune.report.charts import variant_class, variant_name
 from edgeprune.report.figures import per_ms, share_text, signed, time_text, time_unit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.records.artifact import Measurement, SustainedRun
+from edgeprune.records.measurement import Measurement, SustainedRun
 from edgeprune.report.figures import (
     NONE,
     bytes_text,

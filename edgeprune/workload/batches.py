@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgeprune.records.names import Augment, Preprocess
+from edgeprune.records.workload import Augment, Preprocess
 
 # Inputs of one batch hold at most this many numbers: large images run in smaller batches instead of filling the memory.
 MAX_BATCH_NUMBERS = 1 << 24

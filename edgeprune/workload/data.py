@@ -16,8 +16,8 @@ import numpy as np
 
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.records.arrays import npz_arrays
-from edgeprune.records.names import Preprocess
 from edgeprune.records.paths import located
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload import image_files as imagefiles
 from edgeprune.workload import image_folder as imagefolder
 from edgeprune.workload import splits

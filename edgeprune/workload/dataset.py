@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.draws import drawn
 
 CHUNK = 64  # images

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.records.base import atomic_path, read_yaml
-from edgeprune.records.names import Workload
+from edgeprune.records.base import read_yaml
+from edgeprune.records.files import atomic_path
 from edgeprune.records.paths import located
+from edgeprune.records.workload import Workload
 from edgeprune.workload import data as imagedata
 from edgeprune.workload import discover
 from edgeprune.workload import image_files as imagefiles

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.records.base import sha256_file
-from edgeprune.records.names import Preprocess, Workload
+from edgeprune.records.files import sha256_file
 from edgeprune.records.paths import located
+from edgeprune.records.workload import Preprocess, Workload
 from edgeprune.workload import data as imagedata
 from edgeprune.workload import model as intake
 from edgeprune.workload import preflight, tasks

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from edgeprune.compress.heal.recover import recover
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
-from edgeprune.records.names import Preprocess, Recovery
+from edgeprune.records.workload import Preprocess, Recovery
 from edgeprune.workload.dataset import Split, model_input
 from edgeprune.workload.factories import one_line
 from edgeprune.workload.modes import eval_copy

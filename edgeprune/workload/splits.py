@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgeprune.errors import ModelError
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.class_numbers import check_class_numbers
 from edgeprune.workload.dataset import Dataset, Split
 from edgeprune.workload.draws import drawn, fair_order, spare, spread

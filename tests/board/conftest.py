@@ -12,7 +12,7 @@ from emulated_board import PYTHONS, emulated_board
 from example_files import ExampleFiles, make_example_files
 
 from edgeprune.devices.board import Board, open_board
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 
 @pytest.fixture(scope="session")

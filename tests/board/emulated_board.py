@@ -17,7 +17,7 @@ import pytest
 from build_board import DEFAULT_PROCESSOR, HOME, board_folder, ensure_board, isolated
 from sshd import serve
 
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 USER = "edgeprune-board"
 COMMENT = "emulated board of the edgeprune tests"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from edgeprune import formats
 from edgeprune.records.artifact import Artifact
-from edgeprune.records.names import Preprocess
+from edgeprune.records.workload import Preprocess
 from edgeprune.workload.dataset import model_input, to_layout
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist"

@@ -20,9 +20,10 @@ from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.pipeline.stages.kernels import plan_stages
 from edgeprune.pipeline.stages.measure import EMULATED_SAMPLES
 from edgeprune.progress import Silent
-from edgeprune.records import base as records
-from edgeprune.records.artifact import ProfileReport, Report
-from edgeprune.records.names import Device, Workload
+from edgeprune.records.base import read_json, read_yaml
+from edgeprune.records.device import Device
+from edgeprune.records.report import ProfileReport, Report
+from edgeprune.records.workload import Workload
 from edgeprune.workload.dataset import model_input
 from edgeprune.workload.load import load_workload
 
@@ -56,7 +57,7 @@ def test_a_deployment_is_timed_here_and_proved_on_the_emulated_board(small):
     args = ["--target", "rpi4", "--device", "litert", "--latency", "90%", "--run", "run"]
     done = tinynet.edgeprune(small, "deploy", *args, timeout_s=800)
     assert done.returncode in (0, MISSED), done.stderr  # a loaded machine may miss the latency gate
-    report = records.read_json(Report, small / "run" / "report.json")
+    report = read_json(Report, small / "run" / "report.json")
 
     assert report.stamp == report.fingerprint.stamp == "stand-in"
     assert report.device == report.fingerprint.device == "this-machine"
@@ -69,7 +70,7 @@ def test_a_deployment_is_timed_here_and_proved_on_the_emulated_board(small):
     assert [(entry.where, entry.n) for entry in answered] == [("litert", EMULATED_SAMPLES)]
     (numerics,) = (gate for gate in report.gates if gate.name == "numerics")
     assert numerics.met
-    manifest = records.read_json(Manifest, small / "run" / "bundle" / "manifest.json")
+    manifest = read_json(Manifest, small / "run" / "bundle" / "manifest.json")
     assert (manifest.latency.device, manifest.latency.stamp) == ("this-machine", "stand-in")
     assert (manifest.runtime.name, manifest.runtime.min_version) == ("litert", "2.3.0")
 
@@ -80,7 +81,7 @@ def test_a_deployment_is_timed_here_and_proved_on_the_emulated_board(small):
 
 
 def resolved(home: Path, target: str, device: str) -> Job:
-    loaded = load_workload(records.read_yaml(Workload, home / "edgeprune.yaml"), home)
+    loaded = load_workload(read_yaml(Workload, home / "edgeprune.yaml"), home)
     return api.resolve(loaded, Options(target=target, device=device))
 
 

@@ -21,7 +21,7 @@ from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.link.frames import Refusal
 from edgeprune.devices.plans import Timing, TimingPlan
 from edgeprune.errors import Busy
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 pytestmark = [pytest.mark.board, pytest.mark.timeout(900)]
 LONG = TimingPlan(rounds=20, block_ms=1, min_runs=2, max_runs=2, warmup_ms=1)
@@ -29,7 +29,7 @@ CLIENT = """
 import sys
 from edgeprune.devices.board import open_board
 from edgeprune.devices.plans import TimingPlan
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 board = open_board("pi", Device.model_validate_json(sys.argv[1]), job="a long measurement")
 board.load("net", open(sys.argv[2], "rb").read(), runtime="litert", threads=1)

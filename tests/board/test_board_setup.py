@@ -18,7 +18,7 @@ from edgeprune.devices.setup.runtime_pins import RuntimePins, load_pins
 from edgeprune.progress import Silent
 from edgeprune.records import catalog
 from edgeprune.records.base import parse
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 pytestmark = [pytest.mark.board, pytest.mark.timeout(1200)]
 VERSIONS = {"litert": "2.3.0", "tflite-runtime": "2.14.0", "onnxruntime": "1.27.0"}

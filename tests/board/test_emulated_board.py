@@ -21,7 +21,7 @@ from edgeprune.devices.link.transports import open_transport
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.devices.timing.measure import ModelFile, measure
 from edgeprune.errors import DeviceError
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 # The first use builds the board: minutes, once.
 pytestmark = [pytest.mark.board, pytest.mark.timeout(1800)]

@@ -12,7 +12,8 @@ from edgeprune import formats
 from edgeprune.records import catalog
 from edgeprune.records.base import read_yaml
 from edgeprune.records.budget import parse_budget, parse_drop
-from edgeprune.records.names import DeviceFile, Profile, Target
+from edgeprune.records.device import DeviceFile
+from edgeprune.records.target import Profile, Target
 
 ROOT = Path(__file__).parents[2]
 TARGETS = sorted((ROOT / "targets").iterdir())

@@ -18,8 +18,8 @@ from edgeprune.errors import EdgepruneError, FormatError, UnknownName
 from edgeprune.formats import Format
 from edgeprune.formats.shared.model_bytes import files_of, model_bytes
 from edgeprune.pipeline.context import STAND_IN_RUNTIMES
-from edgeprune.records import base as records
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes
 from edgeprune.workload.dataset import to_layout
 
 SHAPE = (3, 12, 12)
@@ -145,7 +145,7 @@ def test_the_record_of_a_file_is_complete(made: Made, precision: str) -> None:
     stored = "fp16" if (made.form.info.name, precision) == ("coreml", "fp32") else precision
     assert (record.format, record.precision) == (made.form.info.name, stored)
     assert record.path == path.name
-    assert record.sha256 == records.sha256_bytes(model_bytes(path))
+    assert record.sha256 == sha256_bytes(model_bytes(path))
     files = files_of(path) if path.is_dir() else {path.name: path.read_bytes()}
     assert record.size_bytes == sum(map(len, files.values()))
     assert record.inputs[0].layout == made.form.info.layout

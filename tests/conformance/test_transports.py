@@ -16,7 +16,7 @@ from edgeprune.devices.board import open_board
 from edgeprune.devices.link import transports
 from edgeprune.devices.link.transports import Transport, open_transport
 from edgeprune.errors import DeadlineExceeded, DeviceError
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 ODD_TEXT = "a b'c\"d $HOME $(touch x) `x` ;|&*?\\ \n\té -n"
 ODD_NAME = "a b'c;$(x) é -n"

@@ -16,7 +16,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from edgeprune.errors import IntegrityError
-from edgeprune.records.base import write_bytes
+from edgeprune.records.files import write_bytes
 from edgeprune.workload.dataset import Split
 
 DIGEST_SAMPLES = 1024

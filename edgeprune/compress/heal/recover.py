@@ -22,8 +22,8 @@ from edgeprune.compress.heal import checkpoint as checkpoints
 from edgeprune.compress.heal import two_of_four as sparsity
 from edgeprune.errors import IntegrityError, ModelError
 from edgeprune.progress import Bar, Progress
-from edgeprune.records.base import digest_of
-from edgeprune.records.names import Preprocess, Recovery
+from edgeprune.records.files import digest_of
+from edgeprune.records.workload import Preprocess, Recovery
 from edgeprune.workload.batches import augmented, to_input
 from edgeprune.workload.dataset import Split
 from edgeprune.workload.memory import channels_last, fast_copy, runs_channels_last

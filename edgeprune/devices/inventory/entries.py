@@ -2,7 +2,7 @@
 
 An edit is text around the places that the YAML parser names. The edited file is read again by the usual loader, and its records are
 compared with what they should be, before it takes the old one's place; a file that cannot be edited so is left as it is. No secret goes
-into the file: a :class:`~edgeprune.records.names.Device` holds references alone.
+into the file: a :class:`~edgeprune.records.device.Device` holds references alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from edgeprune.errors import SpecError, UnknownName
-from edgeprune.records.base import atomic_path, load_yaml, parse, read_yaml
-from edgeprune.records.names import Device, DeviceFile, HostKey
+from edgeprune.records.base import load_yaml, parse, read_yaml
+from edgeprune.records.device import Device, DeviceFile, HostKey
+from edgeprune.records.files import atomic_path
 
 _NEW_FILE = """\
 # The boards on this desk. A device lists the targets it can time; no secret ever stands in this file.

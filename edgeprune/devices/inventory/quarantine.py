@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from edgeprune.errors import IntegrityError
-from edgeprune.records.base import Record, read_json, write_json
+from edgeprune.records.base import Record, read_json
+from edgeprune.records.files import write_json
 from edgeprune.records.paths import user_folder
 
 MAX_REASON = 300  # characters

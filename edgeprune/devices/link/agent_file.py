@@ -7,7 +7,7 @@ import io
 import zipfile
 from pathlib import Path
 
-from edgeprune.records.base import sha256_bytes
+from edgeprune.records.files import sha256_bytes
 
 AGENT_FOLDER = Path(__file__).parents[1] / "agent"
 PACKAGE = "edgeprune_agent"

@@ -16,7 +16,7 @@ from typing import Any
 from edgeprune.devices.agent.wire import MAGIC
 from edgeprune.devices.link.frames import MAX_BANNER_BYTES, MAX_BLOB_BYTES, MAX_HEADER_BYTES, clean
 from edgeprune.errors import DeviceError
-from edgeprune.records.base import digest_of
+from edgeprune.records.files import digest_of
 
 # The work of a board; all else is bookkeeping between a client and a board.
 RECORDED = ("runtime", "load", "load_many", "time", "infer", "profile")

@@ -29,7 +29,7 @@ from edgeprune.errors import (
     SpecError,
     Unreachable,
 )
-from edgeprune.records.names import AgentAuth, Device, HostKey, PasswordAuth
+from edgeprune.records.device import AgentAuth, Device, HostKey, PasswordAuth
 
 LOGIN_S = 15.0
 HANDSHAKE_RATIO = 2.0  # time for the key exchange, against the time to connect

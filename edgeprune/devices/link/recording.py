@@ -24,9 +24,10 @@ from edgeprune.devices.link.exchanges import FrameStream, Message, Request, Requ
 from edgeprune.devices.link.frames import MAX_BLOB_BYTES, MAX_HEADER_BYTES, clean
 from edgeprune.devices.link.transports import Pipe
 from edgeprune.errors import IntegrityError, SpecError, reason_of
-from edgeprune.records.artifact import Sha256
-from edgeprune.records.base import Record, atomic_path, sha256_bytes, to_json
-from edgeprune.records.names import Device, Name, ReportTier, Stamp
+from edgeprune.records.base import Record
+from edgeprune.records.device import Device, ReportTier
+from edgeprune.records.files import atomic_path, sha256_bytes, to_json
+from edgeprune.records.names import Name, Sha256, Stamp
 from edgeprune.records.paths import located
 
 MAX_FILE_BYTES = 4 << 30

@@ -10,8 +10,9 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from edgeprune.devices.link.frames import clean
 from edgeprune.errors import DeviceError
-from edgeprune.records.artifact import Block, Telemetry, TensorSpec
+from edgeprune.records.artifact import TensorSpec
 from edgeprune.records.base import Record
+from edgeprune.records.measurement import Block, Telemetry
 
 HOUR_NS = 3600 * 10**9
 Nanoseconds = Annotated[int, Field(gt=0, lt=HOUR_NS)]

@@ -33,8 +33,8 @@ from edgeprune.devices.link.frames import Frames, Refusal, clean
 from edgeprune.devices.link.transports import Pipe, Transport, open_transport
 from edgeprune.devices.link.wait import take_in_turn
 from edgeprune.errors import DeviceError, EdgepruneError, HungUp, LinkLost, NotReady, Unreachable
-from edgeprune.records.base import sha256_bytes
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.files import sha256_bytes
 
 LINK_S = 60.0  # for anything that mostly waits for the link
 BEAT_S = 5.0  # or a third of what the lease allows, where that is less

@@ -12,7 +12,7 @@ from edgeprune.devices.board import Board
 from edgeprune.devices.link import replies
 from edgeprune.devices.link.frames import Refusal
 from edgeprune.records.base import Record
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 RUNTIMES = ("litert", "tflite-runtime", "onnxruntime")
 # Room for an interpreter, a runtime and a small model; where less is free the board swaps or ends the process.

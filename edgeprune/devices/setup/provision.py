@@ -20,7 +20,7 @@ from edgeprune.errors import DeviceError
 from edgeprune.progress import Progress
 from edgeprune.records import catalog
 from edgeprune.records.base import Record
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 # Ten times what an emulated board took, and half a minute.
 INSTALL_S = 1500.0

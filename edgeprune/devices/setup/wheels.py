@@ -14,7 +14,7 @@ from pathlib import Path
 from edgeprune.devices.setup.runtime_pins import Wheel
 from edgeprune.errors import DeviceError, IntegrityError, SpecError
 from edgeprune.progress import Progress
-from edgeprune.records.base import atomic_path, sha256_file
+from edgeprune.records.files import atomic_path, sha256_file
 
 DOWNLOAD_S = 1800.0  # for one wheel of at most 22 MB, on a very slow link
 

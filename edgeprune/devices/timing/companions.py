@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgeprune.errors import Unreliable
-from edgeprune.records.artifact import Fingerprint
+from edgeprune.records.measurement import Fingerprint
 
 REFERENCE_FILES = 16  # timed on every board: their median is a quarter as noisy as one kernel
 MIN_SHARED = 8  # fewer in common say nothing about a spread

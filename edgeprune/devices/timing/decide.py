@@ -19,8 +19,8 @@ from edgeprune.devices.board import MAX_REJECTED_RATIO, Board
 from edgeprune.devices.plans import DECIDE, TimingPlan
 from edgeprune.devices.timing.measure import ModelFile, forget, paired_log_ratios
 from edgeprune.errors import Unreliable
-from edgeprune.records.artifact import Block
 from edgeprune.records.base import Record
+from edgeprune.records.measurement import Block
 from edgeprune.records.statistics import CONFIDENCE, centre
 
 LOOKS = (12, 24, 48, 96)  # accepted pairs, after each of which both files get fresh processes

@@ -47,8 +47,8 @@ from edgeprune.errors import (
     Unreachable,
 )
 from edgeprune.progress import Bar, Progress
-from edgeprune.records.artifact import Fingerprint
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.measurement import Fingerprint
 
 TURNS = 3  # chunks that a board gets on average, so that a slow one holds up the end by little
 MIN_CHUNK = 8

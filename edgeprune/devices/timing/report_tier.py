@@ -16,8 +16,8 @@ from edgeprune.devices.timing import sentinel as sentinels
 from edgeprune.devices.timing.measure import ModelFile, disturbed, forget, require_some
 from edgeprune.devices.timing.sentinel import SENTINELS, Sentinel, judge_drift
 from edgeprune.errors import Unreliable
-from edgeprune.records.artifact import Block, Fingerprint, Measurement
-from edgeprune.records.names import ReportTier
+from edgeprune.records.device import ReportTier
+from edgeprune.records.measurement import Block, Fingerprint, Measurement
 
 SESSIONS = 3
 MIN_RUNS = 1024  # of each model; what MLPerf Mobile asks of a submission

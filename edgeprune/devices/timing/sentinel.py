@@ -18,7 +18,7 @@ from edgeprune.devices.board import Board
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.devices.timing.measure import forget
 from edgeprune.errors import IntegrityError
-from edgeprune.records.base import sha256_bytes
+from edgeprune.records.files import sha256_bytes
 
 # File by runtime, and what it must be. scripts/make_sentinels.py writes them; another file would be another yardstick.
 _TFLITE = ("sentinel.tflite", "85505d1c08a907b462837fdc972f19b3be371d192cbeba0307468b2871dd66fe")

@@ -11,7 +11,7 @@ from edgeprune.devices.board import Board
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.devices.timing.measure import ModelFile, forget
 from edgeprune.progress import Progress
-from edgeprune.records.artifact import SustainedPoint, SustainedRun
+from edgeprune.records.measurement import SustainedPoint, SustainedRun
 
 REQUEST_S = 5.0  # the longest piece; the state of the board is read between pieces
 _PIECES = 20  # at least: the first tenth of a run is two of them

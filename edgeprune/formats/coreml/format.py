@@ -35,8 +35,8 @@ from edgeprune.formats.coreml.package import (
 )
 from edgeprune.formats.shared.inputs import check_calibration
 from edgeprune.formats.shared.model_bytes import model_bytes, write_folder
-from edgeprune.records import base as records
 from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.files import sha256_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,7 +146,7 @@ class CoremlFormat:
                 "path": path.name,
                 "format": self.info.name,
                 "precision": stored or ("int8" if int8 else "fp16"),
-                "sha256": records.sha256_bytes(content),
+                "sha256": sha256_bytes(content),
                 "size_bytes": sum(map(len, files.values())),
                 "inputs": tuple(_spec(value) for value in spec.description.input),
                 "outputs": tuple(

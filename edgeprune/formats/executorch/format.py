@@ -26,8 +26,8 @@ from edgeprune.formats import (
 from edgeprune.formats.executorch.program import Program, read_program
 from edgeprune.formats.shared.finite import explained, require_bounded
 from edgeprune.formats.shared.inputs import check_calibration
-from edgeprune.records import base as records
 from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.files import sha256_bytes, write_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -188,7 +188,7 @@ class ExecutorchFormat:
                 f"only {share:.0%} of the multiply-accumulates became INT8;"
                 f" in float: {', '.join(named) or 'unknown layers'}"
             )
-        records.write_bytes(path, content)
+        write_bytes(path, content)
         notes = _notes(program, outside, floats, tools.version)
         return self.describe(path).model_copy(update={"notes": notes})
 
@@ -211,7 +211,7 @@ class ExecutorchFormat:
             path=path.name,
             format=self.info.name,
             precision="int8" if program.int8_macs else "fp32",
-            sha256=records.sha256_bytes(content),
+            sha256=sha256_bytes(content),
             size_bytes=len(content),
             inputs=_specs("input", program.inputs),
             outputs=_specs("output", program.outputs),

@@ -27,8 +27,8 @@ from edgeprune.formats.shared.finite import require_finite
 from edgeprune.formats.shared.inputs import check_calibration
 from edgeprune.formats.shared.ranges import ends
 from edgeprune.formats.shared.widths import WidthDecoder
-from edgeprune.records import base as records
 from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.files import sha256_bytes, write_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +81,7 @@ class OnnxFormat:
             onnx.checker.check_model(proto, full_check=True)
         except Exception as error:
             raise FormatError(f"onnx refused the exported model: {_first_line(error)}") from error
-        records.write_bytes(path, encode(proto))
+        write_bytes(path, encode(proto))
         return self.describe(path)
 
     def quantize(
@@ -127,7 +127,7 @@ class OnnxFormat:
         quantized.producer_name, quantized.producer_version = PRODUCER, ""
         quantized.ir_version = IR_VERSION
         self._arrange(quantized)
-        records.write_bytes(path, encode(quantized))
+        write_bytes(path, encode(quantized))
         return self.describe(path)
 
     def _arrange(self, quantized: Any) -> None:
@@ -152,7 +152,7 @@ class OnnxFormat:
             path=path.name,
             format=self.info.name,
             precision="int8" if counts.get("weights:int8", 0) else "fp32",
-            sha256=records.sha256_bytes(content),
+            sha256=sha256_bytes(content),
             size_bytes=len(content),
             inputs=tuple(_spec(value) for value in graph.input if value.name not in constants),
             outputs=tuple(_spec(value) for value in graph.output),

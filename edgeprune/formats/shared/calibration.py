@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeprune.formats.shared.ranges import Passes, Spread, extremes, filled
-from edgeprune.records import base as records
+from edgeprune.records.files import sha256_bytes
 
 KEPT = 4  # files: a search for the best INT8 file goes back and forth between a net and what it made of it
 
@@ -37,7 +37,7 @@ def calibrated(
         passes: as for :func:`edgeprune.formats.shared.ranges.spreads`.
         counted: whether values are counted, which takes a second pass.
     """
-    key = records.sha256_bytes(content), _digest(samples)
+    key = sha256_bytes(content), _digest(samples)
     known = _seen.pop(key, None)
     if known is None:
         known = _Seen(extremes(passes), is_counted=False)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from edgeprune.errors import IntegrityError, NoSpace, SpecError
-from edgeprune.records.base import is_full, sync_folder
+from edgeprune.records.files import is_full, sync_folder
 
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 MAX_FILES = 1000

@@ -32,8 +32,8 @@ from edgeprune.formats.onnx.links import DEQUANTIZE, QUANTIZE, onnx_package, par
 from edgeprune.formats.onnx.quantize import OnnxTypes
 from edgeprune.formats.onnx.resize import encode
 from edgeprune.formats.onnx.sparsity import sparse_layers
-from edgeprune.records import base as records
 from edgeprune.records.artifact import Artifact
+from edgeprune.records.files import write_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +77,7 @@ class TensorrtFormat(OnnxFormat):
         super().export(model, example, path)
         proto = parse_model(path.read_bytes())
         lower_opset(proto)
-        records.write_bytes(path, encode(proto))
+        write_bytes(path, encode(proto))
         return self.describe(path)
 
     def sparse_layers(self, path: Path) -> dict[str, bool]:

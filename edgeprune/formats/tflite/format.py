@@ -44,8 +44,8 @@ from edgeprune.formats.tflite.tensor_names import (
     rename_tensors,
 )
 from edgeprune.formats.tflite.transposes import drop_flattened_transposes
-from edgeprune.records import base as records
 from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.files import sha256_bytes, write_bytes
 from edgeprune.workload.dataset import to_layout
 from edgeprune.workload.memory import runs_channels_last
 from edgeprune.workload.modes import in_eval
@@ -167,7 +167,7 @@ class TfliteFormat:
         drop_transposed_means(converted)
         drop_flattened_transposes(converted)
         rename_tensors(converted, paths)
-        records.write_bytes(path, write_model(converted))
+        write_bytes(path, write_model(converted))
         return self.describe(path)
 
     def quantize(
@@ -205,7 +205,7 @@ class TfliteFormat:
                 f"ai-edge-quantizer could not quantise the model: {_reason(error, log)}"
             ) from error
         # Rewritten so that every buffer stands inside the flatbuffer: older runtimes read no other form.
-        records.write_bytes(path, write_model(read_model(quantized)))
+        write_bytes(path, write_model(read_model(quantized)))
         return self.describe(path)
 
     def describe(self, path: Path) -> Artifact:
@@ -222,7 +222,7 @@ class TfliteFormat:
             path=path.name,
             format=self.info.name,
             precision="int8" if int8 else "fp32",
-            sha256=records.sha256_bytes(content),
+            sha256=sha256_bytes(content),
             size_bytes=len(content),
             inputs=tuple(_spec(graph.tensors[i]) for i in graph.inputs),
             outputs=tuple(_spec(graph.tensors[i]) for i in graph.outputs),

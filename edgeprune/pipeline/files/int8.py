@@ -23,8 +23,8 @@ from edgeprune.errors import EdgepruneError, FormatError
 from edgeprune.formats import Inspectable, QuantizeOptions
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files.int8_warnings import calibration_report
-from edgeprune.records import base as records
 from edgeprune.records.artifact import Artifact
+from edgeprune.records.files import write_bytes
 from edgeprune.records.int8 import Int8Report, Int8Try, LayerFallback
 from edgeprune.workload.dataset import model_input
 from edgeprune.workload.outputs import file_logits
@@ -158,7 +158,7 @@ def best_int8(
     if settings.effort == "thorough" or (settings.effort == "auto" and search.drop > ALLOWED_DROP):
         layers = _try_all(search, model, fp32, limit_ms)
     best = search.best
-    records.write_bytes(path, best.path.read_bytes())
+    write_bytes(path, best.path.read_bytes())
     artifact = best.artifact.model_copy(update={"path": path.name})
     metric, exact = quality(search.exact, search.y, search.reference)
     report = Int8Report(

@@ -6,8 +6,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from edgeprune.errors import ModelError
-from edgeprune.records.names import FormatName, Profile
+from edgeprune.records.names import FormatName
 from edgeprune.records.operators import word_of
+from edgeprune.records.target import Profile
 
 MOST_PLACES = 3
 THE_MODEL = "the model itself"

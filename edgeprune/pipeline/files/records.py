@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from edgeprune.plan.latency.kernel_times import KernelTime
-from edgeprune.plan.latency.table import LatencyTable
-from edgeprune.records.artifact import Artifact, Comparison, Fingerprint, LedgerEntry, Measurement
+from edgeprune.records.artifact import Artifact
 from edgeprune.records.base import Record
 from edgeprune.records.int8 import Int8Report
+from edgeprune.records.measurement import Comparison, Fingerprint, Measurement
 from edgeprune.records.names import Precision
-from edgeprune.records.plan import LatencyModelQuality, PlanCheck, PruningPlan
-from edgeprune.records.search import GroupCurve, ParetoPoint
+from edgeprune.records.report import LedgerEntry
 
 
 class TypesRow(Record):
@@ -86,13 +84,6 @@ class VariantFile(Record):
     artifact: Artifact
 
 
-class ScoresResult(Record):
-    """Importance of every channel and the calibrated cost of every width."""
-
-    scores: dict[str, tuple[float, ...]]
-    curves: dict[str, tuple[float, ...]]
-
-
 class PrunedResult(Record):
     """Quality before and after compensation, and where weights were made sparse after that, on the development split."""
 
@@ -158,59 +149,3 @@ class TestQuality(Record):
 
     values: dict[str, float]
     n: int
-
-
-class Staircase(Record):
-    """Time of everything a group touches, at each width of it, all other groups full."""
-
-    widths: tuple[int, ...]
-    ns: tuple[float, ...]
-
-
-class MeasuredTable(Record):
-    """The result of :func:`edgeprune.plan.bench.measure_table`: kernel times, and the widths of each group that pay.
-
-    ``times`` are those of single kernels that ran, the oldest taken at ``times_created`` (UTC; older stages lack it). ``kernels_taken`` of
-    ``kernels_measured`` were not timed now but by an earlier search on the same board. ``boards`` counts the kernels that each board has
-    timed; ``scales`` is what the times of the boards besides the run's own were multiplied by.
-    """
-
-    table: LatencyTable
-    grids: dict[str, tuple[int, ...]]
-    staircases: dict[str, Staircase]
-    kernels_measured: int
-    boards: dict[str, int] = {}
-    scales: dict[str, float] = {}
-    kernels_taken: int = 0
-    times: tuple[KernelTime, ...] = ()
-    times_created: str = ""
-
-    def taken(self) -> str:
-        """How many times are earlier ones, in words; empty when all were taken now."""
-        if not self.kernels_taken:
-            return ""
-        day = f", {self.times_created[:10]}" if self.times_created else ""
-        return f"{self.kernels_taken} of {self.kernels_measured} kernel times from an earlier search on this board{day}"
-
-
-class MeasuredNets(Record):
-    """Whole nets at random widths, timed beside the dense one."""
-
-    dense_ms: float
-    widths: tuple[dict[str, int], ...]
-    ms: tuple[float, ...]
-
-
-class PlanResult(Record):
-    """The chosen plan, how it was checked, and what else was possible."""
-
-    plan: PruningPlan
-    checks: tuple[PlanCheck, ...]
-    quality: LatencyModelQuality
-    pareto: tuple[tuple[float, float], ...]
-    points: tuple[ParetoPoint, ...] = ()
-    curves: tuple[GroupCurve, ...] = ()
-
-    def chosen(self) -> PlanCheck:
-        """The measurement of the plan that counts: the last one of its widths."""
-        return [c for c in self.checks if c.widths == self.plan.widths()][-1]

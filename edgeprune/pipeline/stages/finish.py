@@ -38,13 +38,9 @@ from edgeprune.pipeline.files.records import (
     DenseLatency,
     FinalLatency,
     FinalQuality,
-    MeasuredNets,
-    MeasuredTable,
-    PlanResult,
     PrunedFiles,
     PrunedResult,
     RecoveredResult,
-    ScoresResult,
     TestQuality,
 )
 from edgeprune.pipeline.run_folder import RunFolder, Stage
@@ -52,10 +48,13 @@ from edgeprune.pipeline.stages import gates as verdict
 from edgeprune.pipeline.stages import measure as stages
 from edgeprune.pipeline.stages import precision as shipping
 from edgeprune.plan.bench import Stand
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Artifact, Gate, Report, SustainedRun
+from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
+from edgeprune.records.artifact import Artifact
+from edgeprune.records.files import digest_of, to_json, write_bytes, write_json
+from edgeprune.records.measurement import SustainedRun
 from edgeprune.records.names import Precision
-from edgeprune.records.plan import PruningPlan
+from edgeprune.records.plan import PlanResult, PruningPlan
+from edgeprune.records.report import Gate, Report
 from edgeprune.records.sparsity import SparseWeights
 from edgeprune.records.version import VERSION
 from edgeprune.workload.sample_counts import coarse_note
@@ -179,7 +178,7 @@ class Closing:
             path.unlink(missing_ok=True)  # of an earlier plan
             self.context.progress.say(f"      note: no {SOURCE_FILE}: {error.message}")
             return
-        records.write_bytes(path, text.encode())
+        write_bytes(path, text.encode())
 
     def _sustained(self, name: str) -> SustainedRun | None:
         """The sustained run of the file that ships, where one was asked for."""
@@ -315,7 +314,7 @@ class Closing:
                 golden_inputs=np.ascontiguousarray(raw.x),
                 golden_outputs=answers,
                 report_html=report.render_html(shown),
-                report_json=records.to_json(shown),
+                report_json=to_json(shown),
                 repro=_repro(job, found),
                 golden_model=golden,
                 compute_units=job.target.compute_units or "ALL",
@@ -365,14 +364,14 @@ class Closing:
                 seed=job.seed,
                 data_digest=job.loaded.dataset.digest,
                 model_digest=job.loaded.model_digest,
-                plan_digest=records.digest_of(found.plan),
+                plan_digest=digest_of(found.plan),
                 command=scrub(job.command),
             ),
         )
 
     def _write_reports(self, found: Report) -> None:
-        records.write_json(found, self.run.path / "report.json")
-        records.write_bytes(self.run.path / "report.html", report.render_html(found))
+        write_json(found, self.run.path / "report.json")
+        write_bytes(self.run.path / "report.html", report.render_html(found))
         found.lies_in(self.run.path)
 
 
@@ -404,7 +403,7 @@ def _repro(job: Job, found: Report) -> dict[str, bytes]:
         seed=job.seed,
         data_digest=job.loaded.dataset.digest,
         model_digest=job.loaded.model_digest,
-        plan_digest=records.digest_of(found.plan),
+        plan_digest=digest_of(found.plan),
         versions=found.versions,
         target=job.target.model_dump(mode="json"),
         git_commit=commit,

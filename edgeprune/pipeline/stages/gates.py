@@ -6,17 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from edgeprune.errors import FormatError
-from edgeprune.records.artifact import (
-    Artifact,
-    Comparison,
-    Gate,
-    Measurement,
-    SustainedRun,
-    VariantRow,
-)
+from edgeprune.records.artifact import Artifact
 from edgeprune.records.budget import Budget
 from edgeprune.records.intervals import interval_ms, steady_ms
+from edgeprune.records.measurement import Comparison, Measurement, SustainedRun
 from edgeprune.records.names import Precision
+from edgeprune.records.report import Gate, VariantRow
 from edgeprune.records.statistics import Centre
 
 MIN_DEVICE_AGREEMENT = (

@@ -14,15 +14,7 @@ from edgeprune.formats import Resizable
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files import export as conversion
 from edgeprune.pipeline.files import onnx_types as int8_types
-from edgeprune.pipeline.files.records import (
-    DenseFiles,
-    DenseLatency,
-    MeasuredNets,
-    MeasuredTable,
-    PlanResult,
-    ScoresResult,
-    VariantFile,
-)
+from edgeprune.pipeline.files.records import DenseFiles, DenseLatency, VariantFile
 from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.pipeline.stages import measure as stages
 from edgeprune.pipeline.stages.finish import Planned, Prepared, data_notes, versions
@@ -31,8 +23,10 @@ from edgeprune.plan import certainty, guarantee
 from edgeprune.plan.bench import Stand
 from edgeprune.plan.latency.kernel_times import KernelTimes, read_times, write_times
 from edgeprune.plan.latency.times_cache import SWITCH, TimesCache, now_text, open_cache
-from edgeprune.records.artifact import Fingerprint
+from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
+from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.names import FormatName, Precision
+from edgeprune.records.plan import PlanResult
 
 
 def prepare(context: Context, run: RunFolder) -> Prepared:

@@ -31,19 +31,20 @@ from edgeprune.pipeline.files.records import (
     DenseLatency,
     FinalLatency,
     FinalQuality,
-    MeasuredNets,
-    MeasuredTable,
-    PlanResult,
     RecoveredResult,
-    ScoresResult,
     TestQuality,
 )
 from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
-from edgeprune.records import base as records
-from edgeprune.records.artifact import Artifact, LedgerEntry, SustainedRun
-from edgeprune.records.names import Precision, Recovery
+from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
+from edgeprune.records.artifact import Artifact
+from edgeprune.records.files import write_bytes
+from edgeprune.records.measurement import SustainedRun
+from edgeprune.records.names import Precision
+from edgeprune.records.plan import PlanResult
+from edgeprune.records.report import LedgerEntry
+from edgeprune.records.workload import Recovery
 from edgeprune.workload.dataset import model_input
 from edgeprune.workload.memory import quick_input
 from edgeprune.workload.modes import in_eval
@@ -200,7 +201,7 @@ def pruned_model(
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a state dict as safetensors, atomically."""
     # As bytes: the library's own writer has an error of its own for a full disk. As copies: it refuses tied weights.
-    records.write_bytes(
+    write_bytes(
         path, save({k: v.cpu().contiguous().clone() for k, v in model.state_dict().items()})
     )
 

@@ -8,8 +8,8 @@ from edgeprune.pipeline.files import export as conversion
 from edgeprune.pipeline.files.records import FinalQuality, PrunedFiles
 from edgeprune.pipeline.run_folder import Stage
 from edgeprune.pipeline.stages import gates as verdict
-from edgeprune.records.artifact import Gate
 from edgeprune.records.names import Precision
+from edgeprune.records.report import Gate
 
 
 def choose(

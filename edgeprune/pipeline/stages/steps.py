@@ -27,23 +27,19 @@ from edgeprune.compress.repair.norm_statistics import best, held_back, judged
 from edgeprune.compress.scores.importance import kept_channels
 from edgeprune.errors import BudgetError
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files.records import (
-    PlanResult,
-    PrunedResult,
-    RecoveredResult,
-    ScoresResult,
-    StepResult,
-)
+from edgeprune.pipeline.files.records import PrunedResult, RecoveredResult, StepResult
 from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.pipeline.stages import measure as stages
 from edgeprune.pipeline.stages.finish import Planned
 from edgeprune.pipeline.stages.kernels import say_plan
 from edgeprune.plan import certainty
 from edgeprune.plan.basis import Basis
+from edgeprune.plan.measured import ScoresResult
 from edgeprune.plan.solver import solve as search
-from edgeprune.records.artifact import LedgerEntry
-from edgeprune.records.base import sha256_file
-from edgeprune.records.names import Recovery
+from edgeprune.records.files import sha256_file
+from edgeprune.records.plan import PlanResult
+from edgeprune.records.report import LedgerEntry
+from edgeprune.records.workload import Recovery
 
 SHORT_SHARE = (
     0.15  # of the epochs, for each step before the last; this project's design says 10 to 20 %
@@ -115,7 +111,7 @@ def shared_epochs(recovery: Recovery, samples: int, steps: int) -> tuple[float, 
     Args:
         recovery: epochs and batch size.
         samples: training samples.
-        steps: how many, so few that the shares leave something (:data:`edgeprune.records.names.MOST_STEPS`).
+        steps: how many, so few that the shares leave something (:data:`edgeprune.records.workload.MOST_STEPS`).
     """
     per_epoch = updates_per_epoch(recovery, samples)
     total = math.ceil(recovery.epochs * per_epoch)
@@ -162,7 +158,7 @@ def narrowed_basis(basis: Basis, kept: Kept, scores: ScoresResult) -> Basis:
 def earlier_steps(context: Context, run: RunFolder, planned: Planned) -> LastStep:
     """Run all steps but the last, and plan the last on the net that they leave; with one step there is nothing to do.
 
-    The cost is bounded by :data:`edgeprune.records.names.MOST_STEPS`; every part of a step is a stage of the run folder.
+    The cost is bounded by :data:`edgeprune.records.workload.MOST_STEPS`; every part of a step is a stage of the run folder.
 
     Raises:
         BudgetError, ModelError, DeviceError: see :mod:`edgeprune.pipeline.stages.measure`.

@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import Field
 
 from edgeprune.errors import IntegrityError, SpecError
-from edgeprune.records.artifact import Fingerprint
-from edgeprune.records.base import Record, read_json, write_json
+from edgeprune.records.base import Record, read_json
+from edgeprune.records.files import write_json
+from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.names import FormatName, Precision
 
 KernelKey = tuple[str, tuple[int, ...]]  # signature of the computation, and a width for each slot

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edgeprune.errors import UnknownName
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 MAX_OUTPUT_BYTES = 256 * 1024 * 1024
 MAX_TAIL_BYTES = 16 * 1024

@@ -16,8 +16,8 @@ from typing import IO
 
 from edgeprune.devices.link.transports import MAX_OUTPUT_BYTES, MAX_TAIL_BYTES, Completed
 from edgeprune.errors import DeadlineExceeded, DeviceError, EdgepruneError, NoSpace
-from edgeprune.records.base import write_bytes
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
+from edgeprune.records.files import write_bytes
 
 
 class LocalPipe:

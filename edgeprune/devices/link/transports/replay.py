@@ -12,7 +12,7 @@ from edgeprune.devices.link.exchanges import RECORDED, FrameStream, Message, Req
 from edgeprune.devices.link.recording import Recording, recording_path, uncovered
 from edgeprune.devices.link.transports import Completed
 from edgeprune.errors import DeadlineExceeded, DeviceError, IntegrityError
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 # What is between a client and a board, and no board's work: any board would say this.
 _USUAL: dict[str, dict[str, Any]] = {

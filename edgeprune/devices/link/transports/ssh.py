@@ -23,7 +23,7 @@ import paramiko
 from edgeprune.devices.link.login import check_host_key, connect, handshake, login, within
 from edgeprune.devices.link.transports import MAX_OUTPUT_BYTES, MAX_TAIL_BYTES, Completed
 from edgeprune.errors import DeviceError, LinkLost
-from edgeprune.records.names import Device
+from edgeprune.records.device import Device
 
 START_S = 15.0
 KEEPALIVE_S = (
