@@ -17,7 +17,7 @@ from commands import public_command
 from compare import load_net
 from int8_blocks import NetRecipes, RecipeResults, RecipeRow
 
-from edgeprune.compress.evaluate import logits, quality
+from edgeprune.compress.evaluate import quality
 from edgeprune.compress.int8.equalise import correct_biases, equalise
 from edgeprune.errors import EdgepruneError
 from edgeprune.formats import QuantizeOptions
@@ -32,6 +32,7 @@ from edgeprune.progress import Terminal
 from edgeprune.records.base import read_json
 from edgeprune.records.files import write_json
 from edgeprune.records.workload import Recovery
+from edgeprune.workload.answers import logits
 from targets import NETS, now
 
 OUT = Path(__file__).parent / "results" / "int8.json"

@@ -21,7 +21,6 @@ from compare import load_net
 from targets_blocks import LEDGER_FROM, WORKED_OUT, TargetResults, TargetRow, merged
 from targets_board import Int8File, by_its_kernels, error_steps, rows_on_the_board
 
-from edgeprune.compress.evaluate import logits
 from edgeprune.errors import EdgepruneError, FormatError
 from edgeprune.formats import Evaluated, QuantizeOptions
 from edgeprune.formats.shared.model_bytes import model_bytes
@@ -37,6 +36,7 @@ from edgeprune.records.base import read_json
 from edgeprune.records.files import write_json
 from edgeprune.records.int8 import LayerFallback
 from edgeprune.records.workload import Recovery
+from edgeprune.workload.answers import logits
 
 OUT = Path(__file__).parent / "results" / "targets.json"
 TARGETS = ("rpi4", "rpi3-32bit", "this-machine", "jetson-orin-nano", "android-arm64", "iphone")

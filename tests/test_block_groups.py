@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from zoo import conv_bn, head
 
 from edgeprune import formats
-from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups.find import ChannelGroup, find_groups, mask_identity, remove_channels
 from edgeprune.compress.groups.surgery import Block, Removed
 from edgeprune.compress.plain_source import model_source
@@ -39,6 +38,7 @@ from edgeprune.plan.measured import MeasuredTable, ScoresResult
 from edgeprune.plan.solver import solve as search
 from edgeprune.progress import Silent
 from edgeprune.records.budget import parse_budget
+from edgeprune.workload.answers import logits
 
 
 class Bottleneck(nn.Module):

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from zoo import ZOO, conv_bn, head, make
 
 from edgeprune import formats
-from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups.find import find_groups, mask_identity, remove_channels
 from edgeprune.compress.groups.surgery import Block, Removed
 from edgeprune.compress.plain_source import model_source
@@ -28,6 +27,7 @@ from edgeprune.formats import Format
 from edgeprune.formats.shared.branches import Graph, Step, branch_of
 from edgeprune.formats.shared.widths import distinct_widths
 from edgeprune.progress import Silent
+from edgeprune.workload.answers import logits
 from examples.fashion_mnist.net import build
 
 FOUND = {

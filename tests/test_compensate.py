@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.compress import evaluate
-from edgeprune.compress.evaluate import kl_nats, logits, quality
+from edgeprune.compress.evaluate import kl_nats, quality
 from edgeprune.compress.readings import as_positions, reading_of
 from edgeprune.compress.repair import compensate as module
 from edgeprune.compress.repair import relay
@@ -21,6 +21,7 @@ from edgeprune.compress.repair.least_squares import LayerFit, RowSums, refit
 from edgeprune.compress.repair.norm_statistics import HeldOut, best, judged, recalibrate_batchnorm
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
+from edgeprune.workload.answers import device_of, logits
 
 KEPT = (0, 2, 3, 5, 6, 7, 9, 11)
 
@@ -462,4 +463,4 @@ def test_logits_do_not_depend_on_the_batches_and_restore_every_mode() -> None:
         logits(nn.Identity(), x)
     with pytest.raises(ModelError, match="returned tuple"):
         logits(nn.LSTM(3, 3), torch.zeros(2, 2, 3))
-    assert evaluate.device_of(nn.Identity()).type == "cpu"
+    assert device_of(nn.Identity()).type == "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgeprune.compress.cost import LayerShape, macs, parameters
+from edgeprune.compress.size import LayerShape, macs, parameters
 
 
 def test_a_convolution_counts_every_tap_of_every_output_position() -> None:

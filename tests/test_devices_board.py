@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sshd import WEIGHT, matmul_file, script, serve, wait_until_gone
 
 from edgeprune.devices.agent import runtimes
+from edgeprune.devices.agent.samples import realistic
 from edgeprune.devices.board import Board, judged, open_board
 from edgeprune.devices.link.agent_file import AGENT_FOLDER, agent_bytes
 from edgeprune.devices.link.frames import Frames, Refusal, clean
@@ -200,11 +201,11 @@ def test_quantised_values_come_back_within_half_a_step_or_at_the_end_of_the_rang
 def test_random_inputs_are_seeded_fill_their_range_and_are_never_all_zero():
     for dtype in ("float32", "int8", "uint8", "int64", "bool"):
         spec = {"shape": [2000], "dtype": dtype}
-        x = runtimes.realistic(spec, 3)
+        x = realistic(spec, 3)
         assert x.dtype == np.dtype(dtype)
         assert x.any()
-        np.testing.assert_array_equal(x, runtimes.realistic(spec, 3))
-    assert {-128, 127} <= set(runtimes.realistic({"shape": [5000], "dtype": "int8"}, 0))
+        np.testing.assert_array_equal(x, realistic(spec, 3))
+    assert {-128, 127} <= set(realistic({"shape": [5000], "dtype": "int8"}, 0))
 
 
 # Boards that end, hang or lie

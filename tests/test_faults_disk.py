@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from sshd import serve
 
-from edgeprune.devices.link.transports import Transport, open_transport
+from edgeprune.devices.link.pipe import Transport
+from edgeprune.devices.link.transports import open_transport
 from edgeprune.errors import DeviceError
 from edgeprune.records.device import Device
 

@@ -11,7 +11,8 @@ import pytest
 from faultproxy import FaultProxy
 from sshd import Sshd, serve
 
-from edgeprune.devices.link.transports import Transport, open_transport, ssh
+from edgeprune.devices.link.pipe import Transport
+from edgeprune.devices.link.transports import open_transport, ssh
 from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost
 
 CONTENT = os.urandom(200_000)

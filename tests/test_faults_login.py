@@ -17,7 +17,8 @@ from sshd import Sshd, keygen, script, serve
 
 from edgeprune.devices.board import open_board
 from edgeprune.devices.link.login import seen_host_key
-from edgeprune.devices.link.transports import Transport, open_transport
+from edgeprune.devices.link.pipe import Transport
+from edgeprune.devices.link.transports import open_transport
 from edgeprune.errors import AuthFailed, DeviceError, HostKeyMismatch, LinkLost, Unreachable
 from edgeprune.records.device import Device
 

@@ -18,8 +18,8 @@ from edgeprune import formats
 from edgeprune.compress.groups.find import find_groups, remove_channels
 from edgeprune.devices.board import Board, open_board
 from edgeprune.errors import FormatError, MissingTool, ModelError
+from edgeprune.formats.shared.quiet import quiet
 from edgeprune.formats.shared.widths import distinct_widths
-from edgeprune.formats.tflite.format import quiet
 from edgeprune.formats.tflite.graph import constant_value, is_constant, op_name, read_model, text
 from edgeprune.records.device import Device
 from edgeprune.records.files import sha256_file
@@ -579,7 +579,7 @@ def test_quiet_gives_the_streams_back_whatever_ends_it(kind, capfd) -> None:
 def test_quiet_works_without_a_terminal_stream() -> None:
     script = (
         "import os, sys\n"
-        "from edgeprune.formats.tflite.format import quiet\n"
+        "from edgeprune.formats.shared.quiet import quiet\n"
         "sys.stdout = None\n"
         "with quiet():\n    os.write(1, b'hidden')\n"
         "os.write(1, b'visible')\n"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO, head, make
 
-from edgeprune.compress.evaluate import kl_nats, logits
+from edgeprune.compress.evaluate import kl_nats
 from edgeprune.compress.groups.find import ChannelGroup, find_groups, zero_channels
 from edgeprune.compress.groups.surgery import remove_channels
 from edgeprune.compress.scores.curvature import hessian
@@ -29,6 +29,7 @@ from edgeprune.compress.scores.reconstruction import obs, variance
 from edgeprune.compress.scores.weights import bn_scale, fpgm, l1, l2, random
 from edgeprune.errors import ModelError
 from edgeprune.pipeline.stages.measure import curve_samples
+from edgeprune.workload.answers import logits
 
 SEED = 3
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from int8_fixture import LAYERS, samples, spoiled, uneven
 
-from edgeprune.compress.evaluate import kl_nats, logits, quality
+from edgeprune.compress.evaluate import kl_nats, quality
 from edgeprune.devices.board import open_board
 from edgeprune.errors import FormatError
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files import int8
 from edgeprune.pipeline.files.int8 import Quantised, Search, best_int8
+from edgeprune.workload.answers import logits
 
 RANGES = ["own ranges", "percentile ranges", "least-error ranges"]
 TRAINED = "training with rounding"

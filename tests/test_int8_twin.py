@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from edgeprune import formats
-from edgeprune.compress.evaluate import agreement, logits
+from edgeprune.compress.evaluate import agreement
 from edgeprune.devices.board import open_board
 from edgeprune.pipeline.files import export as conversion
 from edgeprune.pipeline.files import int8
 from edgeprune.pipeline.files.int8 import Quantised
+from edgeprune.workload.answers import logits
 
 
 class Ship:

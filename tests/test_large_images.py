@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from edgeprune import formats
-from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups.masked import InputRange, record_inputs
 from edgeprune.compress.int8.equalise import correct_biases
 from edgeprune.pipeline.context import INFER_CHUNK, INFER_NUMBERS, Context
 from edgeprune.records.workload import Preprocess
 from edgeprune.workload import batches as inputs
+from edgeprune.workload.answers import logits
 from edgeprune.workload.dataset import Split, model_input
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from edgeprune.bundle.golden import default_tolerance
-from edgeprune.compress.evaluate import answers, kl_nats, logits
+from edgeprune.compress.evaluate import kl_nats
 from edgeprune.compress.groups.find import find_groups, remove_channels
 from edgeprune.compress.heal.recover import recover
 from edgeprune.compress.scores import importance
@@ -17,6 +17,7 @@ from edgeprune.formats.coreml.convert import Dressed, Entry
 from edgeprune.progress import Silent
 from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.workload import Augment, Preprocess, Recovery
+from edgeprune.workload.answers import answers, logits
 from edgeprune.workload.load import from_objects
 from edgeprune.workload.outputs import as_logits, file_logits, mark, seen
 

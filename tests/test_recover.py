@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.compress.evaluate import agreement, raw_logits
+from edgeprune.compress.evaluate import agreement
 from edgeprune.compress.heal.recover import recover
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
 from edgeprune.records.workload import Augment, Preprocess, Recovery
+from edgeprune.workload.answers import raw_logits
 from edgeprune.workload.batches import augmented, to_input
 from edgeprune.workload.dataset import Split, model_input
 from edgeprune.workload.memory import fast_copy

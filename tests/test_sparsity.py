@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from edgeprune import formats
-from edgeprune.compress.evaluate import kl_nats, logits
+from edgeprune.compress.evaluate import kl_nats
 from edgeprune.compress.heal import two_of_four as sparsity
 from edgeprune.compress.heal.recover import recover
 from edgeprune.compress.heal.sparsify import masked_by_magnitude, sparsified
@@ -27,6 +27,7 @@ from edgeprune.pipeline import api
 from edgeprune.pipeline.options import Options
 from edgeprune.progress import Silent
 from edgeprune.records.workload import Preprocess, Recovery, Workload
+from edgeprune.workload.answers import logits
 from edgeprune.workload.load import from_objects
 
 SPARSE = SETTINGS.model_copy(update={"sparsity": "2:4"})

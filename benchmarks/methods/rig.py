@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune.compress.evaluate import logits, quality
+from edgeprune.compress.evaluate import quality
 from edgeprune.compress.heal.recover import recover
 from edgeprune.compress.repair.compensate import compensate
 from edgeprune.compress.repair.norm_statistics import recalibrate_batchnorm
@@ -27,6 +27,7 @@ from edgeprune.progress import Silent
 from edgeprune.records.files import digest_of, sha256_file, write_bytes
 from edgeprune.records.measurement import Comparison
 from edgeprune.records.workload import Recovery
+from edgeprune.workload.answers import logits
 from edgeprune.workload.dataset import Split, model_input
 from methods.candidate import Candidate, Method
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups.surgery import ChannelGroup, cut
 from edgeprune.compress.heal.recover import recover, updates_per_epoch
 from edgeprune.compress.repair.compensate import repaired
 from edgeprune.compress.repair.norm_statistics import HeldOut, Judged
 from edgeprune.progress import Silent
 from edgeprune.records.workload import Preprocess, Recovery
+from edgeprune.workload.answers import logits
 from edgeprune.workload.dataset import Split
 
 # A trial: enough updates to see what heals, and a bound of its multiply-accumulates. One sample costs the teacher's forward pass, and

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from edgeprune.compress.evaluate import quality, raw_logits
+from edgeprune.compress.evaluate import quality
 from edgeprune.compress.groups.find import ChannelGroup, find_groups
 from edgeprune.compress.groups.masked import remove_dead
 from edgeprune.devices.board import Board
@@ -32,6 +32,7 @@ from edgeprune.records.plan import FrozenGroup, Scope
 from edgeprune.records.report import FormatChoice, LedgerEntry
 from edgeprune.records.target import Profile, Runtime, Target
 from edgeprune.records.workload import Int8
+from edgeprune.workload.answers import raw_logits
 from edgeprune.workload.dataset import Split, model_input, to_layout
 from edgeprune.workload.load import LoadedWorkload
 from edgeprune.workload.trace import traced

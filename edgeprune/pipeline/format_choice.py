@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from edgeprune.compress.evaluate import logits
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.timing.measure import compare, measure_mixed
 from edgeprune.errors import (
@@ -33,6 +32,7 @@ from edgeprune.pipeline.stages.kernels import dense_stage
 from edgeprune.records.measurement import Comparison, Measurement
 from edgeprune.records.names import Precision
 from edgeprune.records.report import FormatChoice, FormatRow
+from edgeprune.workload.answers import logits
 
 Making = Callable[[Job], Context]
 OF_THE_BOARD = (LinkLost, Unreachable, Busy, HostKeyMismatch, AuthFailed)  # no format is to blame

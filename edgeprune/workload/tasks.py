@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune.compress.evaluate import answers
 from edgeprune.errors import ModelError, SpecError
+from edgeprune.workload.answers import answers
 from edgeprune.workload.class_numbers import ONLY
 from edgeprune.workload.data import Data
 from edgeprune.workload.dataset import model_input

@@ -14,7 +14,8 @@ from sshd import serve, wait_until_gone
 from edgeprune.devices.agent.wire import MAGIC, frame
 from edgeprune.devices.board import open_board
 from edgeprune.devices.link import transports
-from edgeprune.devices.link.transports import Transport, open_transport
+from edgeprune.devices.link.pipe import Transport
+from edgeprune.devices.link.transports import open_transport
 from edgeprune.errors import DeadlineExceeded, DeviceError
 from edgeprune.records.device import Device
 

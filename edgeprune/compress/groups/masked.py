@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from edgeprune.compress.evaluate import BATCH, evaluating, logits
 from edgeprune.compress.groups.coupling import WEIGHTED
 from edgeprune.compress.groups.surgery import ChannelGroup, remove_channels, weights_by_input
+from edgeprune.workload.answers import BATCH, evaluating, logits
 from edgeprune.workload.batches import passes
 from edgeprune.workload.modes import eval_copy
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.compress.evaluate import quality, raw_logits
+from edgeprune.compress.evaluate import quality
 from edgeprune.compress.heal import checkpoint as checkpoints
 from edgeprune.compress.heal import two_of_four as sparsity
 from edgeprune.errors import IntegrityError, ModelError
 from edgeprune.progress import Bar, Progress
 from edgeprune.records.files import digest_of
 from edgeprune.records.workload import Preprocess, Recovery
+from edgeprune.workload.answers import raw_logits
 from edgeprune.workload.batches import augmented, to_input
 from edgeprune.workload.dataset import Split
 from edgeprune.workload.memory import channels_last, fast_copy, runs_channels_last

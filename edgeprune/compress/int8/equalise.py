@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeprune.compress.evaluate import BATCH, evaluating, logits, run_once
+from edgeprune.compress.evaluate import run_once
+from edgeprune.workload.answers import BATCH, evaluating, logits
 from edgeprune.workload.batches import passes
 from edgeprune.workload.modes import eval_copy
 

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from edgeprune.compress.evaluate import evaluating, logits
 from edgeprune.compress.groups.coupling import WEIGHTED, moves_whole_groups
 from edgeprune.compress.groups.find import find_groups
 from edgeprune.compress.groups.masked import SAME_OUTPUT, InputRange, filter_of, record_inputs
 from edgeprune.compress.groups.surgery import ChannelGroup, weights_by_input
 from edgeprune.errors import ModelError
+from edgeprune.workload.answers import evaluating, logits
 from edgeprune.workload.modes import eval_copy
 
 # |bias| / (input scale * weight scale) has to stay below 2^31; half of it leaves room for other calibration samples.

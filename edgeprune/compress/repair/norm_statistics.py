@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from edgeprune.compress.evaluate import device_of, kl_nats, logits, watched_batch
+from edgeprune.compress.evaluate import kl_nats, watched_batch
 from edgeprune.errors import ModelError
+from edgeprune.workload.answers import device_of, logits
 from edgeprune.workload.batches import batches
 from edgeprune.workload.modes import eval_copy
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgeprune.compress.evaluate import device_of
+from edgeprune.workload.answers import device_of
 
 MAX_BATCH, MAX_BATCH_BYTES = 64, 48 * 1024**2  # samples, and the largest activation of all of them
 MAX_WAITING_BYTES = 512 * 1024**2  # of all outputs that batches wait as

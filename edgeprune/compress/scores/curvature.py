@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.compress.evaluate import BATCH, backward, device_of, private_copy
+from edgeprune.compress.evaluate import backward, private_copy
 from edgeprune.compress.groups.surgery import ChannelGroup
 from edgeprune.compress.scores.weights import Places, Scores, places
 from edgeprune.errors import ModelError
+from edgeprune.workload.answers import BATCH, device_of
 from edgeprune.workload.outputs import as_logits
 
 PROBES = 64  # random directions over the whole of the data: the score of a channel is known to about 1 / sqrt(PROBES) of its row

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeprune.compress.evaluate import BATCH, backward, device_of, private_copy
+from edgeprune.compress.evaluate import backward, private_copy
 from edgeprune.compress.groups.surgery import ChannelGroup
 from edgeprune.compress.scores.curvature import hessian
 from edgeprune.compress.scores.reconstruction import obs, variance
@@ -36,6 +36,7 @@ from edgeprune.compress.scores.weights import (
 from edgeprune.compress.structure_loss import AfterRepair
 from edgeprune.errors import ModelError
 from edgeprune.progress import Progress, Silent
+from edgeprune.workload.answers import BATCH, device_of
 from edgeprune.workload.outputs import as_logits
 
 # A curve stays strictly decreasing, so that a free channel is still the last to come back.

@@ -15,6 +15,7 @@ import zipfile
 from functools import partial
 from typing import Any, Callable, Dict, List
 
+from .samples import realistic, sample
 from .wire import Refused
 
 # Name on the wire -> which processors Core ML may use: a member of coremltools.ComputeUnit.
@@ -72,8 +73,6 @@ class CoremlModel:
     def __init__(self, content: bytes, runtime: str, threads: int, delegate: bool) -> None:
         check_system(runtime)
         import coremltools  # here, so that its import is no part of the load time
-
-        from .runtimes import realistic, sample
 
         self._folder = tempfile.TemporaryDirectory(prefix="edgeprune-coreml-")
         package = os.path.join(self._folder.name, PACKAGE)

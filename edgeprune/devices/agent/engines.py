@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from . import trtexec
 from .gpu import Engine, gpu, package, version
 from .machine import fields_of, read_text
+from .samples import sample
 from .wire import Refused
 
 FOLDER_VARIABLE = "EDGEPRUNE_ENGINES"
@@ -334,7 +335,6 @@ class EngineModel:
     def __init__(
         self, content: bytes, runtime: str, threads: int, delegate: bool, many: bool = False
     ) -> None:
-        from .runtimes import sample
 
         package()
         folder = os.environ.get(FOLDER_VARIABLE) or os.path.join(

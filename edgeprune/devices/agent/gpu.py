@@ -11,6 +11,7 @@ import os
 from typing import Any, Dict, List, Optional, Tuple
 
 from .machine import read_text
+from .samples import realistic
 from .wire import Refused
 
 NO_PACKAGE = (
@@ -135,8 +136,6 @@ class Engine:
 
     def _allocate(self, trt: Any) -> None:
         import numpy as np
-
-        from .runtimes import realistic
 
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)

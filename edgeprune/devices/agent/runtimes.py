@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 from . import coreml
 from .engines import EngineModel
+from .samples import realistic, sample
 from .wire import Refused
 
 RUNTIMES = {  # name on the wire: module to import, distribution that holds it
@@ -33,20 +34,6 @@ LOAD_S = {"tensorrt": 120.0}
 
 # Also those that edgeprune does not install.
 MODULES = dict(RUNTIMES, **dict.fromkeys(coreml.UNITS, coreml.MODULE))
-
-
-def realistic(spec: Dict[str, Any], seed: int) -> Any:
-    """Random input: zeros would let kernels skip work and hide denormals. Integers wider than 8 bits are 0 or 1: valid as an index."""
-    import numpy as np
-
-    shape, dtype = spec["shape"], spec["dtype"]
-    rng = np.random.default_rng(seed)
-    if dtype in ("int8", "uint8"):
-        limits = np.iinfo(dtype)
-        return rng.integers(limits.min, limits.max + 1, size=shape, dtype=dtype)
-    if dtype.startswith(("int", "uint", "bool")):
-        return rng.integers(0, 2, size=shape).astype(dtype)
-    return rng.standard_normal(size=shape).astype(dtype)
 
 
 class TfliteModel:
@@ -275,15 +262,6 @@ def open_model(
         raise Refused("runtime", "cannot import %s: %s" % (runtime, error)) from error
     except Exception as error:  # a runtime may raise any type at a file that it dislikes
         raise Refused("load", "%s: %s" % (type(error).__name__, error)) from error
-
-
-def sample(run: Callable[[], Any], calls: int) -> int:
-    """Mean time of ``calls`` calls in nanoseconds, at least 1."""
-    clock = time.perf_counter_ns
-    start = clock()
-    for _ in range(calls):
-        run()
-    return max(1, (clock() - start) // calls)
 
 
 def infer(model: Any, x: Any) -> Any:

@@ -18,7 +18,8 @@ import time
 from typing import Any, Callable, Dict, List, Tuple
 
 from .machine import fields_of
-from .runtimes import infer, open_model, sample
+from .runtimes import infer, open_model
+from .samples import sample
 from .wire import Message, Refused, error_frame, read_frame, write_frame
 
 MIN_SAMPLE_NS = 200_000  # shorter calls are timed several at once: clock and loop cost about 100 ns

@@ -1,4 +1,4 @@
-"""The host's end of the agent's wire: frames over a :class:`~edgeprune.devices.link.transports.Pipe`. What comes in is not trusted.
+"""The host's end of the agent's wire: frames over a :class:`~edgeprune.devices.link.pipe.Pipe`. What comes in is not trusted.
 
 Success is an end frame with the number of the request, and nothing else: an output that ends, however cleanly, is a lost link. While the
 board works it sends signs of life; when they stop, the link or the agent is dead, long before the work's own deadline.
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from edgeprune.devices.agent.wire import MAGIC, frame
-from edgeprune.devices.link.transports import Pipe
+from edgeprune.devices.link.pipe import Pipe
 from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost, Unreachable
 
 MAX_BANNER_BYTES = 64 * 1024

@@ -22,7 +22,7 @@ from edgeprune.devices.link import replies
 from edgeprune.devices.link.agent_file import agent_digest
 from edgeprune.devices.link.exchanges import FrameStream, Message, Request, Requests
 from edgeprune.devices.link.frames import MAX_BLOB_BYTES, MAX_HEADER_BYTES, clean
-from edgeprune.devices.link.transports import Pipe
+from edgeprune.devices.link.pipe import Pipe
 from edgeprune.errors import IntegrityError, SpecError, reason_of
 from edgeprune.records.base import Record
 from edgeprune.records.device import Device, ReportTier
@@ -320,7 +320,7 @@ class _Tapped:
         self._pending: dict[int, Callable[[Message], None]] = {}
 
     def write(self, content: bytes, deadline: float) -> None:
-        """As :meth:`Pipe.write <edgeprune.devices.link.transports.Pipe.write>`."""
+        """As :meth:`Pipe.write <edgeprune.devices.link.pipe.Pipe.write>`."""
         for message in self._sent.feed(content):
             self._asked(message)
         self._pipe.write(content, deadline)
@@ -343,7 +343,7 @@ class _Tapped:
             self._pending[number] = lambda m: recorder.recovered(str(op_id), m.header)
 
     def read(self, n: int, deadline: float) -> bytes:
-        """As :meth:`Pipe.read <edgeprune.devices.link.transports.Pipe.read>`."""
+        """As :meth:`Pipe.read <edgeprune.devices.link.pipe.Pipe.read>`."""
         content = self._pipe.read(n, deadline)
         for message in self._received.feed(content):
             number = message.header.get("id")
@@ -354,11 +354,11 @@ class _Tapped:
         return content
 
     def stderr_tail(self) -> str:
-        """As :meth:`Pipe.stderr_tail <edgeprune.devices.link.transports.Pipe.stderr_tail>`."""
+        """As :meth:`Pipe.stderr_tail <edgeprune.devices.link.pipe.Pipe.stderr_tail>`."""
         return self._pipe.stderr_tail()
 
     def close(self) -> None:
-        """As :meth:`Pipe.close <edgeprune.devices.link.transports.Pipe.close>`."""
+        """As :meth:`Pipe.close <edgeprune.devices.link.pipe.Pipe.close>`."""
         self._pipe.close()
 
 

@@ -30,7 +30,8 @@ from edgeprune.devices.agent.validity import LIMITS
 from edgeprune.devices.link import replies
 from edgeprune.devices.link.agent_file import agent_bytes, agent_digest, agent_name
 from edgeprune.devices.link.frames import Frames, Refusal, clean
-from edgeprune.devices.link.transports import Pipe, Transport, open_transport
+from edgeprune.devices.link.pipe import Pipe, Transport
+from edgeprune.devices.link.transports import open_transport
 from edgeprune.devices.link.wait import take_in_turn
 from edgeprune.errors import DeviceError, EdgepruneError, HungUp, LinkLost, NotReady, Unreachable
 from edgeprune.records.device import Device

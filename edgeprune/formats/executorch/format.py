@@ -26,13 +26,13 @@ from edgeprune.formats import (
 from edgeprune.formats.executorch.program import Program, read_program
 from edgeprune.formats.shared.finite import explained, require_bounded
 from edgeprune.formats.shared.inputs import check_calibration
+from edgeprune.formats.shared.quiet import MAX_REASON, quiet
 from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.files import sha256_bytes, write_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
-MAX_REASON = 300  # characters of one line of a toolchain
 # Below these shares the file is slower than its twin, so its user is told.
 FEW_DELEGATED = 0.99
 FEW_INT8 = 0.9
@@ -60,8 +60,6 @@ class _Tools:
 
 
 def _tools() -> _Tools:
-    from edgeprune.formats.tflite.format import quiet
-
     try:
         with quiet():
             import executorch.kernels.quantized  # noqa: F401  (registers its operators in the runtime)
@@ -134,8 +132,6 @@ class ExecutorchFormat:
             ModelError: a sample is not finite, or there is none.
         """
         import torch
-
-        from edgeprune.formats.tflite.format import quiet
 
         if model is None:
             raise FormatError(
@@ -248,8 +244,6 @@ def golden_file(file: Path, inputs: np.ndarray, outputs: np.ndarray) -> tuple[st
     """
     import torch
 
-    from edgeprune.formats.tflite.format import quiet
-
     try:
         with quiet():
             from executorch.devtools import BundledProgram
@@ -284,7 +278,6 @@ def _traced(model: nn.Module, example: np.ndarray) -> Any:
     """The model as a graph of ATen operators, its global averages in the form that XNNPACK takes."""
     import torch
 
-    from edgeprune.formats.tflite.format import quiet
     from edgeprune.workload.modes import eval_copy
 
     sample = (torch.from_numpy(np.array(example, np.float32)),)
@@ -336,8 +329,6 @@ def _keep_dimensions(module: Any) -> bool:
 def _lowered(tools: _Tools, traced: Any, example: np.ndarray) -> tuple[bytes, dict[str, list[str]]]:
     """The bytes of a program; and what XNNPACK did not take: operators, each with the layers it stands in."""
     import torch
-
-    from edgeprune.formats.tflite.format import quiet
 
     sample = (torch.from_numpy(np.array(example, np.float32)),)
     edge: Any = None

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import sys
-import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +17,7 @@ from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptio
 from edgeprune.formats.shared.calibration import calibrated
 from edgeprune.formats.shared.finite import require_finite
 from edgeprune.formats.shared.inputs import check_calibration
+from edgeprune.formats.shared.quiet import MAX_REASON, Log, quiet
 from edgeprune.formats.shared.ranges import ends
 from edgeprune.formats.shared.widths import WidthDecoder
 from edgeprune.formats.tflite import inspect as inspection
@@ -51,8 +47,6 @@ from edgeprune.workload.memory import runs_channels_last
 from edgeprune.workload.modes import in_eval
 
 SIGNATURE = "serving_default"
-MAX_REASON = 300  # characters of one line of a toolchain
-MAX_LOG_BYTES = 64 * 1024
 
 
 class _ChannelsLast(nn.Module):
@@ -67,52 +61,6 @@ class _ChannelsLast(nn.Module):
         """Run the model on channels-last images."""
         x = x.permute(0, 3, 1, 2)
         return self.model(x if self.runs_so else x.contiguous())  # type: ignore[no-any-return]
-
-
-class Log:
-    """What was printed while :func:`quiet` held the streams; complete once it has ended."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def last_error(self) -> str:
-        """The last line that speaks of an error, ``""`` where there is none."""
-        lines = [line.strip() for line in self.text.splitlines()]
-        found = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
-        return found[-1][:MAX_REASON] if found else ""
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[Log]:
-    """Keep what C++ and Python code print off the terminal.
-
-    The converter prints dozens of progress lines on both streams, and on failure the reason. Whatever ends the block, the streams are
-    as before.
-    """
-    log = Log()
-    with tempfile.TemporaryFile(prefix="edgeprune-converter-") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        saved: list[tuple[int, int]] = []
-        try:
-            _flush()
-            for number in (1, 2):
-                saved.append((number, os.dup(number)))
-                os.dup2(file.fileno(), number)
-            yield log
-        finally:
-            _flush()
-            for number, handle in saved:
-                os.dup2(handle, number)
-                os.close(handle)
-            file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_BYTES))
-            log.text = file.read().decode("utf-8", "replace")
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        # A stream may be absent, closed, or a pipe whose reader has gone; that is no reason to fail here.
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.flush()
 
 
 def _converter() -> Any:

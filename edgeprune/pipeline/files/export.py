@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune.compress.evaluate import answers
 from edgeprune.compress.groups.find import remove_channels
 from edgeprune.compress.heal.two_of_four import has_pattern, weighted
 from edgeprune.compress.int8.faint_channels import rescue_silent
@@ -32,6 +31,7 @@ from edgeprune.pipeline.files.reconverted import Converted
 from edgeprune.pipeline.files.records import DenseFiles, PrunedFiles, VariantFile
 from edgeprune.records.artifact import Artifact
 from edgeprune.records.names import Precision
+from edgeprune.workload.answers import answers
 
 PARITY_SAMPLES = 64
 PARITY_TOLERANCE = 1e-3  # of the largest logit: float32 convolutions in another order

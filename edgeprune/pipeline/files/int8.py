@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune.compress.evaluate import kl_nats, logits, quality, run_once
+from edgeprune.compress.evaluate import kl_nats, quality, run_once
 from edgeprune.compress.heal.recover import recover, updates_per_epoch
 from edgeprune.compress.int8.equalise import correct_biases, equalise
 from edgeprune.compress.int8.fakequant import fake_quantised, plain
@@ -26,6 +26,7 @@ from edgeprune.pipeline.files.int8_warnings import calibration_report
 from edgeprune.records.artifact import Artifact
 from edgeprune.records.files import write_bytes
 from edgeprune.records.int8 import Int8Report, Int8Try, LayerFallback
+from edgeprune.workload.answers import logits
 from edgeprune.workload.dataset import model_input
 from edgeprune.workload.outputs import file_logits
 

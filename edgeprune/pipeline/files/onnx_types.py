@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from edgeprune.compress.evaluate import logits
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.timing.measure import compare, measure
 from edgeprune.errors import FormatError
@@ -21,6 +20,7 @@ from edgeprune.formats.onnx.quantize import OnnxTypes
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files.records import TypesRow
 from edgeprune.records.artifact import Artifact
+from edgeprune.workload.answers import logits
 
 SAMPLES = 256
 HOLDS = 0.01  # how far below the best agreement of all variants one may be

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from edgeprune.compress.evaluate import logits, quality
+from edgeprune.compress.evaluate import quality
 from edgeprune.compress.groups.find import ChannelGroup, remove_channels
 from edgeprune.compress.heal.recover import recover
 from edgeprune.compress.scores import importance as importances
@@ -45,6 +45,7 @@ from edgeprune.records.names import Precision
 from edgeprune.records.plan import PlanResult
 from edgeprune.records.report import LedgerEntry
 from edgeprune.records.workload import Recovery
+from edgeprune.workload.answers import logits
 from edgeprune.workload.dataset import model_input
 from edgeprune.workload.memory import quick_input
 from edgeprune.workload.modes import in_eval

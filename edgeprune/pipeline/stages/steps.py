@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune.compress.evaluate import logits
 from edgeprune.compress.groups.surgery import cut, narrowed_groups
 from edgeprune.compress.heal.fresh_weights import reinitialised
 from edgeprune.compress.heal.recover import STATE_VERSION, updates_per_epoch
@@ -40,6 +39,7 @@ from edgeprune.records.files import sha256_file
 from edgeprune.records.plan import PlanResult
 from edgeprune.records.report import LedgerEntry
 from edgeprune.records.workload import Recovery
+from edgeprune.workload.answers import logits
 
 SHORT_SHARE = (
     0.15  # of the epochs, for each step before the last; this project's design says 10 to 20 %

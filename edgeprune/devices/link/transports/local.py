@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from edgeprune.devices.link.transports import MAX_OUTPUT_BYTES, MAX_TAIL_BYTES, Completed
+from edgeprune.devices.link.pipe import MAX_OUTPUT_BYTES, MAX_TAIL_BYTES, Completed
 from edgeprune.errors import DeadlineExceeded, DeviceError, EdgepruneError, NoSpace
 from edgeprune.records.device import Device
 from edgeprune.records.files import write_bytes
@@ -47,7 +47,7 @@ class LocalPipe:
                 raise DeadlineExceeded("the process did not answer before its deadline")
 
     def write(self, content: bytes, deadline: float) -> None:
-        """As :meth:`Pipe.write <edgeprune.devices.link.transports.Pipe.write>`."""
+        """As :meth:`Pipe.write <edgeprune.devices.link.pipe.Pipe.write>`."""
         view = memoryview(content)
         try:
             while view:
@@ -57,7 +57,7 @@ class LocalPipe:
             raise DeviceError("the process on this machine has ended") from error
 
     def read(self, n: int, deadline: float) -> bytes:
-        """As :meth:`Pipe.read <edgeprune.devices.link.transports.Pipe.read>`."""
+        """As :meth:`Pipe.read <edgeprune.devices.link.pipe.Pipe.read>`."""
         try:
             self._wait(self._stdout, selectors.EVENT_READ, deadline)
             return os.read(self._stdout.fileno(), n)
@@ -85,11 +85,11 @@ class LocalTransport:
     """This machine."""
 
     def start(self, argv: Sequence[str]) -> LocalPipe:
-        """As :meth:`Transport.start <edgeprune.devices.link.transports.Transport.start>`."""
+        """As :meth:`Transport.start <edgeprune.devices.link.pipe.Transport.start>`."""
         return LocalPipe(_spawn(argv))
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> Completed:
-        """As :meth:`Transport.run <edgeprune.devices.link.transports.Transport.run>`."""
+        """As :meth:`Transport.run <edgeprune.devices.link.pipe.Transport.run>`."""
         try:
             child = _spawn(argv)
         except DeviceError as error:
@@ -107,7 +107,7 @@ class LocalTransport:
         return Completed(child.returncode, out, err)
 
     def put(self, content: bytes, remote_path: str) -> None:
-        """As :meth:`Transport.put <edgeprune.devices.link.transports.Transport.put>`."""
+        """As :meth:`Transport.put <edgeprune.devices.link.pipe.Transport.put>`."""
         path = Path(remote_path)
         try:
             # For its owner alone whatever the umask: what lies there is executed.
@@ -127,7 +127,7 @@ class LocalTransport:
             ) from error
 
     def get(self, remote_path: str) -> bytes:
-        """As :meth:`Transport.get <edgeprune.devices.link.transports.Transport.get>`."""
+        """As :meth:`Transport.get <edgeprune.devices.link.pipe.Transport.get>`."""
         try:
             return Path(remote_path).read_bytes()
         except OSError as error:

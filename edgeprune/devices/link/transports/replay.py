@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from edgeprune.devices.agent.wire import MAGIC, frame
 from edgeprune.devices.link.exchanges import RECORDED, FrameStream, Message, Requests
+from edgeprune.devices.link.pipe import Completed
 from edgeprune.devices.link.recording import Recording, recording_path, uncovered
-from edgeprune.devices.link.transports import Completed
 from edgeprune.errors import DeadlineExceeded, DeviceError, IntegrityError
 from edgeprune.records.device import Device
 
@@ -42,7 +42,7 @@ class ReplayPipe:
         self._changed = threading.Condition()
 
     def write(self, content: bytes, deadline: float) -> None:
-        """As :meth:`Pipe.write <edgeprune.devices.link.transports.Pipe.write>`."""
+        """As :meth:`Pipe.write <edgeprune.devices.link.pipe.Pipe.write>`."""
         with self._changed:
             if self._is_closed:
                 raise DeviceError("the replay was closed")
@@ -82,7 +82,7 @@ class ReplayPipe:
             return _refusal("damaged", str(error))
 
     def read(self, n: int, deadline: float) -> bytes:
-        """As :meth:`Pipe.read <edgeprune.devices.link.transports.Pipe.read>`."""
+        """As :meth:`Pipe.read <edgeprune.devices.link.pipe.Pipe.read>`."""
         with self._changed:
             while not self._output:
                 if self._is_closed:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import paramiko
 
 from edgeprune.devices.link.login import check_host_key, connect, handshake, login, within
-from edgeprune.devices.link.transports import MAX_OUTPUT_BYTES, MAX_TAIL_BYTES, Completed
+from edgeprune.devices.link.pipe import MAX_OUTPUT_BYTES, MAX_TAIL_BYTES, Completed
 from edgeprune.errors import DeviceError, LinkLost
 from edgeprune.records.device import Device
 
@@ -64,12 +64,12 @@ class SshPipe:
             self._tail = (self._tail + piece)[-MAX_TAIL_BYTES:]
 
     def write(self, content: bytes, deadline: float) -> None:
-        """As :meth:`Pipe.write <edgeprune.devices.link.transports.Pipe.write>`."""
+        """As :meth:`Pipe.write <edgeprune.devices.link.pipe.Pipe.write>`."""
         with self._owner.within(deadline, "sending to the board"):
             self._channel.sendall(content)
 
     def read(self, n: int, deadline: float) -> bytes:
-        """As :meth:`Pipe.read <edgeprune.devices.link.transports.Pipe.read>`."""
+        """As :meth:`Pipe.read <edgeprune.devices.link.pipe.Pipe.read>`."""
         with self._owner.within(deadline, "waiting for the board"):
             piece: bytes = self._channel.recv(n)
         if not piece:
@@ -131,7 +131,7 @@ class SshTransport:
             self._raise_if_lost()
 
     def start(self, argv: Sequence[str]) -> SshPipe:
-        """As :meth:`Transport.start <edgeprune.devices.link.transports.Transport.start>`."""
+        """As :meth:`Transport.start <edgeprune.devices.link.pipe.Transport.start>`."""
         with self.within(time.monotonic() + START_S, "starting a command"):
             return SshPipe(self, self._execute(argv))
 
@@ -142,7 +142,7 @@ class SshTransport:
         return channel
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> Completed:
-        """As :meth:`Transport.run <edgeprune.devices.link.transports.Transport.run>`."""
+        """As :meth:`Transport.run <edgeprune.devices.link.pipe.Transport.run>`."""
         with self.within(time.monotonic() + timeout_s, f"running {argv[0]!r}"):
             return self._run(argv, stdin, _Flow())
 
@@ -177,7 +177,7 @@ class SshTransport:
             return self._run(argv, stdin, flow)
 
     def put(self, content: bytes, remote_path: str) -> None:
-        """As :meth:`Transport.put <edgeprune.devices.link.transports.Transport.put>`."""
+        """As :meth:`Transport.put <edgeprune.devices.link.pipe.Transport.put>`."""
         suffix = f"part-{secrets.token_hex(6)}"
         argv = ["sh", "-c", _PUT, "sh", remote_path, str(len(content)), suffix]
         done = self._transfer(argv, f"writing {remote_path!r}", len(content), content)
@@ -200,7 +200,7 @@ class SshTransport:
         )
 
     def get(self, remote_path: str) -> bytes:
-        """As :meth:`Transport.get <edgeprune.devices.link.transports.Transport.get>`."""
+        """As :meth:`Transport.get <edgeprune.devices.link.pipe.Transport.get>`."""
         done = self._transfer(["cat", remote_path], f"reading {remote_path!r}", MAX_OUTPUT_BYTES)
         if done.code != 0:
             raise DeviceError(
