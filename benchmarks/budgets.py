@@ -20,13 +20,14 @@ from blocks import RESULTS, Achieved, BudgetResults, BudgetRow, Check
 from commands import time_every_kernel
 
 import edgeprune
+from edgeprune.cli.progress import Terminal
 from edgeprune.devices.board import open_board
 from edgeprune.errors import BudgetError, EdgepruneError, SpecError
 from edgeprune.pipeline import api
 from edgeprune.pipeline.context import Job
 from edgeprune.pipeline.options import Options
 from edgeprune.pipeline.stages.finish import versions
-from edgeprune.progress import Progress, Terminal
+from edgeprune.progress import Progress
 from edgeprune.records import catalog
 from edgeprune.records.base import read_yaml
 from edgeprune.records.budget import parse_budget

@@ -22,6 +22,7 @@ from compare_records import OURS, CompareResults
 from compare_runner import Runner, structures
 from methods.comparison import Comparison
 
+from edgeprune.cli.progress import Terminal
 from edgeprune.errors import SpecError
 from edgeprune.pipeline import api
 from edgeprune.pipeline import run as pipeline
@@ -29,7 +30,6 @@ from edgeprune.pipeline.options import Options
 from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.pipeline.stages.finish import versions
 from edgeprune.pipeline.stages.kernels import prepare
-from edgeprune.progress import Terminal
 from edgeprune.records import catalog
 from edgeprune.records.base import read_yaml
 from edgeprune.records.budget import parse_budget

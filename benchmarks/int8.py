@@ -17,6 +17,7 @@ from commands import public_command
 from compare import load_net
 from int8_blocks import NetRecipes, RecipeResults, RecipeRow
 
+from edgeprune.cli.progress import Terminal
 from edgeprune.compress.evaluate import quality
 from edgeprune.compress.int8.equalise import correct_biases, equalise
 from edgeprune.errors import EdgepruneError
@@ -28,7 +29,6 @@ from edgeprune.pipeline.files.int8 import CLIPPING, LEAST_ERROR, Search
 from edgeprune.pipeline.options import Options
 from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.pipeline.stages.finish import versions
-from edgeprune.progress import Terminal
 from edgeprune.records.base import read_json
 from edgeprune.records.files import write_json
 from edgeprune.records.workload import Recovery

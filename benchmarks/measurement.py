@@ -21,13 +21,13 @@ import numpy as np
 from blocks import RESULTS, MeasurementResults, Trial, measurement_block
 
 import edgeprune
+from edgeprune.cli.progress import Terminal
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.plans import TimingPlan
 from edgeprune.devices.timing.decide import decide
 from edgeprune.devices.timing.measure import ModelFile
 from edgeprune.errors import EdgepruneError
 from edgeprune.pipeline.stages.finish import versions
-from edgeprune.progress import Terminal
 from edgeprune.records.base import read_json
 from edgeprune.records.device import Device
 from edgeprune.records.files import sha256_bytes, write_json

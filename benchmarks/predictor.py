@@ -27,6 +27,7 @@ from commands import time_every_kernel
 from predictor_blocks import HeldOut, Predictor, PredictorResults
 
 import edgeprune
+from edgeprune.cli.progress import Terminal
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.timing.measure import compare
 from edgeprune.errors import EdgepruneError, SpecError
@@ -40,7 +41,6 @@ from edgeprune.pipeline.stages import kernels as feasibility
 from edgeprune.pipeline.stages.finish import versions
 from edgeprune.plan import bench as planning
 from edgeprune.plan.latency.model import sample_nets
-from edgeprune.progress import Terminal
 from edgeprune.records import catalog
 from edgeprune.records.base import read_json, read_yaml
 from edgeprune.records.files import write_json

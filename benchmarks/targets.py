@@ -21,6 +21,7 @@ from compare import load_net
 from targets_blocks import LEDGER_FROM, WORKED_OUT, TargetResults, TargetRow, merged
 from targets_board import Int8File, by_its_kernels, error_steps, rows_on_the_board
 
+from edgeprune.cli.progress import Terminal
 from edgeprune.errors import EdgepruneError, FormatError
 from edgeprune.formats import Evaluated, QuantizeOptions
 from edgeprune.formats.shared.model_bytes import model_bytes
@@ -31,7 +32,6 @@ from edgeprune.pipeline.files.int8 import Search, layer_gains
 from edgeprune.pipeline.options import Options
 from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.pipeline.stages.finish import versions
-from edgeprune.progress import Terminal
 from edgeprune.records.base import read_json
 from edgeprune.records.files import write_json
 from edgeprune.records.int8 import LayerFallback

@@ -24,6 +24,7 @@ from commands import public_command, time_every_kernel
 from torch import nn
 from walltime_blocks import SolverTime, WallTime
 
+from edgeprune.cli.progress import Terminal
 from edgeprune.errors import EdgepruneError
 from edgeprune.pipeline import api
 from edgeprune.pipeline import run as pipeline
@@ -34,7 +35,6 @@ from edgeprune.pipeline.stages import measure as stages
 from edgeprune.pipeline.stages.finish import Planned, versions
 from edgeprune.pipeline.stages.kernels import plan_stages
 from edgeprune.plan.solver import solve as search
-from edgeprune.progress import Terminal
 from edgeprune.records.files import write_json
 from edgeprune.records.version import VERSION
 from edgeprune.records.workload import Preprocess

@@ -27,9 +27,9 @@ import torch
 from torch import nn
 from zoo_blocks import ZooResults, ZooRow
 
+from edgeprune.cli.progress import Terminal
 from edgeprune.compress.groups.find import find_groups, mask_identity, remove_channels
 from edgeprune.errors import EdgepruneError
-from edgeprune.progress import Terminal
 from edgeprune.records.base import read_json
 from edgeprune.records.files import write_json
 

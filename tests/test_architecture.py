@@ -137,9 +137,8 @@ PLAIN_PLACES = (
     "cli/console.py",
 )
 PLAIN = {"numpy", "pydantic", "yaml", "edgeprune"}
-# Imported where they are used: rich draws the bars, PIL opens image files, click writes to the terminal.
+# PIL opens image files, where it is used; click writes to the terminal.
 ALSO_PLAIN = {
-    ("progress.py", "rich"),
     ("workload/image_files.py", "PIL"),
     ("workload/init.py", "PIL"),
     ("cli/console.py", "click"),

@@ -36,7 +36,7 @@ def failing(
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("raise KeyError('gone')", "KeyError: 'gone' (main.py line "),
+        ("raise KeyError('gone')", "KeyError: 'gone' (catalog.py line "),
         ("raise ValueError('first\\nsecond')", "ValueError: first ("),
         ("raise AssertionError", "AssertionError ("),
         ("raise MemoryError", "MemoryError ("),
@@ -128,7 +128,7 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(tmp_path):
 
 def test_progress_that_nobody_reads_ends_a_command_without_a_word(tmp_path):
     broken = (
-        "import os; from edgeprune.cli import main; from edgeprune.progress import Terminal\n"
+        "import os; from edgeprune.cli import main; from edgeprune.cli.progress import Terminal\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 2)\n"
         "from edgeprune.cli import last_net\n"
         "last_net.caught(lambda: Terminal().say('x'))\n"

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from edgeprune.progress import Terminal, duration
+from edgeprune.cli.progress import Terminal, duration
 
 
 class Clock:

@@ -151,7 +151,8 @@ def setup(
     name: str, runtimes: Sequence[str], wheels: Path | None, wait: float | None, quiet: bool
 ) -> None:
     """Install the runtimes in a folder of their own on the board, and try them there."""
-    from edgeprune.progress import Silent, Terminal
+    from edgeprune.cli.progress import Terminal
+    from edgeprune.progress import Silent
     from edgeprune.records import catalog
 
     of_wheels = [n for n in _runtimes_of(catalog.device(name)) if n in RUNTIMES]
