@@ -41,6 +41,8 @@ from edgeprune.pipeline.stages import kernels as feasibility
 from edgeprune.pipeline.stages.finish import versions
 from edgeprune.plan import bench as planning
 from edgeprune.plan.latency.model import sample_nets
+from edgeprune.plan.net_model import fit, kernel_model, measure_nets
+from edgeprune.plan.table import MOST_KERNELS, measure_table, removed_together
 from edgeprune.records import catalog
 from edgeprune.records.base import read_json, read_yaml
 from edgeprune.records.files import write_json
@@ -84,7 +86,7 @@ def measure_held_out(
 ) -> list[tuple[dict[str, int], float, float]]:
     """Structures, each with its measured share of the dense latency and half of that share's 99 % interval."""
     dense, found = file.resized({}), []
-    nets = sample_nets(grids, count, HELD_OUT_SEED, planning.removed_together(file, grids))
+    nets = sample_nets(grids, count, HELD_OUT_SEED, removed_together(file, grids))
     for start in range(0, count, CHUNK):
         part = nets[start : start + CHUNK]
         files = {"dense": dense, **{str(i): file.resized(w) for i, w in enumerate(part)}}
@@ -104,7 +106,7 @@ def evaluate(
     file = resizable(context, precision, folder)
     stand = planning.Stand(context.board, runtime, precision)
     started = time.monotonic()
-    table = planning.measure_table(
+    table = measure_table(
         stand,
         file,
         context.groups[0],
@@ -114,11 +116,9 @@ def evaluate(
         prior=feasibility.profile_steps(context, fingerprint, precision, file),
     )
     timed = time.monotonic()
-    nets = planning.measure_nets(stand, file, table.grids, seed=context.job.seed)
+    nets = measure_nets(stand, file, table.grids, seed=context.job.seed)
     done = time.monotonic()
-    fitted, quality = planning.fit(
-        planning.kernel_model(file, table, context.full), nets, table.kernels_measured
-    )
+    fitted, quality = fit(kernel_model(file, table, context.full), nets, table.kernels_measured)
     held_out = tuple(
         HeldOut(
             predicted_ratio=fitted.predict(widths) / nets.dense_ms,
@@ -224,7 +224,7 @@ def write(rows: Sequence[Predictor], command: str, out: Path) -> None:
         edgeprune_version=edgeprune.__version__,
         created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         command=command,
-        most_kernels=planning.MOST_KERNELS,
+        most_kernels=MOST_KERNELS,
         held_out_seed=HELD_OUT_SEED,
         versions=versions(),
         rows=tuple(rows),

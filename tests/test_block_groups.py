@@ -31,11 +31,13 @@ from edgeprune.errors import FormatError, ModelError, SpecError
 from edgeprune.formats import Format
 from edgeprune.formats.shared.widths import distinct_widths
 from edgeprune.pipeline.stages import steps as schedule
-from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.measured import MeasuredTable, ScoresResult
+from edgeprune.plan.net_model import fit, kernel_model, measure_nets
+from edgeprune.plan.result import BLOCK_REMOVED
 from edgeprune.plan.solver import solve as search
+from edgeprune.plan.table import measure_table
 from edgeprune.progress import Silent
 from edgeprune.records.budget import parse_budget
 from edgeprune.workload.answers import logits
@@ -343,7 +345,7 @@ class BlockNet(Net):
 
 
 def tied_table(clock: Clock, file: Net | None = None) -> MeasuredTable:
-    return planning.measure_table(
+    return measure_table(
         clock,  # type: ignore[arg-type]
         file or BlockNet(), tied_groups(), fingerprint_key="clock", format_name="onnx", progress=Silent(),
     )  # fmt: skip
@@ -352,9 +354,9 @@ def tied_table(clock: Clock, file: Net | None = None) -> MeasuredTable:
 def tied_basis(clock: Clock, cost: float = 1e-3) -> Basis:
     """A basis in which the block may go, for this cost."""
     file, table = BlockNet(), tied_table(clock)
-    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
-    raw = planning.kernel_model(file, table, FULL)
-    basis = basis_of(table, nets, *planning.fit(raw, nets, table.kernels_measured))
+    nets = measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    raw = kernel_model(file, table, FULL)
+    basis = basis_of(table, nets, *fit(raw, nets, table.kernels_measured))
     curves = {n: np.minimum(c, cost if n != "c" else 1.0) for n, c in basis.curves.items()}
     curves["b"][0] = 0.0  # the first group bears it
     return replace(basis, groups=tied_groups(), curves=curves)
@@ -377,8 +379,8 @@ def test_width_0_is_offered_only_where_model_and_file_agree_on_the_groups(blocks
 
 def test_without_a_block_none_of_its_kernels_takes_time_and_all_else_is_as_it_was() -> None:
     clock = Clock(noise_ratio=0)
-    model = planning.kernel_model(BlockNet(), tied_table(clock), FULL)
-    plain = planning.kernel_model(Net(), table_of(clock), FULL)
+    model = kernel_model(BlockNet(), tied_table(clock), FULL)
+    plain = kernel_model(Net(), table_of(clock), FULL)
     last = kernel_ns(CHAIN[-1], FULL) / 1e6
     assert model.predict({"a": 0, "b": 0}) == pytest.approx(last)
     for widths in ({"a": 32, "b": 48}, {"a": 32}, {"b": 48, "c": 64}, {}):
@@ -387,7 +389,7 @@ def test_without_a_block_none_of_its_kernels_takes_time_and_all_else_is_as_it_wa
 
 def test_whole_nets_are_timed_with_whole_blocks_only() -> None:
     clock = Clock()
-    nets = planning.measure_nets(clock, BlockNet(), tied_table(clock).grids, seed=0)  # type: ignore[arg-type]
+    nets = measure_nets(clock, BlockNet(), tied_table(clock).grids, seed=0)  # type: ignore[arg-type]
     kinds = [(bool(w["a"]), bool(w["b"])) for w in nets.widths]
     assert set(kinds) == {(True, True), (False, False)}
 
@@ -428,7 +430,7 @@ def test_a_removed_block_counts_once_in_a_plan_and_whole_in_what_was_possible() 
     assert entries["b"].saved_ms_predicted == 0
     assert found.plan.predicted_cost_nats == pytest.approx(1e-3 + basis.cost_nats("c", 64))
     assert (entries["a"].cost_nats, entries["b"].cost_nats) == (1e-3, 0)
-    assert all(entries[n].note == guarantee.BLOCK_REMOVED for n in "ab")
+    assert all(entries[n].note == BLOCK_REMOVED for n in "ab")
     saved = model.predict({}) - model.predict({"a": 0, "b": 0})
     for curve in found.curves[:2]:
         first = curve.choices[0]

@@ -11,12 +11,13 @@ import pytest
 from edgeprune.compress.groups.find import ChannelGroup
 from edgeprune.compress.groups.surgery import Block
 from edgeprune.formats import Kernel
-from edgeprune.plan import bench as planning
 from edgeprune.plan.latency import call_overhead as calls
 from edgeprune.plan.latency.table import LatencyTable, tabulate
 from edgeprune.plan.measured import MeasuredTable
+from edgeprune.plan.net_model import kernel_model
 from edgeprune.plan.solver import solve as search
 from edgeprune.plan.solver.solve import Problem
+from edgeprune.plan.table import measure_table
 from edgeprune.progress import Silent
 
 CHAIN = (
@@ -67,7 +68,7 @@ def groups_of(block: Block | None) -> tuple[ChannelGroup, ...]:
 
 
 def table_of(block: Block | None) -> MeasuredTable:
-    return planning.measure_table(
+    return measure_table(
         Stand(),  # type: ignore[arg-type]
         Chain(), groups_of(block), fingerprint_key="x", format_name="onnx", progress=Silent(),
     )  # fmt: skip
@@ -81,8 +82,8 @@ def test_width_0_is_offered_where_model_and_file_can_do_without_the_block() -> N
 
 def test_a_removed_block_takes_no_time_and_all_else_takes_what_it_took() -> None:
     full = {"s": 16, "i": 16}
-    model = planning.kernel_model(Chain(), table_of(Block(("b",), "b")), full)
-    plain = planning.kernel_model(Chain(), table_of(None), full)
+    model = kernel_model(Chain(), table_of(Block(("b",), "b")), full)
+    plain = kernel_model(Chain(), table_of(None), full)
     assert model.predict({}) * 1e6 == pytest.approx(sum(NS))
     assert model.predict({"i": 0}) * 1e6 == pytest.approx(NS[0] + NS[4])
     for widths in ({"s": 8, "i": 8}, {"i": 4}, {"s": 4}):
@@ -92,12 +93,10 @@ def test_a_removed_block_takes_no_time_and_all_else_takes_what_it_took() -> None
 
 def test_the_call_of_each_kernel_that_goes_with_a_block_can_be_given_back_and_no_other() -> None:
     measured = table_of(Block(("b",), "b"))
-    raw = planning.kernel_model(Chain(), measured, {"s": 16, "i": 16})
+    raw = kernel_model(Chain(), measured, {"s": 16, "i": 16})
     quickest_ms = min(p.ns for k in measured.table.kernels for p in k.points) / 1e6
     assert calls.quickest_ms(measured.table) == quickest_ms > 0
-    assert "calls" not in str(
-        planning.kernel_model(Chain(), table_of(None), {"s": 16, "i": 16}).factors
-    )
+    assert "calls" not in str(kernel_model(Chain(), table_of(None), {"s": 16, "i": 16}).factors)
     model = dataclasses.replace(raw, class_scales={calls.OP: 0.5})
     for widths in ({}, {"i": 8}, {"s": 8}):
         assert model.predict(widths) == raw.predict(widths)
@@ -116,14 +115,14 @@ def test_kernels_that_follow_no_group_go_with_their_block_too() -> None:
         fingerprint_key="x", precision="int8", format="onnx", kernels=(*base.table.kernels, fixed)
     )
     measured = base.model_copy(update={"table": table})
-    model = planning.kernel_model(Fixed(), measured, {"s": 16, "i": 16})
+    model = kernel_model(Fixed(), measured, {"s": 16, "i": 16})
     assert model.predict({}) * 1e6 == pytest.approx(300 + sum(NS[1:]))
     assert model.predict({"i": 0}) * 1e6 == pytest.approx(NS[4])
 
 
 @pytest.mark.parametrize(("bypass_nats", "expected"), [(0.01, True), (5.0, False)])
 def test_the_solver_removes_a_block_where_that_is_the_cheapest(bypass_nats, expected) -> None:
-    model = planning.kernel_model(Chain(), table_of(Block(("b",), "b")), {"s": 16, "i": 16})
+    model = kernel_model(Chain(), table_of(Block(("b",), "b")), {"s": 16, "i": 16})
     costs = {g: 2 * (1 - np.array(grid) / 16) for g, grid in model.grids.items()}
     costs["i"] = np.minimum(costs["i"], bypass_nats)
     costs["i"][0] = bypass_nats

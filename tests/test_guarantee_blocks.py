@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_planning import FULL, Clock, Net, basis_of, table_of
 
-from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
+from edgeprune.plan.net_model import fit, kernel_model, measure_nets
 from edgeprune.progress import Silent
 from edgeprune.records.budget import parse_budget
 
@@ -27,10 +27,8 @@ def removable_basis(clock: Clock) -> Basis:
     """A basis in which group ``a`` may go as a whole, and by its own cost should."""
     file, table = RemovableNet(), table_of(clock)
     table = table.model_copy(update={"grids": {**table.grids, "a": (0, *table.grids["a"])}})
-    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = planning.fit(
-        planning.kernel_model(file, table, FULL), nets, table.kernels_measured
-    )
+    nets = measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = fit(kernel_model(file, table, FULL), nets, table.kernels_measured)
     basis = basis_of(table, nets, model, quality)
     return replace(basis, curves={**basis.curves, "a": np.minimum(basis.curves["a"], 1e-3)})
 
@@ -81,8 +79,8 @@ def test_a_short_healing_has_the_last_word_on_removed_blocks(heals_worse_without
 def test_where_no_block_can_go_nothing_is_healed_to_choose():
     clock, file = Clock(), Net()
     table = table_of(clock)
-    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = planning.fit(planning.kernel_model(file, table, FULL), nets, 1)
+    nets = measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = fit(kernel_model(file, table, FULL), nets, 1)
 
     def trial(_: Mapping[str, tuple[int, ...]]) -> float:
         raise AssertionError("a trial is not free")

@@ -11,9 +11,10 @@ import pytest
 from test_planning import FULL, Clock, Net, basis_of, table_of
 
 from edgeprune.errors import BudgetError
-from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
+from edgeprune.plan.candidates import MEASURED, widened
+from edgeprune.plan.net_model import fit, kernel_model, measure_nets
 from edgeprune.plan.solver import solve as search
 from edgeprune.progress import Silent
 from edgeprune.records.budget import parse_budget
@@ -25,8 +26,8 @@ def basis() -> Basis:
     """A basis whose costs say that nothing of group ``c`` is worth its time."""
     clock, file = Clock(noise_ratio=0.0), Net()
     table = table_of(clock)
-    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = planning.fit(planning.kernel_model(file, table, FULL), nets, 1)
+    nets = measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = fit(kernel_model(file, table, FULL), nets, 1)
     found = basis_of(table, nets, model, quality)
     return replace(found, curves={**found.curves, "c": found.curves["c"] * 1e-6})
 
@@ -88,7 +89,7 @@ def test_no_structure_is_repaired_twice_and_only_the_best_of_a_round_are_timed(b
         progress=Silent(),
     )
     timed = [tuple(sorted(c.widths.items())) for c in found.checks]
-    assert len(asked) == len(set(asked)) > guarantee.MEASURED
+    assert len(asked) == len(set(asked)) > MEASURED
     assert set(timed) <= set(asked)
     assert len(timed) < len(asked)
 
@@ -152,13 +153,13 @@ def test_a_leader_that_leaves_budget_unused_is_widened(basis):
     narrow = replace(basis, loss=lambda kept: float(len(kept["c"])), curves=basis.curves)
     limit_ms = 0.7 * basis.nets.dense_ms
     lead = _checked({"a": 16, "b": 16, "c": min(basis.model.grids["c"])}, 0.5 * limit_ms, 0.0)
-    (found,) = guarantee._widened(narrow, lead, limit_ms, 0.69 * basis.nets.dense_ms)
+    (found,) = widened(narrow, lead, limit_ms, 0.69 * basis.nets.dense_ms)
     assert all(found.widths[n] >= w for n, w in lead.widths.items())
     assert lead.measured_ms < found.predicted_ms <= 0.69 * basis.nets.dense_ms
     full = lead.model_copy(update={"measured_ms": 0.98 * limit_ms})
-    assert guarantee._widened(narrow, full, limit_ms, limit_ms) == []
-    assert guarantee._widened(narrow, None, limit_ms, limit_ms) == []
-    assert guarantee._widened(narrow, lead, limit_ms, 0.0) == []  # nothing wider is fast enough
+    assert widened(narrow, full, limit_ms, limit_ms) == []
+    assert widened(narrow, None, limit_ms, limit_ms) == []
+    assert widened(narrow, lead, limit_ms, 0.0) == []  # nothing wider is fast enough
 
 
 def test_a_structure_that_contains_another_goes_before_it():

@@ -13,15 +13,13 @@ import pytest
 from edgeprune.errors import SpecError
 from edgeprune.plan.latency import call_overhead as calls
 from edgeprune.plan.latency import weight_traffic as traffic
+from edgeprune.plan.latency.correct import TimedNet, correct, evaluate
 from edgeprune.plan.latency.model import (
     Factor,
     LatencyModel,
-    TimedNet,
     admissible_grids,
     build_model,
-    correct,
     dense_net,
-    evaluate,
     restrict,
     sample_nets,
     smallest_net,

@@ -21,9 +21,9 @@ from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.pipeline import api
 from edgeprune.pipeline import run as pipeline
 from edgeprune.pipeline.options import Options, check_names, chosen_scope
-from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
+from edgeprune.plan.net_model import fit, kernel_model, measure_nets
 from edgeprune.plan.solver.solve import Problem, alternatives, fastest, pareto, solve
 from edgeprune.progress import Silent
 from edgeprune.records.base import read_json
@@ -103,8 +103,8 @@ def test_the_front_is_of_structures_of_one_share_too() -> None:
 
 def local_basis(clock: Clock, file: Net | None = None) -> Basis:
     table = table_of(clock)
-    nets = planning.measure_nets(clock, file or Net(), table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = planning.fit(planning.kernel_model(Net(), table, FULL), nets, 1)
+    nets = measure_nets(clock, file or Net(), table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = fit(kernel_model(Net(), table, FULL), nets, 1)
     basis = basis_of(table, nets, model, quality)
     # Nothing of group ``c`` is worth its time: a solver that compares groups cuts it first.
     return replace(basis, curves={**basis.curves, "c": basis.curves["c"] * 1e-6})

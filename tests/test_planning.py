@@ -16,12 +16,13 @@ from edgeprune.compress.groups.find import ChannelGroup
 from edgeprune.devices.timing.decide import Decision
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.formats import Kernel
-from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.latency.kernel_times import KernelKey
 from edgeprune.plan.latency.model import LatencyModel
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable
+from edgeprune.plan.net_model import check_budget, fit, kernel_model, measure_nets
+from edgeprune.plan.table import UNKNOWN_NS, measure_table
 from edgeprune.progress import Progress, Silent
 from edgeprune.records.budget import parse_budget
 from edgeprune.records.measurement import Block, Measurement, Telemetry
@@ -150,7 +151,7 @@ def groups() -> tuple[ChannelGroup, ...]:
 
 
 def table_of(clock: Clock) -> MeasuredTable:
-    return planning.measure_table(
+    return measure_table(
         clock,  # type: ignore[arg-type]
         Net(),
         groups(),
@@ -174,12 +175,10 @@ def basis_of(
 def planned(clock: Clock, budget: str, *, table: MeasuredTable | None = None) -> PlanResult:
     """All that happens before training, for a cost of each channel that grows as the group narrows."""
     file, table = Net(), table or table_of(clock)
-    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    nets = measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
     wanted = parse_budget(budget)
-    planning.check_budget(wanted, nets)
-    model, quality = planning.fit(
-        planning.kernel_model(file, table, FULL), nets, table.kernels_measured
-    )
+    check_budget(wanted, nets)
+    model, quality = fit(kernel_model(file, table, FULL), nets, table.kernels_measured)
     return guarantee.make_plan(
         clock,  # type: ignore[arg-type]
         file,
@@ -230,8 +229,8 @@ def test_a_model_that_is_wrong_about_whole_nets_is_corrected_until_the_measured_
 def test_a_plan_for_a_net_that_was_cut_before_takes_no_channel_back():
     clock, file = Clock(), Net()
     table = table_of(clock)
-    nets = planning.measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = planning.fit(planning.kernel_model(file, table, FULL), nets, 1)
+    nets = measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = fit(kernel_model(file, table, FULL), nets, 1)
     present = {"a": 48, "b": 64, "c": 128}
     whole = basis_of(table, nets, model, quality)
     curves = {
@@ -268,8 +267,8 @@ def test_a_group_on_both_sides_of_one_kernel_is_timed_at_one_width_on_both():
 def test_without_noise_the_model_predicts_every_net_exactly():
     clock = Clock(noise_ratio=0)
     table = table_of(clock)
-    nets = planning.measure_nets(clock, Net(), table.grids, seed=3)  # type: ignore[arg-type]
-    _, quality = planning.fit(planning.kernel_model(Net(), table, FULL), nets, 1)
+    nets = measure_nets(clock, Net(), table.grids, seed=3)  # type: ignore[arg-type]
+    _, quality = fit(kernel_model(Net(), table, FULL), nets, 1)
     assert quality.worst_error_ratio < 0.01
     assert (quality.nets_fitted, quality.nets_held_out) == (10, 4)
 
@@ -303,7 +302,7 @@ def test_kernels_are_never_timed_twice():
 
 
 def table_with(clock: Clock, known: dict[KernelKey, float]) -> MeasuredTable:
-    return planning.measure_table(
+    return measure_table(
         clock,  # type: ignore[arg-type]
         Net(), groups(), fingerprint_key="clock", format_name="onnx", progress=Silent(), known=known,
     )  # fmt: skip
@@ -333,7 +332,7 @@ def test_only_real_times_become_known():
     known: dict[KernelKey, float] = {}
     table_with(Clock(broken=frozenset({2})), known)
     assert known
-    assert all(ns > planning.UNKNOWN_NS for ns in known.values())
+    assert all(ns > UNKNOWN_NS for ns in known.values())
     assert not any(signature == "sig2" for signature, _ in known)
 
 
@@ -370,8 +369,8 @@ def test_the_result_says_what_else_was_possible():
 def given_plan_of(clock: Clock, budget: str, widths: dict[str, int]) -> PlanResult:
     """A plan that somebody wrote."""
     table = table_of(clock)
-    nets = planning.measure_nets(clock, Net(), table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = planning.fit(planning.kernel_model(Net(), table, FULL), nets, 1)
+    nets = measure_nets(clock, Net(), table.grids, seed=0)  # type: ignore[arg-type]
+    model, quality = fit(kernel_model(Net(), table, FULL), nets, 1)
     return guarantee.given_plan(
         clock,  # type: ignore[arg-type]
         Net(), basis_of(table, nets, model, quality), widths,
@@ -417,22 +416,22 @@ def test_the_same_measurements_give_the_same_plan():
 
 def test_a_budget_below_the_fastest_net_says_what_the_fastest_is():
     clock = Clock()
-    nets = planning.measure_nets(clock, Net(), table_of(clock).grids, seed=0)  # type: ignore[arg-type]
+    nets = measure_nets(clock, Net(), table_of(clock).grids, seed=0)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="below the fastest admissible latency") as caught:
-        planning.check_budget(parse_budget("1%"), nets)
+        check_budget(parse_budget("1%"), nets)
     assert f"{min(nets.ms):.4g} ms" in caught.value.message
     share = math.ceil(min(nets.ms) / nets.dense_ms * 100) + 1
     assert caught.value.hint == f"ask for at least {share}%"
-    planning.check_budget(parse_budget(f"{share}%"), nets)  # the hint holds
+    check_budget(parse_budget(f"{share}%"), nets)  # the hint holds
 
 
 def test_a_budget_that_only_the_noise_reaches_is_refused_with_the_fastest_measured():
     clock = Clock(noise_ratio=0)
     table = table_of(clock)
-    nets = planning.measure_nets(clock, Net(), table.grids, seed=0)  # type: ignore[arg-type]
+    nets = measure_nets(clock, Net(), table.grids, seed=0)  # type: ignore[arg-type]
     edge = min(nets.ms) / nets.dense_ms * 100
     slow = Clock(noise_ratio=0, hidden_ns=0.05 * net_ns({}))
-    model, quality = planning.fit(planning.kernel_model(Net(), table, FULL), nets, 1)
+    model, quality = fit(kernel_model(Net(), table, FULL), nets, 1)
     with pytest.raises(BudgetError, match=r"no structure was measured within .* the fastest took"):
         guarantee.make_plan(
             slow,  # type: ignore[arg-type]
@@ -452,7 +451,7 @@ def test_a_budget_passes_exactly_when_some_measured_net_meets_it(dense, shares, 
     nets = MeasuredNets(dense_ms=dense, widths=({},) * len(ms), ms=ms)
     budget = parse_budget(f"{percent}%")
     if min(ms) <= budget.limit_ms(dense):
-        planning.check_budget(budget, nets)
+        check_budget(budget, nets)
     else:
         with pytest.raises(BudgetError):
-            planning.check_budget(budget, nets)
+            check_budget(budget, nets)

@@ -38,8 +38,9 @@ from edgeprune.devices.timing.companions import (
 from edgeprune.devices.timing.pool import Pool, open_pool
 from edgeprune.errors import DeviceError, LinkLost, Unreliable
 from edgeprune.pipeline.stages.finish import boards_note
-from edgeprune.plan.bench import MeasuredTable, Stand
+from edgeprune.plan.bench import Stand
 from edgeprune.plan.latency.table import LatencyTable
+from edgeprune.plan.measured import MeasuredTable
 from edgeprune.progress import Bar, Silent
 from edgeprune.records.device import Device
 from edgeprune.records.measurement import Fingerprint

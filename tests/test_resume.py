@@ -16,7 +16,8 @@ import tinynet
 from sshd import wait_until_gone
 
 from edgeprune.pipeline.run_folder import RunFolder
-from edgeprune.plan import bench as planning
+from edgeprune.pipeline.stages import kernels
+from edgeprune.plan.table import measure_table
 from edgeprune.progress import Silent
 from edgeprune.records.base import read_json
 from edgeprune.records.files import sha256_file
@@ -129,7 +130,7 @@ def test_kernel_times_that_are_taken_anew_take_the_nets_and_costs_of_their_own_w
 ):
     kept = tuple(name for name in before("plan") if name != "kernels")
     home = project_with(deployed, tmp_path / "again", kept)
-    measure = planning.measure_table
+    measure = measure_table
 
     def with_fewer_widths(*args: Any, **named: Any) -> Any:
         table = measure(*args, **named)
@@ -137,7 +138,7 @@ def test_kernel_times_that_are_taken_anew_take_the_nets_and_costs_of_their_own_w
         assert fewer != table.grids
         return table.model_copy(update={"grids": fewer})
 
-    monkeypatch.setattr(planning, "measure_table", with_fewer_widths)
+    monkeypatch.setattr(kernels, "measure_table", with_fewer_widths)
     done = tinynet.edgeprune_here(home, *COMMAND, "--dry-run")
     assert done.returncode == 0, done.stderr
     for name in ("nets", "importance"):  # those of the earlier widths lie beside them

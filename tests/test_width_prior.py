@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from test_planning import FULL, Clock, Net, groups, table_of
 
-from edgeprune.plan import bench as planning
+from edgeprune.plan.table import measure_table, prior_steps
 from edgeprune.progress import Silent
 from edgeprune.records.target import ChannelSteps
 
@@ -20,14 +20,14 @@ def steps(conv: int, depthwise: int, linear: int) -> ChannelSteps:
 
 def test_on_a_stand_in_widths_are_multiples_of_the_profile_of_the_board_that_counts():
     free = table_of(Clock(noise_ratio=0)).grids
-    table = planning.measure_table(
+    table = measure_table(
         Clock(noise_ratio=0),  # type: ignore[arg-type]
         Net(),
         groups(),
         fingerprint_key="clock",
         format_name="onnx",
         progress=Silent(),
-        prior=planning.prior_steps(Net(), steps(32, 1, 1)),
+        prior=prior_steps(Net(), steps(32, 1, 1)),
     )
     for group, grid in table.grids.items():
         assert grid[-1] == FULL[group]
@@ -51,9 +51,7 @@ def test_the_step_of_a_group_is_that_of_the_kernels_it_touches(op, roles, step):
     file.kernels = (
         replace(Net.kernels[1], op=op, roles=roles, variables=("a", "b")[: len(roles)]),
     )
-    assert planning.prior_steps(file, steps(8, 16, 4)) == dict.fromkeys(
-        ("a", "b")[: len(roles)], step
-    )
+    assert prior_steps(file, steps(8, 16, 4)) == dict.fromkeys(("a", "b")[: len(roles)], step)
 
 
 def test_a_group_of_several_kernels_gets_a_step_that_is_whole_in_the_tiles_of_all():
@@ -61,4 +59,4 @@ def test_a_group_of_several_kernels_gets_a_step_that_is_whole_in_the_tiles_of_al
     depthwise = replace(Net.kernels[0], op="DEPTHWISE_CONV_2D", roles=("both",), variables=("a",))
     linear = replace(Net.kernels[0], op="Gemm", roles=("in",), variables=("a",))
     file.kernels = (depthwise, linear)
-    assert planning.prior_steps(file, steps(1, 16, 12)) == {"a": 48}
+    assert prior_steps(file, steps(1, 16, 12)) == {"a": 48}

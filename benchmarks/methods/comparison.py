@@ -15,11 +15,11 @@ from edgeprune.formats import Kernel
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.stages import measure as stages
 from edgeprune.pipeline.stages.finish import Prepared
-from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.latency.model import LatencyModel
 from edgeprune.plan.measured import ScoresResult
+from edgeprune.plan.net_model import fit, kernel_model
 from edgeprune.plan.solver import solve as search
 from edgeprune.plan.solver.solve import Problem
 from edgeprune.records.base import read_json
@@ -58,8 +58,8 @@ class Comparison:
         self.example = torch.from_numpy(context.example)
         self.cutter = Cutter(context.model, context.groups[0], self.example)
         measured = ready.table.result
-        raw = planning.kernel_model(ready.file, measured, context.full)
-        corrected, quality = planning.fit(raw, ready.nets.result, measured.kernels_measured)
+        raw = kernel_model(ready.file, measured, context.full)
+        corrected, quality = fit(raw, ready.nets.result, measured.kernels_measured)
         self.raw, self.quality = raw, quality
         self.scores = self._scores(context.job.importance)
         self.basis = self._basis(self.scores, corrected, quality)
@@ -188,7 +188,7 @@ class Comparison:
         whole = self.ready.file
         file = SimpleNamespace(kernels=(kernel,), blocks=whole.blocks, kernel=whole.kernel)
         measured, full = self.ready.table.result, self.context.full
-        alone = without_removal(planning.kernel_model(file, measured, full))  # type: ignore[arg-type]
+        alone = without_removal(kernel_model(file, measured, full))  # type: ignore[arg-type]
         return dataclasses.replace(
             alone, scale=model.scale, class_scales=model.class_scales, bend_per_ms=model.bend_per_ms
         )

@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from edgeprune.compress.groups.find import ChannelGroup
-from edgeprune.compress.scores.importance import kept_channels
 from edgeprune.devices.timing.measure import compare
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Resizable
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.bench import Stand
+from edgeprune.plan.candidates import (
+    CLOSE_ENOUGH,
+    Structure,
+    promising,
+    solutions,
+    structure_of,
+    untried,
+    widened,
+)
 from edgeprune.plan.certainty import PLAN_SHARE, Confirmation, Limit
-from edgeprune.plan.latency.model import LatencyModel, correct
+from edgeprune.plan.latency.correct import correct
+from edgeprune.plan.latency.model import LatencyModel
+from edgeprune.plan.result import plan_result, pruning_plan
 from edgeprune.plan.solver import solve as search
-from edgeprune.plan.solver.solve import Problem, Solution
+from edgeprune.plan.solver.solve import Solution
 from edgeprune.progress import Progress
 from edgeprune.records.budget import Budget
 from edgeprune.records.plan import (
-    SHARES,
-    GroupCurve,
-    GroupPlan,
-    ParetoPoint,
     PlanCheck,
     PlanResult,
-    PruningPlan,
-    WidthChoice,
     check_widths,
 )
 
 CHECK_ROUNDS = 6
 TWO_SIDED = 0.90  # so that the upper end of an interval is an upper bound of 95 %
-BLOCK_REMOVED = "block removed"
-CLOSE_ENOUGH = 0.97  # stop when the measured latency uses this much of the budget
-# How many times its own cost the removal of a block is charged in further structures to measure: removals add up to more than their sum.
-REMOVAL_CHARGES = (3.0, math.inf)
-# How many times the sum of costs the unevenness of the cuts weighs in further structures to measure, see `search.evened`.
-EVENNESS = (10.0, 40.0, 1e4)
 # Another kind of structure is waited for while it loses at most this many times what the best loses; more budget saves it less than that.
 RIVAL = 1.25
-MEASURED = 3  # structures of a round that are timed: those that lose least after their repair
 FINALISTS = 3  # healed for a while, to choose between structures with and without removed blocks
-Structure = tuple[
-    tuple[str, int], ...
-]  # widths by group, sorted: what a dictionary can be asked for
 
 
 def make_plan(
@@ -75,12 +68,12 @@ def make_plan(
     confirm, chosen = Confirmation(stand, file, limit, progress), None
     with progress.bar("checking structures on the device", CHECK_ROUNDS) as bar:
         for number in range(CHECK_ROUNDS):
-            tried = {_structure(c.widths) for c in checks}
-            wider = _untried(_widened(basis, _best(checks), limit_ms, aim_ms), tried)
-            others = _untried(
-                _options(basis, aim_ms), tried | {_structure(s.widths) for s in wider}
+            tried = {structure_of(c.widths) for c in checks}
+            wider = untried(widened(basis, _best(checks), limit_ms, aim_ms), tried)
+            others = untried(
+                solutions(basis, aim_ms), tried | {structure_of(s.widths) for s in wider}
             )
-            options, losses = _promising(basis, [*wider, *others], known, always=len(wider))
+            options, losses = promising(basis, [*wider, *others], known, always=len(wider))
             found = _check(stand, file, options, limit, f"check-{number}")
             found = [
                 c.model_copy(update={"loss_nats": n}) for c, n in zip(found, losses, strict=True)
@@ -104,7 +97,7 @@ def make_plan(
         chosen = confirm.sure(_best(checks), checks)
     if chosen is None:
         chosen = confirm.nearest(checks) or _smallest_if_it_fits(stand, file, basis, checks, limit)
-    return _result(_plan(chosen, basis, stand, limit_ms), checks, basis)
+    return plan_result(pruning_plan(chosen, basis, stand, limit_ms), checks, basis)
 
 
 def given_plan(
@@ -134,7 +127,7 @@ def given_plan(
         progress.say(
             f"      note: the given plan was measured at {checks[0].measured_ms:.4g} ms, and the budget is {limit_ms:.4g} ms"
         )
-    return _result(_plan(checks[0], basis, stand, limit_ms), checks, basis)
+    return plan_result(pruning_plan(checks[0], basis, stand, limit_ms), checks, basis)
 
 
 def check_given(widths: Mapping[str, int], groups: Sequence[ChannelGroup]) -> None:
@@ -149,116 +142,6 @@ def check_given(widths: Mapping[str, int], groups: Sequence[ChannelGroup]) -> No
     check_widths({**full, **widths}, possible, tuple(together))
 
 
-def _result(plan: PruningPlan, checks: Sequence[PlanCheck], basis: Basis) -> PlanResult:
-    """The plan with what else was possible."""
-    problem = basis.problem()
-    front = search.pareto(problem)
-    found = {(s.predicted_ms, s.cost_nats): s for s in front}
-    for share in SHARES:  # the front is a hull: the best within a budget may lie above it
-        with contextlib.suppress(BudgetError):
-            best = search.solve(problem, share * plan.dense_ms)
-            found.setdefault((best.predicted_ms, best.cost_nats), best)
-    return PlanResult(
-        plan=plan,
-        checks=tuple(checks),
-        quality=basis.quality,
-        pareto=tuple((s.predicted_ms, s.cost_nats) for s in front),
-        points=tuple(
-            ParetoPoint(predicted_ms=s.predicted_ms, cost_nats=s.cost_nats, widths=s.widths)
-            for _, s in sorted(found.items(), key=lambda e: e[0])
-        ),
-        curves=tuple(_curve(group, basis) for group in basis.groups),
-    )
-
-
-def _curve(group: ChannelGroup, basis: Basis) -> GroupCurve:
-    """Each width of a group; width 0 is that of its whole block."""
-    dense_ms = basis.model.predict({})
-    choices = [basis.without(group, width) for width in basis.model.grids[group.name]]
-    return GroupCurve(
-        group=group.name,
-        channels=group.channels,
-        choices=tuple(
-            WidthChoice(
-                width=widths[group.name],
-                saved_ms=max(0.0, dense_ms - basis.model.predict(widths)),
-                cost_nats=sum(basis.cost_nats(name, width) for name, width in widths.items()),
-            )
-            for widths in choices
-        ),
-    )
-
-
-def _structure(widths: Mapping[str, int]) -> Structure:
-    return tuple(sorted(widths.items()))
-
-
-def _options(basis: Basis, limit_ms: float) -> tuple[Solution, ...]:
-    """The best solution and two that differ from it, or the fastest one if the model sees nothing under the limit.
-
-    Also those that cut more evenly, where real losses can tell which is better; and where blocks go, the best ones with fewer removals and
-    with none, if there are such.
-    """
-    try:
-        found = search.alternatives(basis.problem(), limit_ms, count=3, min_changes=3)
-    except BudgetError:
-        return (search.fastest(basis.problem()),)
-    if basis.scope == "local":
-        return found
-    problems: list[Problem] = []
-    if not all(all(s.widths.values()) for s in found):
-        problems += [basis.problem(removal_charge=charge) for charge in REMOVAL_CHARGES]
-    if basis.loss is not None:
-        with contextlib.suppress(BudgetError):
-            whole = basis.problem(removal_charge=math.inf)
-            problems += search.evened(whole, EVENNESS, limit_ms)
-    options = list(found)
-    for problem in problems:
-        with contextlib.suppress(BudgetError):
-            other = search.solve(problem, limit_ms)
-            cost = sum(basis.cost_nats(n, w) for n, w in other.widths.items())
-            if all(other.widths != s.widths for s in options):
-                options.append(replace(other, cost_nats=cost))
-    return tuple(options)
-
-
-def _untried(options: Sequence[Solution], tried: Collection[Structure]) -> list[Solution]:
-    return [s for s in options if _structure(s.widths) not in tried]
-
-
-def _widened(
-    basis: Basis, best: PlanCheck | None, limit_ms: float, aim_ms: float
-) -> list[Solution]:
-    """The best structure that contains the one that leads, where that one leaves budget unused: it gets what still fits."""
-    if best is None or best.measured_ms >= CLOSE_ENOUGH * limit_ms or basis.scope == "local":
-        return []
-    least = {n: max(w, best.widths[n]) for n, w in {**best.widths, **basis.at_least}.items()}
-    with contextlib.suppress(BudgetError):
-        return [search.solve(replace(basis, at_least=least).problem(), aim_ms)]
-    return []
-
-
-def _promising(
-    basis: Basis, options: Sequence[Solution], known: dict[Structure, float], *, always: int = 0
-) -> tuple[list[Solution], list[float | None]]:
-    """The structures that are worth the device's time, with what they lose after the repair.
-
-    Those are the first ``always``, the best :data:`MEASURED` of a round, and the best with each number of removed blocks. What a
-    structure loses is put into ``known``, since the next round may ask for one again that was not timed.
-    """
-    if basis.loss is None:
-        return list(options), [None] * len(options)
-    for option in options:
-        if _structure(option.widths) not in known:
-            known[_structure(option.widths)] = basis.loss(basis.kept(option.widths))
-    losses = [known[_structure(s.widths)] for s in options]
-    order = sorted(range(len(options)), key=lambda i: (losses[i], i))
-    removed = [basis.blocks_removed(options[i].widths) for i in order]
-    kinds = {i for n, i in enumerate(order) if removed.index(removed[n]) == n}
-    chosen = [i for n, i in enumerate(order) if n < MEASURED or i in kinds or i < always]
-    return [options[i] for i in chosen], [losses[i] for i in chosen]
-
-
 def _with_trials(basis: Basis, checks: list[PlanCheck], progress: Progress) -> list[PlanCheck]:
     """The checks, the best with each number of removed blocks with what it loses after a short healing, where there are several."""
     fitting = sorted((c for c in checks if c.within_budget), key=_loss)
@@ -269,9 +152,9 @@ def _with_trials(basis: Basis, checks: list[PlanCheck], progress: Progress) -> l
     if basis.trial is None or len(finalists) < 2:
         return checks
     found = list(checks)
-    untried = [c for c in finalists if c.trial_nats is None]
-    with progress.bar("healing the best structures for a while", len(untried)) as bar:
-        for check in untried:
+    unhealed = [c for c in finalists if c.trial_nats is None]
+    with progress.bar("healing the best structures for a while", len(unhealed)) as bar:
+        for check in unhealed:
             nats = basis.trial(basis.kept(check.widths))
             found[found.index(check)] = check.model_copy(update={"trial_nats": nats})
             bar.advance(1)
@@ -376,37 +259,3 @@ def _smallest_if_it_fits(
             + (", or take --scope global" if basis.scope == "local" else ""),
         )
     return found[0]
-
-
-def _plan(chosen: PlanCheck, basis: Basis, stand: Stand, limit_ms: float) -> PruningPlan:
-    model = basis.model
-    predicted, full = model.predict(chosen.widths), {g.name: g.channels for g in basis.groups}
-    entries = []
-    for group in basis.groups:
-        width = chosen.widths[group.name]
-        # What the cut of this group saves, all other cuts being made; what a block saves counts once, with its first group.
-        whole = {n: full[n] for n in basis.without(group, width)}
-        is_counted = width or group.name == group.removed_with()[0]
-        back = model.predict({**chosen.widths, **whole}) - predicted if is_counted else 0.0
-        entries.append(
-            GroupPlan(
-                name=group.name,
-                channels=group.channels,
-                kept=kept_channels(basis.orders[group.name], width),
-                layers=group.block.layers if group.block and not width else group.layers(),
-                saved_ms_predicted=max(0.0, back),
-                cost_nats=basis.cost_nats(group.name, width),
-                note=group.kind if width else BLOCK_REMOVED,
-            )
-        )
-    return PruningPlan(
-        groups=tuple(entries),
-        frozen=tuple(basis.frozen),
-        precision=stand.precision,
-        importance=basis.importance,
-        scope=basis.scope,
-        limit_ms=limit_ms,
-        dense_ms=basis.nets.dense_ms,
-        predicted_ms=predicted,
-        predicted_cost_nats=chosen.cost_nats,
-    )

@@ -22,7 +22,7 @@ class Staircase(Record):
 
 
 class MeasuredTable(Record):
-    """The result of :func:`edgeprune.plan.bench.measure_table`: kernel times, and the widths of each group that pay.
+    """The result of :func:`edgeprune.plan.table.measure_table`: kernel times, and the widths of each group that pay.
 
     ``times`` are those of single kernels that ran, the oldest taken at ``times_created`` (UTC; older stages lack it). ``kernels_taken`` of
     ``kernels_measured`` were not timed now but by an earlier search on the same board. ``boards`` counts the kernels that each board has

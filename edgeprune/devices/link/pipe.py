@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 MAX_OUTPUT_BYTES = 256 * 1024 * 1024
-
-
 MAX_TAIL_BYTES = 16 * 1024
 
 

@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Iterator
 
 MAX_REASON = 300  # characters of one line of a toolchain
-
-
 MAX_LOG_BYTES = 64 * 1024
 
 

@@ -18,12 +18,13 @@ from edgeprune.pipeline.files.records import DenseFiles, DenseLatency, VariantFi
 from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.pipeline.stages import measure as stages
 from edgeprune.pipeline.stages.finish import Planned, Prepared, data_notes, versions
-from edgeprune.plan import bench as planning
 from edgeprune.plan import certainty, guarantee
 from edgeprune.plan.bench import Stand
 from edgeprune.plan.latency.kernel_times import KernelTimes, read_times, write_times
 from edgeprune.plan.latency.times_cache import SWITCH, TimesCache, now_text, open_cache
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
+from edgeprune.plan.net_model import check_budget, measure_nets
+from edgeprune.plan.table import measure_table, prior_steps
 from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.names import FormatName, Precision
 from edgeprune.records.plan import PlanResult
@@ -58,7 +59,7 @@ def prepare(context: Context, run: RunFolder) -> Prepared:
         # A table that was measured again, of a damaged run, may have other grids.
         {"kernels": table.digest, "grids": table.result.grids},
         MeasuredNets,
-        lambda _: planning.measure_nets(stand, file, table.result.grids, seed=context.job.seed),
+        lambda _: measure_nets(stand, file, table.result.grids, seed=context.job.seed),
     )
     return Prepared(dense, latency, stand, file, table, nets)
 
@@ -71,7 +72,7 @@ def plan_stages(context: Context, run: RunFolder) -> Planned:
         DeviceError, ModelError, FormatError: as :func:`prepare`.
     """
     ready = prepare(context, run)
-    planning.check_budget(context.job.budget, ready.nets.result)
+    check_budget(context.job.budget, ready.nets.result)
     scores = _scores(context, run, ready.table)
     plan = _plan(context, run, ready, scores)
     return Planned(**vars(ready), scores=scores, plan=plan)
@@ -218,7 +219,7 @@ def profile_steps(
     profile = context.job.profile
     if made_on.stamp != "stand-in" or precision not in profile.channel_steps:
         return None
-    found = planning.prior_steps(file, profile.channel_steps[precision])
+    found = prior_steps(file, profile.channel_steps[precision])
     return found if any(step > 1 for step in found.values()) else None
 
 
@@ -257,7 +258,7 @@ def _measured_table(
         job=f"kernels of {job.target.name} for the run {run.path.name}",
         say=lambda text: context.progress.say(f"      {text}"),
     ) as pool:
-        table = planning.measure_table(
+        table = measure_table(
             dataclasses.replace(stand, pool=pool),
             file,
             context.groups[0],

@@ -38,6 +38,7 @@ from edgeprune.plan import bench as planning
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
+from edgeprune.plan.net_model import fit, kernel_model
 from edgeprune.records.artifact import Artifact
 from edgeprune.records.files import write_bytes
 from edgeprune.records.measurement import SustainedRun
@@ -125,10 +126,8 @@ def plan_basis(
 ) -> Basis:
     """What a plan of the dense model is made from."""
     groups, frozen = context.groups
-    model = planning.kernel_model(file, measured, context.full)
-    model, fit_quality = planning.fit(
-        model, nets, measured.kernels_measured, measured.kernels_taken
-    )
+    model = kernel_model(file, measured, context.full)
+    model, fit_quality = fit(model, nets, measured.kernels_measured, measured.kernels_taken)
     arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
     loss = structure_loss(context, context.model, groups)
     return Basis(
