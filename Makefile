@@ -31,7 +31,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(BIN)/python -m pytest -q tests/house/test_architecture.py
 
 # Debian splits ensurepip off into python3-venv; where that is missing and we may install it, we do.
 $(BIN)/python:

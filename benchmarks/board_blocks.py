@@ -12,7 +12,7 @@ from edgeprune.records.base import Record
 from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.version import VERSION
 
-MATRIX = Path(__file__).parents[1] / "tests" / "test_failure_matrix.py"
+MATRIX = Path(__file__).parents[1] / "tests" / "devices" / "test_failure_matrix.py"
 
 
 class Recovery(Record):

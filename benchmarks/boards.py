@@ -20,7 +20,7 @@ import click
 import numpy as np
 
 REPO = Path(__file__).parents[1]
-sys.path[:0] = [str(REPO / "tests")]
+sys.path[:0] = [str(REPO / "tests" / "fixtures")]
 
 from board_blocks import BoardResults, Overhead, Recovery  # noqa: E402
 from faultproxy import FaultProxy  # noqa: E402

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).parents[1]
-sys.path[:0] = [str(REPO / "tests"), str(REPO / "tests" / "board")]
+sys.path[:0] = [str(REPO / "tests" / name) for name in ("fixtures", "emulated_board")]
 
 from build_board import board_folder  # noqa: E402
 from emulated_board import BARE_PYTHON, emulated_board  # noqa: E402

@@ -65,7 +65,7 @@ def rows_on_the_board(
     files: list[Int8File], progress: Progress, created: str
 ) -> Iterator[TargetRow]:
     """A row for each file in a format that the board has a runtime for, as soon as it is there: emulation takes minutes a file."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "board")]
+    sys.path[:0] = [str(TESTS / "fixtures"), str(TESTS / "emulated_board")]
     from emulated_board import PYTHONS, emulated_board
 
     with emulated_board() as device:

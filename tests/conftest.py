@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "board" if "/board/" in file else file
+            return "board" if "/emulated_board/" in file else file
 
     return ByFile(config, log)
 

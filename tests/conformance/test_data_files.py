@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from repo import REPO
 
 from edgeprune import formats
 from edgeprune.records import catalog
@@ -15,9 +16,8 @@ from edgeprune.records.budget import parse_budget, parse_drop
 from edgeprune.records.device import DeviceFile
 from edgeprune.records.target import Profile, Target
 
-ROOT = Path(__file__).parents[2]
-TARGETS = sorted((ROOT / "targets").iterdir())
-PROFILES = sorted((ROOT / "profiles").iterdir())
+TARGETS = sorted((REPO / "targets").iterdir())
+PROFILES = sorted((REPO / "profiles").iterdir())
 # A link, a file of a public repository, or a measurement of ours; plain "data sheet" cannot be looked up.
 CITATION = re.compile(
     r"https?://\S+|\b[\w.-]+/[\w.-]+ [\w./-]+\.\w+|measured by this project on \S+"
@@ -41,7 +41,7 @@ def test_there_is_a_target_for_each_supported_format():
 @pytest.mark.parametrize("path", TARGETS, ids=file_name)
 def test_every_target_loads_and_names_a_profile_that_knows_its_precisions(path):
     target = catalog.target(path)
-    profile = catalog.profile(ROOT / "profiles" / f"{target.profile}.yaml")
+    profile = catalog.profile(REPO / "profiles" / f"{target.profile}.yaml")
     assert set(target.precisions) <= set(profile.channel_steps)
     scheme = "static-int8-per-channel" if target.quantization.per_channel else "per-tensor"
     assert any(scheme in known for known in profile.int8_schemes)
@@ -88,7 +88,7 @@ def test_channel_steps_are_powers_of_two(path):
 
 
 def test_the_devices_file_of_the_checkout_is_safe_to_start_from():
-    devices = read_yaml(DeviceFile, ROOT / "devices.yaml").devices
+    devices = read_yaml(DeviceFile, REPO / "devices.yaml").devices
     assert set(devices) == {catalog.THIS_MACHINE}
     here = devices[catalog.THIS_MACHINE]
     assert here.transport == "local"
@@ -99,7 +99,7 @@ def test_the_devices_file_of_the_checkout_is_safe_to_start_from():
 
 
 def test_the_commented_devices_are_valid_when_uncommented(tmp_path):
-    lines = (ROOT / "devices.yaml").read_text().splitlines()
+    lines = (REPO / "devices.yaml").read_text().splitlines()
     entry = re.compile(r"^  # ( *[\w-]+:( .*)?)$")
     text = [f"  {m[1]}" if (m := entry.match(line)) else line for line in lines]
     path = tmp_path / "devices.yaml"
