@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# What tests share asserts, too, and is to say as much as they do where it fails.
+pytest.register_assert_rewrite(*(p.stem for p in Path(__file__).with_name("fixtures").glob("*.py")))
+
 # What edgeprune keeps on this machine, and the lock that it shares with everybody here, are not the tests' to touch. Fixtures of a module
 # start before those of a test, so this is done at once.
 _HOME = tempfile.mkdtemp(prefix="edgeprune-tests-")

@@ -12,18 +12,11 @@ from click.testing import CliRunner
 from walltime_blocks import SolverTime, WallTime, walltime_block
 
 from edgeprune.records.base import read_json
-from edgeprune.records.workload import Preprocess
-from edgeprune.workload.load import LoadedWorkload, from_objects
-
-
-def small() -> LoadedWorkload:
-    splits = {n: (x[..., None], y) for n, (x, y) in tinynet.arrays().items()}
-    return from_objects(tinynet.trained(), splits, preprocess=Preprocess(color="grey"))
 
 
 @pytest.mark.slow
 def test_every_second_of_a_search_is_in_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(walltime, "load", small)
+    monkeypatch.setattr(walltime, "load", tinynet.loaded)
     out = tmp_path / "walltime.json"
     asked = ["--target", "this-machine", "--latency", "80%", "--out", str(out)]
     done = CliRunner().invoke(walltime.main, asked, catch_exceptions=False)

@@ -10,8 +10,7 @@ from pathlib import Path
 import cpp_runtimes
 import numpy as np
 import pytest
-from bundle_fixture import LABELS, expected, facts, images, make_bundle
-from test_bundle_metadata import tflite_bundle
+from bundle_fixture import LABELS, expected, facts, images, make_bundle, tflite_bundle
 
 from edgeprune.bundle import write
 from edgeprune.bundle.golden import npy_bytes

@@ -9,12 +9,11 @@ import subprocess
 import jsonschema
 import pytest
 import yaml
-from bundle_fixture import facts, make_bundle
+from bundle_fixture import facts, make_bundle, tflite_bundle
 from click.testing import CliRunner
 from pydantic import ValidationError
 from repo import REPO
 from report_fixture import make_report
-from test_bundle_metadata import tflite_bundle
 
 from edgeprune.bundle.integrity import sums_text
 from edgeprune.bundle.manifest import Judged, Manifest, Quality, identity

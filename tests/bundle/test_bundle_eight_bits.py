@@ -11,9 +11,8 @@ import coreml_fixture
 import numpy as np
 import pytest
 import torch
+from bundle_checks import failed_level, level_checks, reseal, this_machine
 from bundle_fixture import PREPROCESS, facts, images, make_bundle, onnx_file
-from test_bundle_levels import _checks, _local
-from test_bundle_verify import _failure, _resealed
 from torch import nn
 
 from edgeprune import formats
@@ -82,36 +81,36 @@ def bundle(made: Made, artifact: Artifact, folder: Path, *float_layers: str) -> 
 
 
 def test_layers_in_float_on_purpose_are_in_neither_share(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "LOCAL", _local(tmp_path))
+    monkeypatch.setattr(verify, "LOCAL", this_machine(tmp_path))
     folder = bundle(made, made.mixed, tmp_path / "bundle", *FLOATS)
     report = verify.verify(folder)
     assert report.ok, report
-    operators = _checks(report, 3)["operators"]
+    operators = level_checks(report, 3)["operators"]
     assert "1 of 4 with weights compute in 8 bits" in operators.detail
     assert operators.detail.endswith("left in float on purpose: 0, 2, 4")
-    assert _checks(report, 4)["delegate"].status == "passed"
+    assert level_checks(report, 4)["delegate"].status == "passed"
     assert b"| left in float | 0, 2, 4 |" in (folder / "README.md").read_bytes()
 
 
 def test_the_same_file_fails_where_the_manifest_does_not_say_so(made, tmp_path):
-    failed = _failure(bundle(made, made.mixed, tmp_path / "bundle"))
+    failed = failed_level(bundle(made, made.mixed, tmp_path / "bundle"))
     assert failed.level == 3
     assert "at least 90% of its weights in 8 bits" in failed.detail
-    fewer = _failure(bundle(made, made.mixed, tmp_path / "fewer", *FLOATS[:2]))
+    fewer = failed_level(bundle(made, made.mixed, tmp_path / "fewer", *FLOATS[:2]))
     assert "beside the 2 that were left in float on purpose" in fewer.detail
 
 
 def test_what_the_manifest_says_of_its_layers_must_be_true(made, tmp_path):
-    absent = _failure(bundle(made, made.mixed, tmp_path / "absent", *FLOATS, "9"))
+    absent = failed_level(bundle(made, made.mixed, tmp_path / "absent", *FLOATS, "9"))
     assert "float_layers name '9'" in absent.detail
     assert "does not have" in absent.detail
-    eight = _failure(bundle(made, made.int8, tmp_path / "eight", "0"))
+    eight = failed_level(bundle(made, made.int8, tmp_path / "eight", "0"))
     assert "float_layers name '0', which computes in 8 bits" in eight.detail
 
 
 def test_float_layers_do_not_make_a_float_file_int8(made, tmp_path):
     artifact = made.fp32.model_copy(update={"precision": "int8"})
-    failed = _failure(bundle(made, artifact, tmp_path / "bundle", *FLOATS, "8"))
+    failed = failed_level(bundle(made, artifact, tmp_path / "bundle", *FLOATS, "8"))
     assert "stores 0%" in failed.detail
 
 
@@ -138,7 +137,7 @@ def test_an_old_manifest_without_float_layers_is_read(tmp_path):
     value = json.loads((folder / "manifest.json").read_bytes())
     assert value.pop("float_layers") == []
     (folder / "manifest.json").write_text(json.dumps(value))
-    _resealed(folder)
+    reseal(folder)
     assert verify.verify(folder).ok
 
 

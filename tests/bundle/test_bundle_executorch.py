@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundle_checks import failed_level, reseal
 from bundle_fixture import CHANNELS, CLASSES, PREPROCESS, SIDE, expected, facts, images, weights
-from test_bundle_verify import _failure, _resealed
 from torch import nn
 
 pytest.importorskip("executorch")
@@ -97,8 +97,8 @@ def test_a_manifest_that_counts_other_operators_than_the_program_fails(
     model = check_structure(folder).model
     counts = tamper(model.op_counts)
     assert counts != model.op_counts
-    _resealed(folder, model=model.model_copy(update={"op_counts": counts}).model_dump(mode="json"))
-    failed = _failure(folder)
+    reseal(folder, model=model.model_copy(update={"op_counts": counts}).model_dump(mode="json"))
+    failed = failed_level(folder)
     assert failed.level == 3
     assert re.fullmatch(detail, failed.detail)
 
@@ -107,8 +107,8 @@ def test_a_manifest_that_names_other_operators_of_the_runtime_fails(bundle, tmp_
     folder = tmp_path / "bundle"
     shutil.copytree(bundle, folder)
     model = check_structure(folder).model.model_copy(update={"operators": ("aten::mm.out",)})
-    _resealed(folder, model=model.model_dump(mode="json"))
-    failed = _failure(folder)
+    reseal(folder, model=model.model_dump(mode="json"))
+    failed = failed_level(folder)
     assert failed.level == 3
     assert failed.detail == (
         "the model needs the runtime's operators none, but the manifest names aten::mm.out"

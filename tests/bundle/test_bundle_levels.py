@@ -7,13 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundle_fixture import expected, facts, images, make_bundle, onnx_file, tflite_file
-from test_bundle_metadata import tflite_bundle
-from test_bundle_verify import _failure, _resealed
+from bundle_checks import failed_level, level_checks, reseal, this_machine
+from bundle_fixture import (
+    expected,
+    facts,
+    images,
+    make_bundle,
+    onnx_file,
+    tflite_bundle,
+    tflite_file,
+)
 
 from edgeprune.bundle import device_check as behaviour
 from edgeprune.bundle import verify
-from edgeprune.bundle.device_check import Check
 from edgeprune.bundle.golden import judge
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.bundle.verify import require_ok
@@ -24,23 +30,6 @@ from edgeprune.errors import BudgetError, IntegrityError
 from edgeprune.formats import load as load_format
 from edgeprune.formats.inside.anatomy import anatomy
 from edgeprune.records.base import read_json
-from edgeprune.records.device import Device
-
-
-def _local(tmp_path: Path, *, stand_in: bool = True) -> Device:
-    """This machine, with a lock of its own: other work on it must not decide what these tests see."""
-    return Device(
-        transport="local", targets=("rpi4",), stand_in=stand_in, lease_file=str(tmp_path / "lease")
-    )
-
-
-def _checks(report: verify.VerifyReport, level: int) -> dict[str, Check]:
-    return {
-        check.name: check
-        for found in report.levels
-        if found.level == level
-        for check in found.checks
-    }
 
 
 @pytest.mark.parametrize("form", ["onnx", "tflite"])
@@ -89,8 +78,8 @@ def test_int8_weights_behind_float_activations_are_not_int8(tmp_path):
     del model.graph.node[:]
     model.graph.node.extend([flat, *nodes, gemm])
     save(model, folder / "models/model.int8.onnx")
-    _resealed(folder)
-    failed = _failure(folder)
+    reseal(folder)
+    failed = failed_level(folder)
     assert failed.level == 3
     assert "at least 90% of its layers in 8 bits, but 0 of 1 do" in failed.detail
 
@@ -100,7 +89,7 @@ def test_another_graph_than_the_manifest_lists_fails(tmp_path):
         update={"op_counts": {"Gemm": 2, "Flatten": 1}}
     )
     payload = Payload(artifact, tmp_path / "m.onnx", images(), expected(images()))
-    failed = _failure(write_bundle(tmp_path / "bundle", facts(), payload))
+    failed = failed_level(write_bundle(tmp_path / "bundle", facts(), payload))
     assert (failed.level, failed.detail) == (3, "the model must have 2 Gemm, but has 1")
 
 
@@ -126,9 +115,9 @@ def test_the_golden_check_fails_when_classes_change_within_the_tolerance(tmp_pat
 
 
 def test_xnnpack_tells_how_much_it_took(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "LOCAL", _local(tmp_path))
+    monkeypatch.setattr(verify, "LOCAL", this_machine(tmp_path))
     report = verify.verify(tflite_bundle(tmp_path))
-    delegate = _checks(report, 4)["delegate"]
+    delegate = level_checks(report, 4)["delegate"]
     assert (delegate.status, delegate.detail) == ("passed", "XNNPACK took 1 of 1 operators")
 
 
@@ -190,34 +179,34 @@ def test_the_share_of_xnnpack_in_a_pte_is_that_of_the_manifest(tmp_path, counts,
 def test_the_built_in_kernels_are_no_delegate(tmp_path):
     tflite_file(tmp_path / "m.tflite")
     content = (tmp_path / "m.tflite").read_bytes()
-    with open_board("here", _local(tmp_path)) as board:
+    with open_board("here", this_machine(tmp_path)) as board:
         fast = board.load("a", content, runtime="litert", threads=1)
         slow = board.load("b", content, runtime="litert", threads=1, delegate=False)
     assert (fast.delegated, slow.delegated) == ((1, 1), (0, 1))
 
 
 def test_onnxruntime_tells_its_provider_and_how_much_is_8_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "LOCAL", _local(tmp_path))
+    monkeypatch.setattr(verify, "LOCAL", this_machine(tmp_path))
     report = verify.verify(make_bundle(tmp_path / "bundle", eight_bit=True))
-    delegate = _checks(report, 4)["delegate"]
+    delegate = level_checks(report, 4)["delegate"]
     assert delegate.status == "passed", delegate
     assert "on CPUExecutionProvider" in delegate.detail
     assert "1 compute in 8 bits, 0 that could do not" in delegate.detail
 
 
 def test_a_machine_that_another_program_measures_on_is_not_disturbed(tmp_path, monkeypatch):
-    local = _local(tmp_path)
+    local = this_machine(tmp_path)
     monkeypatch.setattr(verify, "LOCAL", local)
     folder = make_bundle(tmp_path / "bundle")
     with open_board("held", local):
         report = verify.verify(folder)
     assert report.ok
-    assert _checks(report, 4)["delegate"].status == "not-run"
+    assert level_checks(report, 4)["delegate"].status == "not-run"
 
 
 @pytest.mark.parametrize("key", ["operators", "metadata", "tensors"])
 def test_level_3_names_each_thing_that_it_compared(tmp_path, key):
-    assert _checks(verify.verify(make_bundle(tmp_path / "bundle")), 3)[key].status == "passed"
+    assert level_checks(verify.verify(make_bundle(tmp_path / "bundle")), 3)[key].status == "passed"
 
 
 def _timed(
@@ -225,7 +214,7 @@ def _timed(
 ) -> verify.VerifyReport:
     latency = facts().latency.model_copy(update={"limit_ms": limit_ms, "median_ms": median_ms})
     folder = make_bundle(tmp_path / f"b{limit_ms}", latency=latency)
-    return verify.verify(folder, devices=[("desk", _local(tmp_path, stand_in=stand_in))])
+    return verify.verify(folder, devices=[("desk", this_machine(tmp_path, stand_in=stand_in))])
 
 
 def test_latency_on_a_device_is_judged_against_the_budget_and_the_manifest(tmp_path, monkeypatch):
@@ -233,7 +222,9 @@ def test_latency_on_a_device_is_judged_against_the_budget_and_the_manifest(tmp_p
     monkeypatch.setattr(behaviour, "_PLAN", quick)
     fine = _timed(tmp_path, 1000.0, 500.0, stand_in=False)
     assert fine.ok, fine
-    assert _checks(fine, 5)["latency"].detail.endswith("the manifest says 500, the budget 1000)")
+    assert level_checks(fine, 5)["latency"].detail.endswith(
+        "the manifest says 500, the budget 1000)"
+    )
     slow = _timed(tmp_path, 1e-6, 1e-6, stand_in=False)
     assert not slow.ok
     assert slow.levels[5].detail.startswith("latency: median ")
@@ -244,7 +235,7 @@ def test_latency_on_a_device_is_judged_against_the_budget_and_the_manifest(tmp_p
 def test_the_time_of_a_stand_in_is_not_judged(tmp_path):
     report = _timed(tmp_path, 1e-6, 1e-6, stand_in=True)
     assert report.ok
-    latency = _checks(report, 5)["latency"]
+    latency = level_checks(report, 5)["latency"]
     assert latency.status == "not-run"
     assert "stand-in" in latency.detail
 

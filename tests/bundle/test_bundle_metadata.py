@@ -10,13 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundle_fixture import LABELS, expected, facts, images, make_bundle, onnx_file, tflite_file
-from test_bundle_verify import _failure, _resealed
+from bundle_checks import failed_level, reseal
+from bundle_fixture import (
+    LABELS,
+    facts,
+    make_bundle,
+    onnx_file,
+    tflite_bundle,
+    tflite_file,
+)
 
 from edgeprune.bundle.integrity import labels_text
 from edgeprune.bundle.manifest import Manifest, identity
 from edgeprune.bundle.verify import verify
-from edgeprune.bundle.write import Payload, model_texts, write_bundle
+from edgeprune.bundle.write import model_texts
 from edgeprune.errors import IntegrityError
 from edgeprune.formats.shared import metadata as _metadata
 from edgeprune.formats.shared import protobuf as _protobuf
@@ -38,14 +45,6 @@ def suffix(request: pytest.FixtureRequest) -> str:
 def source(suffix: str, tmp_path: Path) -> bytes:
     WRITERS[suffix](tmp_path / "model")
     return (tmp_path / "model").read_bytes()
-
-
-def tflite_bundle(tmp_path: Path) -> Path:
-    artifact = tflite_file(tmp_path / "m.tflite")
-    steps = np.rint(np.clip(expected(images()) / 0.25, -128, 127))
-    golden = (steps * 0.25).astype(np.float32)
-    payload = Payload(artifact, tmp_path / "m.tflite", images(), golden)
-    return write_bundle(tmp_path / "bundle", facts("litert"), payload)
 
 
 def test_texts_come_back_and_the_model_before_them_is_untouched(suffix, source):
@@ -108,8 +107,8 @@ def test_the_manifest_id_names_the_maker_and_the_measured_file_without_a_cycle(t
 
 def _with_texts(folder: Path, name: str, content: bytes) -> str:
     (folder / name).write_bytes(content)
-    _resealed(folder)
-    failed = _failure(folder)
+    reseal(folder)
+    failed = failed_level(folder)
     assert failed.level == 3
     return failed.detail
 
@@ -151,19 +150,19 @@ def test_a_model_that_is_not_the_measured_one_fails_even_with_the_right_texts(tm
 def test_a_manifest_cannot_hide_that_its_model_carries_texts_or_take_another_identity(tmp_path):
     folder = make_bundle(tmp_path / "bundle")
     found = read_json(Manifest, folder / "manifest.json")
-    _resealed(folder, embedded=[])
+    reseal(folder, embedded=[])
     said = "embedded must list the 6 texts inside the model, but lists "
-    assert _failure(folder).detail == f"{said}none"
+    assert failed_level(folder).detail == f"{said}none"
     own = found.model.sha256
-    _resealed(folder, source_sha256=own, manifest_id=identity(found.facts(), own))
-    assert "inside the model does not say" in _failure(folder).detail
+    reseal(folder, source_sha256=own, manifest_id=identity(found.facts(), own))
+    assert "inside the model does not say" in failed_level(folder).detail
     changes = {"source_sha256": found.source_sha256, "manifest_id": found.manifest_id}
-    _resealed(folder, embedded=["edgeprune.name", "edgeprune.size"], **changes)
-    assert _failure(folder).detail == f"{said}edgeprune.name, edgeprune.size"
-    _resealed(folder, embedded=["edgeprune.name"], manifest_id="0" * 64)
-    assert _failure(folder).detail == "manifest_id is not that of the manifest"
-    _resealed(folder, name="other-net")
-    assert _failure(folder).detail == "manifest_id is not that of the manifest"
+    reseal(folder, embedded=["edgeprune.name", "edgeprune.size"], **changes)
+    assert failed_level(folder).detail == f"{said}edgeprune.name, edgeprune.size"
+    reseal(folder, embedded=["edgeprune.name"], manifest_id="0" * 64)
+    assert failed_level(folder).detail == "manifest_id is not that of the manifest"
+    reseal(folder, name="other-net")
+    assert failed_level(folder).detail == "manifest_id is not that of the manifest"
 
 
 def test_a_bundle_without_texts_in_its_model_says_so(tmp_path, monkeypatch):
@@ -178,8 +177,8 @@ def test_a_bundle_without_texts_in_its_model_says_so(tmp_path, monkeypatch):
     (check,) = (c for c in report.levels[3].checks if c.name == "metadata")
     assert check.status == "not-run"
     other = identity(manifest.facts(), "1" * 64)
-    _resealed(folder, source_sha256="1" * 64, manifest_id=other)
-    assert "source_sha256 must be the model's own digest" in _failure(folder).detail
+    reseal(folder, source_sha256="1" * 64, manifest_id=other)
+    assert "source_sha256 must be the model's own digest" in failed_level(folder).detail
 
 
 def _zip(entries: list[tuple[zipfile.ZipInfo, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:

@@ -12,10 +12,9 @@ import numpy as np
 import onnx
 import pytest
 from ai_edge_litert import schema_py_generated as schema
-from bundle_fixture import make_bundle, tflite_file, weights
+from bundle_checks import failed_level, reseal
+from bundle_fixture import make_bundle, tflite_bundle, tflite_file, weights
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
-from test_bundle_metadata import tflite_bundle
-from test_bundle_verify import _failure, _resealed
 
 from edgeprune.bundle import outside
 from edgeprune.bundle.integrity import sums_text
@@ -67,9 +66,9 @@ def test_weights_in_another_file_are_refused_and_not_looked_for(
     model = onnx.load(folder / ONNX)
     _move_out(model, location)
     (folder / ONNX).write_bytes(model.SerializeToString())
-    _resealed(folder)
+    reseal(folder)
     monkeypatch.chdir(here)
-    failed = _failure(folder)
+    failed = failed_level(folder)
     assert failed.level == 3
     assert f"{ONNX} takes 'weight' from another file" in failed.detail
     with pytest.raises(IntegrityError, match="must hold all its values"):
@@ -86,8 +85,8 @@ def test_weights_beside_the_model_that_the_manifest_does_list_are_refused_too(
     (folder / ONNX).write_bytes(model.SerializeToString())
     value = json.loads((folder / MANIFEST).read_bytes())
     part = {"path": "models/model.data", "size_bytes": 0, "sha256": "0" * 64, "role": "model"}
-    _resealed(folder, files=[*value["files"], part])
-    assert "from another file" in _failure(folder).detail
+    reseal(folder, files=[*value["files"], part])
+    assert "from another file" in failed_level(folder).detail
 
 
 def _constant(name: str = "far") -> onnx.TensorProto:
@@ -228,11 +227,11 @@ def test_a_model_under_another_name_is_refused(
 ) -> None:
     folder = make_bundle(tmp_path / "bundle")
     value = json.loads((folder / MANIFEST).read_bytes())
-    _resealed(folder, model={**value["model"], **changes})
+    reseal(folder, model={**value["model"], **changes})
     value = json.loads((folder / MANIFEST).read_bytes())
     value["model"].update(changes)
     (folder / MANIFEST).write_bytes(json.dumps(value).encode())
-    failed = _failure(folder)
+    failed = failed_level(folder)
     assert failed.level == 0
     assert why in failed.detail
 
@@ -241,8 +240,8 @@ def test_a_float_file_that_is_called_int8_of_an_unknown_kind_does_not_pass(tmp_p
     folder = make_bundle(tmp_path / "bundle")
     value = json.loads((folder / MANIFEST).read_bytes())
     runtime = {**value["runtime"], "name": "coreml"}
-    _resealed(folder, runtime=runtime)
-    assert "must run in onnxruntime, not coreml" in _failure(folder).detail
+    reseal(folder, runtime=runtime)
+    assert "must run in onnxruntime, not coreml" in failed_level(folder).detail
 
 
 def test_a_size_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
@@ -253,7 +252,7 @@ def test_a_size_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
         (folder / MANIFEST).write_bytes(json.dumps(value).encode())
         (folder / SUMS).write_bytes(sums_text(folder))
         size = (folder / model["path"]).stat().st_size
-        assert f"must have the 5 bytes of size_bytes, but has {size}" in _failure(folder).detail
+        assert f"must have the 5 bytes of size_bytes, but has {size}" in failed_level(folder).detail
 
 
 def test_a_whole_bundle_still_passes(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from bundle_checks import failed_level
 from bundle_fixture import expected, facts, images, make_bundle, onnx_file
 from onnx import numpy_helper
-from test_bundle_verify import _failure
 
 from edgeprune.bundle.trouble import is_trouble
 from edgeprune.bundle.verify import VerifyReport, require_ok, verify
@@ -97,7 +97,7 @@ def test_a_model_that_answers_with_nothing_finite_is_the_bundles_fault(tmp_path:
     path.write_bytes(content)
     changes = {"sha256": sha256_bytes(content), "size_bytes": len(content)}
     payload = Payload(artifact.model_copy(update=changes), path, images(), expected(images()))
-    failed = _failure(write_bundle(tmp_path / "bundle", facts(), payload))
+    failed = failed_level(write_bundle(tmp_path / "bundle", facts(), payload))
     assert (failed.level, failed.trouble) == (4, False)
     assert "not finite" in failed.detail
 

@@ -6,50 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundle_checks import failed_level, reseal
 from bundle_fixture import expected, facts, images, make_bundle, onnx_file, tflite_file
 
 from edgeprune.bundle import golden, manifest, verify
 from edgeprune.bundle.integrity import check_structure, sums_text
-from edgeprune.bundle.verify import Level, VerifyReport, require_ok
+from edgeprune.bundle.verify import VerifyReport, require_ok
 from edgeprune.bundle.write import Payload, write_bundle, zip_path
 from edgeprune.errors import DeviceError, IntegrityError
 from edgeprune.records.base import read_json
 from edgeprune.records.device import Device
-from edgeprune.records.files import sha256_bytes, to_json, write_json
+from edgeprune.records.files import to_json, write_json
 
 STAND_IN = Device(transport="local", targets=("rpi4",), stand_in=True)
 
 
 def _statuses(report: VerifyReport) -> list[str]:
     return [level.status for level in report.levels]
-
-
-def _failure(path: Path) -> Level:
-    """The failed level of a bundle that must not pass."""
-    report = verify.verify(path)
-    assert not report.ok
-    failed = [level for level in report.levels if level.status == "failed"]
-    assert len(failed) == 1
-    later = [level for level in report.levels if level.level > failed[0].level]
-    assert failed[0].level == 4 or all(level.status == "not-run" for level in later)
-    with pytest.raises(IntegrityError, match=f"failed level {failed[0].level}"):
-        require_ok(report)
-    return failed[0]
-
-
-def _resealed(folder: Path, **changes: object) -> None:
-    """Change files and facts, then make every digest right again: only what the files mean is wrong now."""
-    path = folder / manifest.MANIFEST
-    value = json.loads(path.read_bytes())
-    value.update(changes)
-    for file in value["files"]:
-        content = (folder / file["path"]).read_bytes()
-        file.update(sha256=sha256_bytes(content), size_bytes=len(content))
-        for model in (value["model"], (value.get("float_model") or value)["model"]):
-            if file["path"] == model["path"]:
-                model.update(sha256=file["sha256"], size_bytes=len(content))
-    path.write_bytes(json.dumps(value).encode())
-    (folder / manifest.SUMS).write_bytes(sums_text(folder))
 
 
 @pytest.fixture
@@ -106,7 +79,7 @@ def test_a_cut_or_flipped_byte_fails_the_hashes_and_names_the_file(folder: Path,
     whole = (folder / name).read_bytes()
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         (folder / name).write_bytes(damaged)
-        failed = _failure(folder)
+        failed = failed_level(folder)
         assert (failed.level, failed.name) == (1, "hashes")
         assert failed.detail.startswith(f"{name} is not what its digest says")
 
@@ -121,7 +94,7 @@ def test_no_model_is_parsed_when_a_digest_is_wrong(
     monkeypatch.setattr(verify, "open_board", parsed)
     with (folder / "models/model.fp32.onnx").open("ab") as stream:
         stream.write(b"\0")
-    assert _failure(folder).level == 1
+    assert failed_level(folder).level == 1
 
 
 def test_a_run_in_place_of_its_bundle_says_which_folder_to_give(folder: Path) -> None:
@@ -129,35 +102,35 @@ def test_a_run_in_place_of_its_bundle_says_which_folder_to_give(folder: Path) ->
     run.mkdir()
     (folder.parent / "elsewhere").mkdir()
     folder.rename(run / "bundle")
-    assert f"give {run / 'bundle'}" in _failure(run).detail
-    assert _failure(folder.parent / "elsewhere").detail.endswith("elsewhere does not")
+    assert f"give {run / 'bundle'}" in failed_level(run).detail
+    assert failed_level(folder.parent / "elsewhere").detail.endswith("elsewhere does not")
 
 
 def test_an_extra_a_missing_and_a_swapped_file_are_named(folder: Path) -> None:
     extra = folder / "samples/python/extra.py"
     extra.write_text("print()")
-    assert "samples/python/extra.py is not listed" in _failure(folder).detail
+    assert "samples/python/extra.py is not listed" in failed_level(folder).detail
     extra.unlink()
     labels, readme = folder / "labels.txt", folder / "README.md"
     first, second = labels.read_bytes(), readme.read_bytes()
     labels.write_bytes(second)
     readme.write_bytes(first)
-    assert "README.md is not what" in _failure(folder).detail
+    assert "README.md is not what" in failed_level(folder).detail
     labels.unlink()
-    assert "labels.txt is missing" in _failure(folder).detail
+    assert "labels.txt is missing" in failed_level(folder).detail
 
 
 def test_an_edited_manifest_fails_the_hashes(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"median_ms": 1.5', '"median_ms": 0.5'))
-    assert _failure(folder).detail.startswith("manifest.json is not what its digest says")
+    assert failed_level(folder).detail.startswith("manifest.json is not what its digest says")
 
 
 def test_an_edited_manifest_with_new_sums_still_has_to_match_the_files(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"mean": [\n   0.4', '"mean": [\n   0.1'))
     (folder / "SHA256SUMS").write_bytes(sums_text(folder))
-    failed = _failure(folder)
+    failed = failed_level(folder)
     assert (failed.level, failed.detail) == (
         3,
         "preprocess.json does not say what manifest.json says",
@@ -178,7 +151,7 @@ def test_a_manifest_that_breaks_the_schema_fails_the_structure(
     folder: Path, content: bytes, message: str
 ) -> None:
     (folder / "manifest.json").write_bytes(content)
-    failed = _failure(folder)
+    failed = failed_level(folder)
     assert failed.level == 0
     assert message in failed.detail
 
@@ -189,14 +162,14 @@ def test_broken_sums_fail_the_hashes(folder: Path) -> None:
     line = whole.splitlines(keepends=True)[0]
     for wrong in (b"\xff\xfe", b"hello\n", whole + line, b"0" * 64 + b"  ../../etc/passwd\n", b""):
         sums.write_bytes(wrong)
-        assert _failure(folder).level == 1
+        assert failed_level(folder).level == 1
 
 
 def test_a_link_in_the_folder_fails_the_structure(folder: Path, tmp_path: Path) -> None:
     model = folder / "models/model.fp32.onnx"
     model.rename(tmp_path / "elsewhere.onnx")
     model.symlink_to(tmp_path / "elsewhere.onnx")
-    failed = _failure(folder)
+    failed = failed_level(folder)
     assert failed.level == 0
     assert failed.detail.startswith("models/model.fp32.onnx must be a regular file")
 
@@ -206,18 +179,18 @@ def test_a_hostile_zip_fails_the_structure(folder: Path, tmp_path: Path) -> None
     hostile.write_bytes(zip_path(folder).read_bytes())
     with zipfile.ZipFile(hostile, "a") as out:
         out.writestr("tiny-net/../../escape", "x")
-    failed = _failure(hostile)
+    failed = failed_level(hostile)
     assert failed.level == 0
     assert "escape" in failed.detail
-    assert "there is no bundle" in _failure(tmp_path / "nowhere").detail
+    assert "there is no bundle" in failed_level(tmp_path / "nowhere").detail
 
 
 def test_a_model_that_is_not_a_model_fails_in_the_child_only(folder: Path) -> None:
     model = folder / "models/model.fp32.onnx"
     for content in (b"", b"\x3a\x02\x28\x00", b"\x3a\x00" + b"\x00" * 64, b"garbage" * 20):
         model.write_bytes(content)
-        _resealed(folder)
-        assert _failure(folder).level == 3
+        reseal(folder)
+        assert failed_level(folder).level == 3
 
 
 def test_a_model_with_other_tensors_than_the_manifest_fails(folder: Path) -> None:
@@ -226,8 +199,8 @@ def test_a_model_with_other_tensors_than_the_manifest_fails(folder: Path) -> Non
     value = json.loads((folder / "preprocess.json").read_bytes())
     value["output"]["shape"] = [1, 4]
     (folder / "preprocess.json").write_text(json.dumps(value))
-    _resealed(folder, model=model)
-    assert "must be float32 [1, 4], but the model has float32 [1, 3]" in _failure(folder).detail
+    reseal(folder, model=model)
+    assert "must be float32 [1, 4], but the model has float32 [1, 3]" in failed_level(folder).detail
 
 
 def test_an_int8_bundle_must_hold_int8_weights(tmp_path: Path) -> None:
@@ -236,14 +209,14 @@ def test_an_int8_bundle_must_hold_int8_weights(tmp_path: Path) -> None:
     assert report.ok, report
     assert "144 int8" in report.levels[3].detail
     onnx_file(folder / "models/model.int8.onnx")
-    _resealed(folder)
-    assert "stores 0% (144 float32)" in _failure(folder).detail
+    reseal(folder)
+    assert "stores 0% (144 float32)" in failed_level(folder).detail
 
 
 def test_wrong_golden_outputs_fail_on_the_host_with_the_figures(folder: Path) -> None:
     (folder / "golden/outputs.npy").write_bytes(golden.npy_bytes(expected(images()) - 1))
-    _resealed(folder)
-    failed = _failure(folder)
+    reseal(folder)
+    failed = failed_level(folder)
     assert (failed.level, failed.name) == (4, "golden on this machine")
     assert "largest error 1 (allowed" in failed.detail
 
@@ -252,12 +225,12 @@ def test_golden_arrays_with_pickles_or_nan_or_other_shapes_fail(folder: Path) ->
     path = folder / "golden/outputs.npy"
     with path.open("wb") as stream:
         np.save(stream, np.array([{"a": 1}] * 8, dtype=object), allow_pickle=True)
-    _resealed(folder)
-    assert "not a plain .npy array" in _failure(folder).detail
+    reseal(folder)
+    assert "not a plain .npy array" in failed_level(folder).detail
     for wrong in (expected(images())[:, :2], expected(images()) * np.float32("nan")):
         path.write_bytes(golden.npy_bytes(wrong))
-        _resealed(folder)
-        assert "do not fit the manifest" in _failure(folder).detail
+        reseal(folder)
+        assert "do not fit the manifest" in failed_level(folder).detail
 
 
 @pytest.mark.parametrize(
@@ -281,8 +254,8 @@ def test_a_hostile_golden_array_is_one_line(
     folder: Path, name: str, content: bytes, why: str
 ) -> None:
     (folder / f"golden/{name}.npy").write_bytes(content)
-    _resealed(folder)
-    failed = _failure(folder)
+    reseal(folder)
+    failed = failed_level(folder)
     assert failed.level == 3
     assert "golden" in failed.detail
     assert "\n" not in failed.detail
@@ -297,8 +270,8 @@ def _loosened(folder: Path, part: str = "", **changes: object) -> str:
     (folder / "manifest.json").write_bytes(json.dumps(value).encode())
     found = read_json(manifest.Manifest, folder / "manifest.json")
     (folder / manifest.TOLERANCE).write_bytes(to_json(found.golden_file()))
-    _resealed(folder)
-    failed = _failure(folder)
+    reseal(folder)
+    failed = failed_level(folder)
     assert failed.level == 3
     return failed.detail
 
@@ -326,7 +299,7 @@ def test_a_tighter_tolerance_is_the_makers_own_choice(folder: Path) -> None:
     )
     write_json(changed, folder / "manifest.json")
     (folder / manifest.TOLERANCE).write_bytes(to_json(changed.golden_file()))
-    _resealed(folder)
+    reseal(folder)
     assert verify.verify(folder).ok
 
 
@@ -365,7 +338,7 @@ def test_a_manifest_in_another_key_order_is_still_the_manifest(folder: Path) -> 
     assert (folder / "manifest.json").read_bytes() == to_json(
         read_json(manifest.Manifest, folder / "manifest.json")
     )
-    _resealed(folder)
+    reseal(folder)
     assert verify.verify(folder).ok
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundle_fixture import expected, facts, images, make_bundle, onnx_file
-from fakejetson import build_engine, make
-from test_engines import calls
+from fakejetson import build_engine, calls, make
 
 from edgeprune.bundle.golden import default_tolerance
 from edgeprune.bundle.manifest import JETSON_SAMPLE

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import tinynet
-from report_fixture import make_report
+from report_fixture import make_search_result
 
 from edgeprune.records.base import read_json
 from edgeprune.records.plan import (
-    GroupCurve,
-    ParetoPoint,
     PlanFile,
     PlanResult,
     SearchResult,
@@ -32,40 +30,8 @@ from edgeprune.report.search_page import (
 SEARCH = ("search", "--target", "this-machine", "--latency", "80%", "--run", "run")
 
 
-def found(**changes: object) -> SearchResult:
-    """The result that would have led to the report of the tests."""
-    report = make_report()
-    widths = report.plan.widths()
-    curves = tuple(
-        GroupCurve(
-            group=g.name,
-            channels=g.channels,
-            choices=tuple(
-                WidthChoice(
-                    width=w,
-                    saved_ms=0.001 * (g.channels - w),
-                    cost_nats=0.01 * (g.channels - w) / g.channels,
-                )
-                for w in sorted({8, len(g.kept), g.channels})
-            ),
-        )
-        for g in report.plan.groups
-    )
-    points = tuple(
-        ParetoPoint(predicted_ms=ms, cost_nats=cost, widths=widths) for ms, cost in report.pareto
-    )
-    chosen = report.checks[-1].model_copy(update={"widths": widths, "within_budget": True})
-    facts = {
-        "edgeprune_version": "0.1.0", "created": report.created, "command": "edgeprune search", "model": report.model,
-        "target": report.target, "device": report.device, "stamp": report.stamp, "budget": report.budget, "limit_ms": report.limit_ms,
-        "plan": report.plan, "checks": (*report.checks[:-1], chosen), "latency_model": report.latency_model,
-        "pareto": report.pareto, "points": points, "curves": curves,
-    }  # fmt: skip
-    return SearchResult(**{**facts, **changes})  # type: ignore[arg-type]
-
-
 def test_other_budgets_are_the_cheapest_structures_within_each_share():
-    result = found()
+    result = make_search_result()
     rows = other_budgets(result)
     assert rows
     for share, point in rows:
@@ -77,7 +43,7 @@ def test_other_budgets_are_the_cheapest_structures_within_each_share():
 
 
 def test_the_page_and_the_text_say_the_same_and_escape_names():
-    result = found(model="<script>net.py:build")
+    result = make_search_result(model="<script>net.py:build")
     text, page = render_search(result, width=100), render_search_html(result).decode()
     assert "<script>net" not in page
     assert "&lt;script&gt;net.py:build" in page
@@ -92,10 +58,10 @@ def test_the_page_and_the_text_say_the_same_and_escape_names():
 
 
 def test_one_prediction_is_shown_of_the_plan_and_it_is_that_from_before_it_was_timed():
-    result = found()
+    result = make_search_result()
     chosen = result.chosen()
     early = chosen.model_copy(update={"predicted_ms": 1.5 * result.plan.predicted_ms})
-    result = found(checks=(*(c for c in result.checks if c is not chosen), early))
+    result = make_search_result(checks=(*(c for c in result.checks if c is not chosen), early))
     of_plan, before = time_text(result.plan.predicted_ms), time_text(early.predicted_ms)
     page = re.sub(r"<[^>]*>", " ", render_search_html(result).decode().partition("<svg")[0])
     dry = PlanResult(
@@ -113,7 +79,7 @@ def test_one_prediction_is_shown_of_the_plan_and_it_is_that_from_before_it_was_t
 
 
 def test_savings_say_what_they_add_up_to():
-    result = found()
+    result = make_search_result()
     plan = result.plan
     rows_ms = sum(g.saved_ms_predicted for g in plan.groups)
     told = (
@@ -128,13 +94,13 @@ def test_savings_say_what_they_add_up_to():
 
 
 def test_disturbed_times_are_called_so_before_anything_is_read():
-    result = found()
+    result = make_search_result()
     for shown in (render_search(result), render_search_html(result).decode()):
         assert "unreliable times" not in shown.lower()
     checks = [
         c.model_copy(update={"unreliable": "9 of 24 blocks were disturbed"}) for c in result.checks
     ]
-    doubtful = found(checks=tuple(checks))
+    doubtful = make_search_result(checks=tuple(checks))
     text = render_search(doubtful, width=110)
     assert text.index("UNRELIABLE TIMES: 9 of 24 blocks") < text.index("What each cut saved")
     page = render_search_html(doubtful).decode()
@@ -142,7 +108,7 @@ def test_disturbed_times_are_called_so_before_anything_is_read():
 
 
 def test_a_removed_block_is_called_one_in_text_page_and_dry_run():
-    plan = found().plan
+    plan = make_search_result().plan
     first, *others = plan.groups
     cut = plan.model_copy(update={"groups": (first.model_copy(update={"kept": ()}), *others)})
     curves = tuple(
@@ -151,10 +117,10 @@ def test_a_removed_block_is_called_one_in_text_page_and_dry_run():
         )
         if c.group == first.name
         else c
-        for c in found().curves
+        for c in make_search_result().curves
     )
-    check = found().checks[-1].model_copy(update={"widths": cut.widths()})
-    result = found(plan=cut, curves=curves, checks=(check,))
+    check = make_search_result().checks[-1].model_copy(update={"widths": cut.widths()})
+    result = make_search_result(plan=cut, curves=curves, checks=(check,))
     assert "-> block removed" in render_search(result)
     page = render_search_html(result).decode()
     assert "→ block removed" in page
@@ -165,7 +131,7 @@ def test_a_removed_block_is_called_one_in_text_page_and_dry_run():
 
 
 def test_a_search_without_a_faster_structure_has_no_empty_tables():
-    result = found(points=(), pareto=(), curves=())
+    result = make_search_result(points=(), pareto=(), curves=())
     assert "another budget" not in render_search(result, width=80)
     assert "There is no faster structure" in render_search_html(result).decode()
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from blockfiles import BlockFiles, run
-from test_blocks import found_in, random_statistics, without
-from test_planning import CHAIN, FULL, Clock, Net, basis_of, groups, kernel_ns, table_of
+from clock_fixture import CHAIN, FULL, Clock, Net, basis_of, groups, kernel_ns, table_of
+from removable_blocks import found_in, random_statistics, without
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import conv_bn, head

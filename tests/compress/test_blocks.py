@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from blockfiles import BlockFiles, run
+from removable_blocks import found_in, random_statistics, without
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO, conv_bn, head, make
@@ -84,33 +84,6 @@ class Branching(nn.Module):
         if self.kind == "scaled-skip":
             return 2 * x + self.b(inner)
         return x + x + self.b(inner)
-
-
-def found_in(model: nn.Module, x: Tensor) -> dict[str, Block]:
-    groups, _ = find_groups(model, x[:1])
-    return {g.name: g.block for g in groups if g.block is not None}
-
-
-def random_statistics(model: nn.Module) -> nn.Module:
-    """The model in eval mode with norms that are no identities."""
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.3, 0.6)
-    return model.eval()
-
-
-def without(
-    model: nn.Module, x: Tensor, *names: str, widths: Mapping[str, int] | None = None
-) -> nn.Module:
-    """The model without the blocks of these groups, and with the leading channels of others."""
-    groups, _ = find_groups(model, x[:1])
-    by_name = {g.name: g for g in groups}
-    kept = {**(widths or {}), **dict.fromkeys(names, 0)}
-    gone = {n: range(w, by_name[n].channels) for n, w in kept.items()}
-    return remove_channels(model, by_name, gone, x[:1])
 
 
 @pytest.mark.parametrize("name", ZOO)

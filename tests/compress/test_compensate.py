@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from repair_fixture import KEPT, KEPT_OUTPUTS, dense_net, samples, without_channels
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,59 +23,6 @@ from edgeprune.compress.repair.norm_statistics import HeldOut, best, judged, rec
 from edgeprune.errors import ModelError
 from edgeprune.progress import Silent
 from edgeprune.workload.answers import device_of, logits
-
-KEPT = (0, 2, 3, 5, 6, 7, 9, 11)
-
-
-class ConvNet(nn.Module):
-    """Plain, strided, depthwise and grouped convolutions and a classifier; the spine of 12 channels can be pruned."""
-
-    def __init__(self, spine: int = 12, groups: int = 1) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, spine, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(spine)
-        self.depthwise = nn.Conv2d(spine, spine, 3, padding=1, groups=spine)
-        self.mix = nn.Conv2d(spine, 16, 3, stride=2, padding=1, groups=groups)
-        self.norm2 = nn.BatchNorm2d(16)
-        self.classifier = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm1(self.stem(x)))
-        x = torch.relu(self.norm2(self.mix(torch.relu(self.depthwise(x)))))
-        return self.classifier(x.mean(dim=(2, 3)))
-
-
-def dense_net(groups: int = 1) -> ConvNet:
-    torch.manual_seed(0)
-    net = ConvNet(groups=groups).eval()
-    with torch.no_grad():
-        net.classifier.weight.mul_(20)  # logits that tell classes apart
-        for norm in (net.norm1, net.norm2):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.uniform_(-0.3, 0.3)
-    return recalibrate_batchnorm(net, samples(256))
-
-
-def samples(n: int, seed: int = 1) -> Tensor:
-    """Smooth random images ``[n, 3, 8, 8]``: neighbours correlate, as in photographs."""
-    noise = torch.randn(n, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
-    return functional.avg_pool2d(noise, 3, 1) * 3
-
-
-def without_channels(dense: ConvNet, kept: tuple[int, ...]) -> ConvNet:
-    """The spine cut to ``kept`` by hand; the mixing convolution must have no groups."""
-    small, index = ConvNet(len(kept)).eval(), torch.tensor(kept)
-    state = dense.state_dict()
-    for name, tensor in state.items():
-        if name == "mix.weight":
-            state[name] = tensor[:, index]
-        elif name.split(".")[0] in ("stem", "norm1", "depthwise") and tensor.ndim:
-            state[name] = tensor[index]
-    small.load_state_dict(state)
-    return small
-
-
-KEPT_OUTPUTS = {"stem": KEPT, "depthwise": KEPT}
 
 
 def test_recalibrated_statistics_are_those_of_the_data() -> None:

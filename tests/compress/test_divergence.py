@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from test_recover import PREPROCESS, SETTINGS, damaged, images, splits, teacher
+from healing_fixture import PREPROCESS, SETTINGS, damaged, images, splits, teacher
 from torch import nn
 from zoo import ZOO, make
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_compensate import KEPT, KEPT_OUTPUTS, ConvNet, dense_net, samples, without_channels
+from repair_fixture import KEPT, KEPT_OUTPUTS, ConvNet, dense_net, samples, without_channels
 from torch import Tensor, nn
 from torch.nn import functional
 

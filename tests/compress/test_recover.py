@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from healing_fixture import PREPROCESS, SETTINGS, Net, Stopper, damaged, images, splits, teacher
+from torch import nn
 
 from edgeprune.compress.evaluate import agreement
 from edgeprune.compress.heal.recover import recover
@@ -23,80 +22,10 @@ from edgeprune.workload.batches import augmented, to_input
 from edgeprune.workload.dataset import Split, model_input
 from edgeprune.workload.memory import fast_copy
 
-PREPROCESS = Preprocess(color="grey", mean=(0.5,), std=(0.25,))
-SETTINGS = Recovery(epochs=3, batch_size=32, learning_rate=0.05, augment=Augment(shift_pixels=1))
-
-
-class Net(nn.Module):
-    """Batch norm, dropout and both kinds of layers, for ``[N, 1, 8, 8]``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(8 * 16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.conv(x)))
-        return self.classifier(self.dropout(nn.functional.max_pool2d(x, 2).flatten(1)))
-
-
-class Stopper:
-    """Presses Ctrl-C at a given step and remembers what it was told."""
-
-    def __init__(self, at_step: float = float("inf")) -> None:
-        self.at_step, self.done, self.total = at_step, 0.0, 0.0
-        self.notes: list[str] = []
-        self.lines: list[str] = []
-
-    @contextlib.contextmanager
-    def bar(self, title: str, total: float) -> Iterator[Stopper]:
-        self.total = total
-        yield self
-
-    def advance(self, steps: float = 1, note: str = "") -> None:
-        self.done += steps
-        self.notes.append(note)
-        if self.done >= self.at_step:
-            raise KeyboardInterrupt
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
-def images(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, 8, 8), dtype=np.uint8)
-
-
-def teacher() -> nn.Module:
-    torch.manual_seed(3)
-    net = Net().eval()
-    with torch.no_grad():
-        net.classifier.weight.mul_(8)  # confident enough to be worth imitating
-    return net
-
-
-def damaged(net: nn.Module) -> nn.Module:
-    broken = copy.deepcopy(net)
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for weight in broken.parameters():
-            weight.add_(0.5 * weight.std(correction=0) * torch.randn_like(weight))
-    return broken
-
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     mine, theirs = a.state_dict(), b.state_dict()
     return all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-def splits(*, labelled: bool) -> tuple[Split, Split]:
-    train, selection = images(256, 0), images(128, 1)
-    if not labelled:
-        return Split(train, None), Split(selection, None)
-    classes = [raw_logits(teacher(), x, PREPROCESS).argmax(1).numpy() for x in (train, selection)]
-    return Split(train, classes[0]), Split(selection, classes[1])
 
 
 def test_unlabelled_distillation_raises_the_agreement_of_a_damaged_student() -> None:

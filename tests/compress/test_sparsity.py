@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from test_recover import PREPROCESS, SETTINGS, Stopper, damaged, splits, teacher
+from healing_fixture import PREPROCESS, SETTINGS, Stopper, damaged, splits, teacher
+from sparsity_fixture import groups_of_four, stored_weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -58,19 +58,6 @@ class Wide(nn.Module):
 def wide(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return Wide().eval()
-
-
-def groups_of_four(weight: Tensor) -> Tensor:
-    """``[groups, 4]``, worked out the slow way."""
-    n_out, n_in, *area = weight.shape
-    places = itertools.product(*(range(size) for size in area))
-    rows = [
-        weight[(o, slice(c, c + 4), *place)]
-        for place in places
-        for o in range(n_out)
-        for c in range(0, n_in, 4)
-    ]
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -266,24 +253,6 @@ def test_raising_a_filter_that_is_too_faint_for_int8_keeps_the_pattern() -> None
     assert without_pattern(rescued.state_dict(), ["0", "4"]) == ()
     with torch.no_grad():
         torch.testing.assert_close(rescued(x), sparse(x), rtol=1e-4, atol=1e-4)
-
-
-def stored_weights(file: Path) -> dict[str, np.ndarray]:
-    """By node, the numbers behind the second input of every convolution and product of a file, inputs along axis 1."""
-    model = onnx.load(file)
-    constants = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
-    maker = {name: node for node in model.graph.node for name in node.output}
-    found = {}
-    for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
-            continue
-        name = node.input[1]
-        while name not in constants:
-            name = maker[name].input[0]
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        is_plain = node.op_type == "Conv" or transposed
-        found[node.name] = (constants[name] if is_plain else constants[name].T).copy()
-    return found
 
 
 def test_the_onnx_files_have_the_pattern_in_the_weights_that_they_store(tmp_path: Path) -> None:

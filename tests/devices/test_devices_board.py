@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakeagent import fake_device
+from fakeagent import LOADED, ORT, QUICK, fake_device
 from hypothesis import given
 from hypothesis import strategies as st
 from sshd import WEIGHT, matmul_file, script, serve, wait_until_gone
@@ -30,9 +30,6 @@ from edgeprune.devices.plans import KERNEL, Timing, TimingPlan
 from edgeprune.errors import DeadlineExceeded, DeviceError, LinkLost
 from edgeprune.records.device import Device
 from edgeprune.records.measurement import Block, Telemetry
-
-QUICK = TimingPlan(rounds=4, block_ms=0.5, min_runs=2, max_runs=6, warmup_ms=1)
-ORT = {"runtime": "onnxruntime", "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +206,6 @@ def test_random_inputs_are_seeded_fill_their_range_and_are_never_all_zero():
 
 
 # Boards that end, hang or lie
-
-
-LOADED = {
-    "load_ns": 1000,
-    "first_ns": 1000,
-    "inputs": [{"name": "x", "shape": [1, 4], "dtype": "float32"}],
-    "outputs": [{"name": "y", "shape": [1, 3], "dtype": "float32"}],
-}
 
 
 def test_a_truthful_fake_is_believed(tmp_path):

@@ -18,10 +18,10 @@ import paramiko
 import pytest
 import tinynet
 import yaml
+from fakeagent import LOADED, ORT, QUICK, fake_device
 from faultproxy import FaultProxy
 from pydantic import ValidationError
 from sshd import Sshd, keygen, matmul_file, script, serve
-from test_devices_board import LOADED, ORT, QUICK, fake_device
 
 from edgeprune.devices.board import open_board
 from edgeprune.devices.link.login import seen_host_key

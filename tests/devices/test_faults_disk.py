@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from small_disk import mounted
 from sshd import serve
 
 from edgeprune.devices.link.pipe import Transport
 from edgeprune.devices.link.transports import open_transport
 from edgeprune.errors import DeviceError
 from edgeprune.records.device import Device
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs of its own at ``folder``."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(params=["ssh", "local"])

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from fakeagent import fake_device
 from faultproxy import FaultProxy
+from small_disk import mounted
 from sshd import WEIGHT, Sshd, matmul_file, serve
-from test_faults_disk import mounted
 
 from edgeprune.devices.board import Board, Timing, TimingPlan, open_board
 from edgeprune.devices.link import frames, session

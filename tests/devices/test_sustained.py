@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
+from measured_fixture import measured_files
 from report_fixture import make_fingerprint, make_measurement, make_report
 from sshd import matmul_file
-from test_verdict import found as measured_files
 
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.plans import Timing, TimingPlan

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from build_board import BoardUnavailable
-from emulated_board import PYTHONS, emulated_board
+from emulated_board import emulated_board, write_devices
 from example_files import ExampleFiles, make_example_files
 
 from edgeprune.devices.board import Board, open_board
@@ -44,16 +43,6 @@ def host() -> Iterator[Board]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> ExampleFiles:
     """The trained example in both formats and precisions."""
     return make_example_files(tmp_path_factory.mktemp("files"))
-
-
-def write_devices(folder: Path, board: Device) -> None:
-    """A ``devices.yaml`` with the board once for every runtime, by the runtime's name."""
-    devices = {
-        name: board.model_copy(update={"python": python}).model_dump(mode="json")
-        for name, python in PYTHONS.items()
-    }
-    text = yaml.safe_dump({"schema_version": 1, "devices": devices})
-    (folder / "devices.yaml").write_text(text)
 
 
 @pytest.fixture

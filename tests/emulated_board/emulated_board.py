@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from build_board import DEFAULT_PROCESSOR, HOME, board_folder, ensure_board, isolated
 from sshd import serve
 
@@ -117,3 +118,13 @@ def _wait_until_idle(seconds: float = 10) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"processes of the user {USER} still run")
         time.sleep(0.05)
+
+
+def write_devices(folder: Path, board: Device) -> None:
+    """A ``devices.yaml`` with the board once for every runtime, by the runtime's name."""
+    devices = {
+        name: board.model_copy(update={"python": python}).model_dump(mode="json")
+        for name, python in PYTHONS.items()
+    }
+    text = yaml.safe_dump({"schema_version": 1, "devices": devices})
+    (folder / "devices.yaml").write_text(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tinynet
-from conftest import write_devices
+from emulated_board import write_devices
 from small_project import small_project
 
 from edgeprune.bundle.manifest import Manifest

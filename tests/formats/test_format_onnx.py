@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx_fixture import CHANGED, FULL, OTHER, SHAPE, make, run, samples, structure
 from repo import REPO
 from torch import nn
 
@@ -19,80 +20,6 @@ from edgeprune.formats.onnx.links import GraphView
 from edgeprune.formats.onnx.resize import find_units
 
 FORMAT = formats.load("onnx")
-FULL = {"stem": 16, "inner": 24, "spine": 20, "expand": 40, "branch": 12, "head": 32, "fc": 36}
-CHANGED = {"stem": 8, "inner": 16, "spine": 12, "expand": 30, "branch": 10, "head": 28, "fc": 8}
-OTHER = {"stem": 8, "inner": 8, "spine": 8, "expand": 16, "branch": 4, "head": 16, "fc": 12}
-SHAPE = (3, 12, 12)
-
-
-class Residual(nn.Module):
-    """Two convolutions and a strided projection that is added."""
-
-    def __init__(self, entry, inner, spine):
-        super().__init__()
-        self.conv1 = nn.Conv2d(entry, inner, 3, 2, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, spine, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(spine)
-        self.shortcut = nn.Conv2d(entry, spine, 1, 2)
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(y + self.shortcut(x))
-
-
-class Net(nn.Module):
-    """Residual, depthwise, concatenation, a batch norm behind it, mean pooling, and a flattened linear head."""
-
-    def __init__(self, stem, inner, spine, expand, branch, head, fc):
-        super().__init__()
-        self.stem = nn.Conv2d(3, stem, 3, 1, 1)
-        self.block = Residual(stem, inner, spine)
-        self.expand = nn.Conv2d(spine, expand, 1)
-        self.depthwise = nn.Conv2d(expand, expand, 3, 1, 1, groups=expand)
-        self.project = nn.Conv2d(expand, spine, 1)
-        self.branch = nn.Conv2d(spine, branch, 1)
-        self.norm = nn.BatchNorm2d(spine + branch)
-        self.act = nn.ReLU6()
-        self.head = nn.Conv2d(spine + branch, head, 1)
-        self.pool = nn.MaxPool2d(2)
-        self.fc = nn.Linear(head * 9, fc)
-        self.classifier = nn.Linear(fc + head, 10)
-
-    def forward(self, x):
-        x = self.block(torch.relu(self.stem(x)))
-        x = x + self.project(torch.relu(self.depthwise(torch.relu(self.expand(x)))))
-        x = torch.cat([x, torch.relu(self.branch(x))], 1)
-        x = self.pool(self.head(self.act(self.norm(x))))
-        wide = torch.relu(self.fc(x.flatten(1)))
-        return self.classifier(torch.cat([wide, x.mean((2, 3))], 1))
-
-
-def make(widths, seed=0):
-    torch.manual_seed(seed)
-    model = Net(**widths)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-    return model.eval()
-
-
-def samples(n):
-    return np.random.default_rng(1).standard_normal((n, *SHAPE)).astype(np.float32)
-
-
-def run(content, feeds=None, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.graph_optimization_level = level
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    kinds = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int8)": np.int8}
-    feeds = feeds or {v.name: np.ones(v.shape, kinds[v.type]) for v in session.get_inputs()}
-    return session.run(None, feeds)
 
 
 def operators_run(content):
@@ -124,15 +51,6 @@ def pair(request, files):
     """The precision, and the resizable pair in it."""
     dense, variant = files["full", request.param], files["changed", request.param]
     return request.param, FORMAT.resizable(dense, variant, FULL, CHANGED, make(FULL))
-
-
-def structure(content):
-    """Operators, and the dtype and shape of every constant in the order of use."""
-    graph = onnx.load_model_from_string(content).graph
-    shapes = {i.name: (i.data_type, tuple(i.dims)) for i in graph.initializer}
-    used = [shapes[name] for node in graph.node for name in node.input if name in shapes]
-    groups = [a.i for node in graph.node for a in node.attribute if a.name == "group"]
-    return [node.op_type for node in graph.node], used, groups
 
 
 def test_the_exported_file_computes_what_torch_computes(files):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from onnx import TensorProto, helper, numpy_helper
-from test_format_onnx import CHANGED, FULL, OTHER, make, run, samples, structure
+from onnx_fixture import CHANGED, FULL, OTHER, make, run, samples, structure
 from torch import nn
 
 from edgeprune import formats

@@ -10,12 +10,10 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from bundle_checks import failed_level, level_checks, reseal
 from bundle_fixture import expected, facts, images, onnx_file
-from fakejetson import build_engine, make
+from fakejetson import build_engine, calls, make
 from pydantic import ValidationError
-from test_bundle_levels import _checks
-from test_bundle_verify import _failure, _resealed
-from test_engines import calls
 
 from edgeprune.bundle.golden import npy_bytes
 from edgeprune.bundle.manifest import FLOAT_OUTPUTS, Manifest, Quality
@@ -61,7 +59,7 @@ def make_older(folder: Path) -> Path:
     value = json.loads(path.read_bytes())
     assert value.pop("float_model") is None
     path.write_text(json.dumps(value))
-    _resealed(bundle)
+    reseal(bundle)
     assert "float_model" not in path.read_text()
     return bundle
 
@@ -127,8 +125,8 @@ def test_verify_looks_at_the_float_model_and_asks_it_the_golden_samples(tmp_path
     report = verify(make_twin(tmp_path))
     assert report.ok
     inside, asked = (
-        _checks(report, 3)["float model"],
-        _checks(report, 4)["golden of the float model"],
+        level_checks(report, 3)["float model"],
+        level_checks(report, 4)["golden of the float model"],
     )
     assert (inside.status, asked.status) == ("passed", "passed")
     assert inside.detail.startswith("FP32, of the same layers; ")
@@ -138,13 +136,13 @@ def test_verify_looks_at_the_float_model_and_asks_it_the_golden_samples(tmp_path
 def test_an_older_bundle_without_a_float_model_still_passes(tmp_path):
     report = verify(make_older(tmp_path))
     assert report.ok
-    assert "float model" not in _checks(report, 3)
+    assert "float model" not in level_checks(report, 3)
 
 
 def test_a_changed_float_model_fails_by_its_digest(tmp_path):
     bundle = make_twin(tmp_path)
     (bundle / FLOAT).write_bytes((bundle / FLOAT).read_bytes() + b"\0")
-    failed = _failure(bundle)
+    failed = failed_level(bundle)
     assert failed.level == 1
     assert failed.detail.startswith(f"{FLOAT} is not what its digest says")
 
@@ -157,8 +155,8 @@ def with_float(bundle: Path, source: bytes) -> str:
     texts = {**inside.texts, "edgeprune.source_sha256": sha256_bytes(source)}
     (bundle / FLOAT).write_bytes(held.attach(source, texts, labels))
     value = json.loads((bundle / "manifest.json").read_bytes())["float_model"]
-    _resealed(bundle, float_model={**value, "source_sha256": sha256_bytes(source)})
-    failed = _failure(bundle)
+    reseal(bundle, float_model={**value, "source_sha256": sha256_bytes(source)})
+    failed = failed_level(bundle)
     assert failed.level == 3
     return failed.detail
 
@@ -186,16 +184,16 @@ def test_a_float_model_with_other_answers_or_texts_fails(tmp_path):
     bundle = make_twin(tmp_path)
     answers = expected(images())
     (bundle / FLOAT_OUTPUTS).write_bytes(npy_bytes(answers - np.float32(1)))
-    _resealed(bundle)
-    failed = _failure(bundle)
+    reseal(bundle)
+    failed = failed_level(bundle)
     assert failed.level == 4
     assert failed.detail.startswith("golden of the float model: 8 samples, largest error 1")
     (bundle / FLOAT_OUTPUTS).write_bytes(npy_bytes(answers))
-    _resealed(bundle)
+    reseal(bundle)
     assert verify(bundle).ok
     (bundle / FLOAT).write_bytes(carrier(".onnx").read((bundle / FLOAT).read_bytes()).model)
-    _resealed(bundle)
-    assert "must carry the texts" in _failure(bundle).detail
+    reseal(bundle)
+    assert "must carry the texts" in failed_level(bundle).detail
 
 
 def test_a_manifest_cannot_say_what_is_not_so_of_its_float_model(tmp_path):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import zoo
-from test_bundle_levels import _checks
-from test_bundle_metadata import tflite_bundle
-from test_bundle_verify import _failure, _resealed
+from bundle_checks import failed_level, level_checks, reseal
+from bundle_fixture import tflite_bundle
 
 from edgeprune import formats
 from edgeprune.bundle import verify
@@ -95,7 +94,7 @@ def test_the_export_is_checked_for_the_runtime_that_ships(content, tmp_path):
 
 
 def test_verify_names_the_oldest_runtime_that_loads_the_model(tmp_path):
-    checks = _checks(verify.verify(tflite_bundle(tmp_path)), 3)
+    checks = level_checks(verify.verify(tflite_bundle(tmp_path)), 3)
     assert checks["versions"].status == "passed"
     assert checks["versions"].detail.startswith(f"{oldest('litert').name} loads every operator")
 
@@ -106,8 +105,8 @@ def test_verify_fails_a_model_that_the_oldest_runtime_cannot_load(tmp_path):
     tree = read_model(model.read_bytes())
     tree.operatorCodes[0].version = 99
     model.write_bytes(write_model(tree))
-    _resealed(folder)
-    failed = _failure(folder)
+    reseal(folder)
+    failed = failed_level(folder)
     assert failed.level == 3
     assert failed.detail.startswith("FULLY_CONNECTED version 99 is in the file, but litert ")
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tinynet
 import torch
+from measured_fixture import measured_files
 from pydantic import ValidationError
 from report_fixture import make_report
-from test_verdict import found
 
 from edgeprune import formats
 from edgeprune.compress.groups.find import find_groups, remove_channels
@@ -156,7 +156,7 @@ def test_a_missed_gate_is_said_before_what_was_not_run():
 
 
 def test_the_headline_says_what_was_not_run():
-    measured = found()
+    measured = measured_files()
     met = Gate(name="latency", limit=1, value=0.9, unit="ms", met=True)
     line = verdict.headline(measured, "int8", (met, not_run_gate()))
     assert line.endswith("the other gates met; not run: numerics")

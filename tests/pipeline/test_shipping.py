@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import int8_fixture
 import pytest
 import torch
+from measured_fixture import artifact, measured_files
 from report_fixture import make_report
-from test_verdict import artifact, found
 
 from edgeprune.devices.board import open_board
 from edgeprune.devices.link.frames import Refusal
@@ -75,7 +75,7 @@ def chosen(
         entries=(),
         device_agreement={"fp32": 1.0, "int8": agreement},
     )
-    measured = found(quality=quality)
+    measured = measured_files(quality=quality)
     return shipping.choose(context, Stage(tmp_path, "d", files), measured, asked), said
 
 
@@ -228,7 +228,7 @@ def test_operators_that_only_the_int8_file_needs_refuse_it_alone(here, tmp_path,
 
 
 def test_a_dense_net_that_cannot_ship_as_int8_is_planned_in_fp32(monkeypatch):
-    measured = found(ms=(10, 4, 6, 3)).measurements
+    measured = measured_files(ms=(10, 4, 6, 3)).measurements
     monkeypatch.setattr(
         stages, "measure", lambda *a, **k: [replace_name(measured, p) for p in BOTH]
     )

@@ -8,29 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_planning import FULL, Clock, Net, basis_of, table_of
+from clock_fixture import FULL, Clock, Net, RemovableNet, basis_of, removable_basis, table_of
 
 from edgeprune.plan import guarantee
-from edgeprune.plan.basis import Basis
 from edgeprune.plan.net_model import fit, kernel_model, measure_nets
 from edgeprune.progress import Silent
 from edgeprune.records.budget import parse_budget
-
-
-class RemovableNet(Net):
-    """One in which group ``a`` may go as a whole."""
-
-    blocks: Mapping[str, frozenset[int]] = {"a": frozenset({0, 1})}
-
-
-def removable_basis(clock: Clock) -> Basis:
-    """A basis in which group ``a`` may go as a whole, and by its own cost should."""
-    file, table = RemovableNet(), table_of(clock)
-    table = table.model_copy(update={"grids": {**table.grids, "a": (0, *table.grids["a"])}})
-    nets = measure_nets(clock, file, table.grids, seed=0)  # type: ignore[arg-type]
-    model, quality = fit(kernel_model(file, table, FULL), nets, table.kernels_measured)
-    basis = basis_of(table, nets, model, quality)
-    return replace(basis, curves={**basis.curves, "a": np.minimum(basis.curves["a"], 1e-3)})
 
 
 @pytest.mark.parametrize("removal_is_dear", [True, False])

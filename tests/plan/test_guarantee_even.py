@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_planning import FULL, Clock, Net, basis_of, table_of
+from clock_fixture import FULL, Clock, Net, basis_of, table_of
 
 from edgeprune.errors import BudgetError
 from edgeprune.plan import guarantee

@@ -10,12 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tinynet
+from clock_fixture import (
+    FULL,
+    Clock,
+    Net,
+    RemovableNet,
+    basis_of,
+    net_ns,
+    removable_basis,
+    table_of,
+)
 from report_fixture import make_report
-from test_guarantee_blocks import RemovableNet, removable_basis
-from test_planning import FULL, Clock, Net, basis_of, net_ns, table_of
-from test_search import random_problem
-from test_search_command import found as search_result
-from test_walltime_benchmark import small
+from report_fixture import make_search_result as search_result
+from search_problems import random_problem
 
 from edgeprune.errors import BudgetError, SpecError, UnknownName
 from edgeprune.pipeline import api
@@ -200,7 +207,7 @@ def test_a_budget_that_no_share_meets_names_the_way_out() -> None:
 def test_a_scope_that_does_not_exist_or_a_given_plan_beside_it_is_refused() -> None:
     assert chosen_scope(Options()) == "global"
     assert chosen_scope(Options(scope="local")) == "local"
-    loaded = small()
+    loaded = tinynet.loaded()
     wrong = Options(target="this-machine", scope="locale")
     with pytest.raises(UnknownName, match="unknown scope 'locale'"):
         api.resolve(loaded, wrong)
@@ -210,7 +217,7 @@ def test_a_scope_that_does_not_exist_or_a_given_plan_beside_it_is_refused() -> N
 
 
 def test_only_the_scope_local_changes_the_digest_of_a_run() -> None:
-    loaded = small()
+    loaded = tinynet.loaded()
     plain, named, local = (
         api.resolve(loaded, Options(target="this-machine", **changes))
         for changes in ({}, {"scope": "global"}, {"scope": "local"})

@@ -2,174 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from clock_fixture import (
+    CHAIN,
+    FULL,
+    TILE,
+    Clock,
+    Net,
+    basis_of,
+    groups,
+    kernel_ns,
+    net_ns,
+    table_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.compress.groups.find import ChannelGroup
-from edgeprune.devices.timing.decide import Decision
 from edgeprune.errors import BudgetError, SpecError, UnknownName
-from edgeprune.formats import Kernel
 from edgeprune.plan import guarantee
-from edgeprune.plan.basis import Basis
 from edgeprune.plan.latency.kernel_times import KernelKey
-from edgeprune.plan.latency.model import LatencyModel
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable
 from edgeprune.plan.net_model import check_budget, fit, kernel_model, measure_nets
 from edgeprune.plan.table import UNKNOWN_NS, measure_table
 from edgeprune.progress import Progress, Silent
 from edgeprune.records.budget import parse_budget
-from edgeprune.records.measurement import Block, Measurement, Telemetry
-from edgeprune.records.names import Precision
-from edgeprune.records.plan import FrozenGroup, LatencyModelQuality, PlanResult
-
-FULL = {"a": 64, "b": 96, "c": 128}
-TILE = 8
-# Kernels by the groups that they read or write. ``b`` is a residual stage: it is both sides of its own convolution.
-CHAIN: tuple[tuple[str, ...], ...] = (("a",), ("a", "b"), ("b",), ("b", "c"), ("c",))
-ROLES = (("out",), ("in", "out"), ("square",), ("in", "out"), ("in",))
-NS_PER_TILE = 400.0
-OVERHEAD_NS = 9_000.0  # of a whole net, in no kernel
-FUSED = 0.93  # kernels are faster together than alone
-
-
-def kernel_ns(variables: tuple[str, ...], widths: Mapping[str, int]) -> float:
-    """Time of one kernel alone: whole tiles of each side, and a repeated group counts on both."""
-    sides = variables * 2 if variables == ("b",) else variables
-    return 700.0 + NS_PER_TILE * math.prod(math.ceil(widths[v] / TILE) for v in sides)
-
-
-def net_ns(widths: Mapping[str, int]) -> float:
-    """Time of a whole net."""
-    everywhere = {**FULL, **widths}
-    return OVERHEAD_NS + FUSED * sum(kernel_ns(v, everywhere) for v in CHAIN)
-
-
-class Net:
-    """A resizable file whose content is just what it was asked to be."""
-
-    kernels = tuple(
-        Kernel(
-            i,
-            f"k{i}",
-            "Conv",
-            f"layer{i}",
-            f"sig{i}",
-            variables,
-            (1, 8),
-            (1, 8),
-            "Conv 3x3",
-            ROLES[i],
-        )
-        for i, variables in enumerate(CHAIN)
-    )
-    blocks: Mapping[str, frozenset[int]] = {}
-
-    def resized(self, widths: Mapping[str, int]) -> bytes:
-        return json.dumps({"net": dict(widths)}).encode()
-
-    def kernel(self, index: int, widths: Mapping[str, int]) -> bytes:
-        return json.dumps({"kernel": index, "widths": dict(widths)}).encode()
-
-
-@dataclass
-class Clock:
-    """A stand that answers with the cost function: noise on every block, and some kernels that do not load."""
-
-    noise_ratio: float = 0.01
-    broken: frozenset[int] = frozenset()
-    broken_below: int = 0  # the narrowest width of group "b" that kernels load with
-    hidden_ns: float = 0.0  # what whole nets cost besides, as soon as anything is narrower
-    precision: Precision = "int8"
-    late_ns: float = 0.0  # what turns out only when a structure is measured again
-    measured: list[str] = field(default_factory=list)
-    judged: list[dict[str, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._draw = np.random.default_rng(0)
-
-    def measure(self, files: Mapping[str, bytes], purpose: str) -> dict[str, Measurement]:
-        self.measured.extend(files)
-        rounds = range(12)
-        drift = self._draw.normal(1, 0.05, len(rounds))  # a regime that all files of a round share
-        return {
-            name: self._measurement(name, self._ns(content), drift, len(self.measured))
-            for name, content in files.items()
-        }
-
-    def judge(self, candidate: bytes, dense: bytes, budget_ratio: float, purpose: str) -> Decision:
-        self.judged.append(json.loads(candidate)["net"])
-        is_cut = self._ns(candidate) < self._ns(dense)
-        ratio = (self._ns(candidate) + (self.late_ns if is_cut else 0)) / self._ns(dense)
-        return Decision(
-            candidate="chosen", reference="dense", verdict="faster", budget_ratio=budget_ratio,
-            budget="over" if ratio > budget_ratio else "within", ratio=ratio, low=ratio, high=ratio,
-            pairs=12, timed_pairs=12, candidate_blocks=(), reference_blocks=(), seconds=0.0,
-            stop_reason="decided",
-        )  # fmt: skip
-
-    def _ns(self, content: bytes) -> float:
-        widths = json.loads(content)["net"]
-        narrower = any(width < FULL[group] for group, width in widths.items())
-        return net_ns(widths) + (self.hidden_ns if narrower else 0)
-
-    def _measurement(self, name: str, ns: float, drift: np.ndarray, call: int) -> Measurement:
-        noisy = ns * drift * self._draw.normal(1, self.noise_ratio, len(drift))
-        state = Telemetry()
-        return Measurement(
-            name=name, artifact_sha256="0" * 64, precision=self.precision, threads=1, load_ns=1,
-            first_ns=1, before=state, after=state, fingerprint_key="clock", stamp="measured",
-            at=f"call {call}",
-            blocks=tuple(
-                Block(round=i, calls_per_sample=1, samples_ns=(int(v),) * 3)
-                for i, v in enumerate(noisy)
-            ),
-        )  # fmt: skip
-
-    def kernels(self, files: Mapping[str, bytes], _: Progress, purpose: str) -> dict[str, float]:
-        found = {}
-        for name, content in files.items():
-            asked = json.loads(content)
-            too_narrow = asked["widths"].get("b", FULL["b"]) < self.broken_below
-            if asked["kernel"] not in self.broken and not too_narrow:
-                exact = kernel_ns(CHAIN[asked["kernel"]], asked["widths"])
-                found[name] = exact * float(self._draw.normal(1, self.noise_ratio / 4))
-        return found
-
-
-def groups() -> tuple[ChannelGroup, ...]:
-    return tuple(
-        ChannelGroup(name=n, root=n, channels=w, step=1, kind="inner", couplings=())
-        for n, w in FULL.items()
-    )
-
-
-def table_of(clock: Clock) -> MeasuredTable:
-    return measure_table(
-        clock,  # type: ignore[arg-type]
-        Net(),
-        groups(),
-        fingerprint_key="clock",
-        format_name="onnx",
-        progress=Silent(),
-    )
-
-
-def basis_of(
-    table: MeasuredTable, nets: MeasuredNets, model: LatencyModel, quality: LatencyModelQuality
-) -> Basis:
-    """What a plan is made from, with a cost of each channel that grows as the group narrows."""
-    return Basis(
-        groups=groups(), frozen=(), model=model, nets=nets, quality=quality,
-        curves={g: (1 - np.array(grid) / grid[-1]) ** 2 for g, grid in table.grids.items()},
-        orders={g: np.arange(n) for g, n in FULL.items()}, importance="fisher",
-    )  # fmt: skip
+from edgeprune.records.plan import FrozenGroup, PlanResult
 
 
 def planned(clock: Clock, budget: str, *, table: MeasuredTable | None = None) -> PlanResult:

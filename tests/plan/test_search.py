@@ -11,63 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_problems import enumerated, is_lawful, random_problem
 
 from edgeprune.errors import BudgetError
 from edgeprune.plan.latency.grid import thin
 from edgeprune.plan.latency.model import Factor, LatencyModel
 from edgeprune.plan.solver.solve import Problem, Solution, alternatives, fastest, pareto, solve
-
-
-def random_problem(draw: np.random.Generator, groups: int, widths: int) -> Problem:
-    """A chain of spines with inner groups between neighbours, kernels of padded bilinear cost, and sometimes a concat of three."""
-    names = [f"g{i:02d}" for i in range(groups)]
-    grids = {name: tuple(range(8, 8 * widths + 1, 8)) for name in names}
-    factors: list[Factor] = []
-
-    def kernel(*variables: str) -> None:
-        cost = np.array(1.0)
-        for name in variables:
-            tile = int(draw.choice([8, 16]))
-            cost = cost[..., None] * np.array([-(-w // tile) * tile / 64 for w in grids[name]])
-        factors.append(Factor(variables, draw.uniform(0.1, 1) * (cost + draw.uniform(0, 0.4))))
-
-    spines = max(1, groups // 3)
-    for inner in range(spines, groups):
-        spine = int(draw.integers(spines))
-        kernel(names[spine], names[inner])
-        kernel(names[inner])
-        kernel(names[inner], names[min(spines - 1, spine + 1)])
-    if groups >= 4 and draw.random() < 0.5:
-        kernel(*draw.choice(names, 3, replace=False).tolist())
-    costs = {}
-    for name in names:
-        curve = np.sort(draw.exponential(size=widths))[::-1] * draw.lognormal()
-        costs[name] = curve - curve[-1]
-    scale, offset_ms = draw.uniform(0.8, 1.4), draw.uniform(-0.05, 0.3)
-    bend = float(draw.choice([0.0, 0.2]))
-    model = LatencyModel(grids, tuple(factors), 0.1, scale, offset_ms, bend_per_ms=bend)
-    return Problem(grids, costs, model)
-
-
-def enumerated(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Latency and cost of every structure, one axis per group."""
-    names = list(problem.grids)
-    shape = [len(problem.grids[name]) for name in names]
-    model = problem.model
-    time_ms = np.full(shape, model.constant_ms)
-    cost = np.zeros(shape)
-    for factor in model.factors:
-        axes = [names.index(v) for v in factor.variables]
-        table = np.transpose(factor.cost_ms, np.argsort(axes))
-        time_ms += table.reshape([n if i in axes else 1 for i, n in enumerate(shape)])
-    for axis, name in enumerate(names):
-        cost += problem.cost_nats[name].reshape([-1 if i == axis else 1 for i in range(len(names))])
-    linear_ms = model.scale * time_ms + model.offset_ms
-    return linear_ms + model.bend_per_ms * linear_ms**2, cost
-
-
-def is_lawful(problem: Problem, solution: Solution) -> bool:
-    return all(len({bool(solution.widths[n]) for n in names}) == 1 for names in problem.together)
 
 
 def limit_at(time_ms: np.ndarray, share: float) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_search import enumerated, is_lawful, random_problem
+from search_problems import enumerated, is_lawful, random_problem
 
 from edgeprune.plan.latency.model import Factor, LatencyModel
 from edgeprune.plan.solver.solve import Problem, alternatives, fastest, pareto, solve

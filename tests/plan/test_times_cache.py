@@ -20,8 +20,7 @@ import pytest
 import tinynet
 import walltime
 from click.testing import CliRunner
-from report_fixture import make_fingerprint
-from test_search_command import found
+from report_fixture import make_fingerprint, make_search_result
 
 from edgeprune.pipeline.stages import kernels as feasibility
 from edgeprune.pipeline.stages.finish import boards_note
@@ -70,7 +69,7 @@ def opened(
 ) -> TimesCache:
     found = open_cache(board, precision, form, said.append)
     assert found is not None
-    return found
+    return make_search_result
 
 
 def test_every_board_set_up_precision_and_format_has_a_file_of_its_own(
@@ -379,12 +378,12 @@ def test_times_of_two_boards_or_of_an_unknown_day_are_not_left(
 
 
 def test_a_report_tells_kernels_timed_now_from_earlier_ones() -> None:
-    result = found()
+    result = make_search_result()
     assert "184 kernel timings and" in " ".join(render_search(result).split())
     quality = result.latency_model.model_copy(update={"kernels_taken": 150})
-    text = render_search(found(latency_model=quality))
+    text = render_search(make_search_result(latency_model=quality))
     assert "184 kernel timings (150 by an earlier search) and" in " ".join(text.split())
-    page = render_search_html(found(latency_model=quality)).decode()
+    page = render_search_html(make_search_result(latency_model=quality)).decode()
     assert "184 (150 by an earlier search)" in page
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_planning import FULL, Clock, Net, groups, table_of
+from clock_fixture import FULL, Clock, Net, groups, table_of
 
 from edgeprune.plan.table import measure_table, prior_steps
 from edgeprune.progress import Silent

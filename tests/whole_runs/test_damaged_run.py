@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import replayed
-from test_kill9 import check_same
+from replayed import check_same
 
 from edgeprune.pipeline.run_folder import RunFolder
 from edgeprune.progress import Silent

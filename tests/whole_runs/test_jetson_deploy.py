@@ -8,10 +8,9 @@ import onnx
 import pytest
 import tinynet
 import torch
-from fakejetson import build_engine, make
+from fakejetson import build_engine, calls, make
 from safetensors.torch import load_file
-from test_engines import calls
-from test_sparsity import groups_of_four, stored_weights
+from sparsity_fixture import groups_of_four, stored_weights
 
 import edgeprune
 from edgeprune.bundle.manifest import MANIFEST, Manifest

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import replayed
 import tinynet
+from replayed import check_same
 
-from edgeprune.bundle.manifest import Manifest
 from edgeprune.records.base import read_json
 from edgeprune.records.report import Report
 
@@ -77,20 +77,3 @@ def test_twenty_kills_at_random_moments_change_nothing_in_the_result(tmp_path_fa
         assert zygote.run(killed, *COMMAND) in (0, 6), (killed / "log").read_text()
     assert {name: finished(run)[name] for name in known} == known
     check_same(whole / "run", run)
-
-
-def check_same(whole: Path, killed: Path, *, is_damaged: bool = False) -> None:
-    """Both runs ended in the same plan, figures and file."""
-    first, second = (read_json(Report, run / "report.json") for run in (whole, killed))
-    assert second.plan == first.plan
-    assert second.checks == first.checks
-    assert second.gates == first.gates
-    blocks = [{n: m.blocks for n, m in found.measurements.items()} for found in (first, second)]
-    assert blocks[0] == blocks[1]
-    one, other = (read_json(Manifest, run / "bundle" / "manifest.json") for run in (whole, killed))
-    # What ships is the measured file with texts in it.
-    assert one.source_sha256 == first.measurements[f"pruned-{first.shipped}"].artifact_sha256
-    assert (other.source_sha256, other.model.sha256) == (one.source_sha256, one.model.sha256)
-    assert is_damaged or not [note for note in second.notes if "damaged" in note]
-    log = (killed.parent / "log").read_text()
-    assert "Traceback" not in log

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
 import numpy as np
 import pytest
-from fakejetson import as_environment, make
+from fakejetson import as_environment, calls, make
 from tinynet import trained
 
 from edgeprune import formats
@@ -54,12 +53,6 @@ def jetson(tmp_path, monkeypatch):
 
     yield change
     sys.modules.pop("tensorrt", None)
-
-
-def calls(folder):
-    """Argument lists that the pretended trtexec was called with."""
-    log = folder / "jetpack" / "calls.log"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def test_an_engine_is_built_once_and_built_again_when_tensorrt_changed(files, jetson):
