@@ -160,6 +160,19 @@ ON_BOARD = {
     "PIL",
 }
 
+# Tests lie in the room of what they test. Beside the rooms: what they share, tests of more than one room, and what takes a toolchain or
+# an emulated board.
+TESTS = REPO / "tests"
+BESIDE_THE_ROOMS = {
+    "fixtures",
+    "house",
+    "whole_runs",
+    "conformance",
+    "benchmarks",
+    "toolchains",
+    "emulated_board",
+}
+
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 70
 MAX_HELP_CPU_S = 0.3
@@ -421,3 +434,40 @@ def test_everything_public_says_what_you_get(path):
         if not ast.get_docstring(node)  # type: ignore[arg-type]
     ]
     assert not silent
+
+
+def files_of_tests() -> list[Path]:
+    """Everything below ``tests/`` that is kept, relative to it: neither what Python compiled nor what starts with a dot."""
+    found = (path.relative_to(TESTS) for path in TESTS.rglob("*") if path.is_file())
+    return sorted(
+        path
+        for path in found
+        if not any(part == "__pycache__" or part.startswith(".") for part in path.parts)
+    )
+
+
+def test_the_tests_mirror_the_rooms():
+    files = files_of_tests()
+    assert [path.name for path in files if len(path.parts) == 1] == ["conftest.py"]
+    assert {path.parts[0] for path in files if len(path.parts) > 1} == {*ROOMS, *BESIDE_THE_ROOMS}
+    inside = {path.parent for path in files if path.parts[0] in ROOMS}
+    assert [str(folder) for folder in sorted(inside) if not (PACKAGE / folder).is_dir()] == []
+    names = [path.name for path in files if path.name.startswith("test_")]
+    assert sorted(set(names)) == sorted(names), "pytest tells test modules apart by their names"
+
+
+def is_test(module: str) -> bool:
+    """Whether a dotted name is that of a test module, or of the fixtures that pytest hands out."""
+    last = module.rpartition(".")[2]
+    return last.startswith("test_") or last == "conftest"
+
+
+def test_no_test_imports_a_test():
+    wrong = []
+    for path in (TESTS / path for path in files_of_tests() if path.suffix == ".py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            wrong += [f"{path.name} imports {module}" for module in modules if is_test(module)]
+    assert wrong == []
