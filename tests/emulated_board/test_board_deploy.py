@@ -28,7 +28,6 @@ from edgeprune.workload.dataset import model_input
 from edgeprune.workload.load import load_workload
 
 pytestmark = [pytest.mark.board, pytest.mark.timeout(900)]
-MISSED = 6
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +53,10 @@ def test_a_profile_on_an_emulated_board_shows_both_precisions_stamped_emulated(s
 
 
 def test_a_deployment_is_timed_here_and_proved_on_the_emulated_board(small):
-    args = ["--target", "rpi4", "--device", "litert", "--latency", "90%", "--run", "run"]
+    # In milliseconds that any computer keeps: which share of its time so small a net can lose is the processor's affair.
+    args = ["--target", "rpi4", "--device", "litert", "--latency", "100ms", "--run", "run"]
     done = tinynet.edgeprune(small, "deploy", *args, timeout_s=800)
-    assert done.returncode in (0, MISSED), done.stderr  # a loaded machine may miss the latency gate
+    assert done.returncode == 0, done.stderr
     report = read_json(Report, small / "run" / "report.json")
 
     assert report.stamp == report.fingerprint.stamp == "stand-in"

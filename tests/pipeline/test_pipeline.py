@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tinynet
+import torch
 
 import edgeprune
 from edgeprune.bundle.manifest import Manifest
@@ -25,7 +26,6 @@ from edgeprune.records.files import write_json
 from edgeprune.records.plan import PlanFile
 from edgeprune.records.report import Report
 from edgeprune.records.workload import Augment, Preprocess, Recovery, Workload
-from edgeprune.report.facts import unreliable
 
 MISSED = 6
 BEFORE_PLAN = tinynet.STAGES[: tinynet.STAGES.index("plan")]
@@ -53,11 +53,6 @@ def project(deployed: tinynet.Run, tmp_path: Path) -> Path:
 
 def read_report(run: Path) -> Report:
     return read_json(Report, run / "report.json")
-
-
-def kept(report: Report) -> str:
-    """What a bundle is called that kept its promises: on a busy machine, by times that nobody should rely on."""
-    return "passed-on-unreliable-times" if unreliable(report) else "passed"
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -182,7 +177,7 @@ def test_the_bundle_is_of_the_file_that_was_measured(deployed, report):
         manifest.source_sha256 == shipped.artifact_sha256
     )  # the same file without the texts at its end
     assert manifest.latency.median_ms == shipped.median_ms
-    assert manifest.status == ("best-effort" if not report.passed else kept(report))
+    assert manifest.status == ("best-effort" if not report.passed else tinynet.kept_status(report))
 
 
 def test_the_same_run_and_source_date_epoch_give_the_same_bundle_again(
@@ -236,21 +231,36 @@ def test_a_budget_over_the_dense_latency_prunes_nothing_and_passes(project):
     found = read_report(project / "run")
     assert all(len(group.kept) == group.channels for group in found.plan.groups)
     assert found.passed
-    assert read_manifest(project / "run" / "bundle").status == kept(found)
+    assert read_manifest(project / "run" / "bundle").status == tinynet.kept_status(found)
 
 
-# The narrowest structure is far too small to answer as the dense net does; the search for a budget of one half takes longer.
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--latency", "80%", "--plan", "narrowest.json"),
-        pytest.param(("--latency", "50%", "--importance", "random"), marks=pytest.mark.slow),
-    ],
-)
-def test_a_missed_accuracy_gate_ships_a_marked_best_effort(project, report, flags):
+def test_a_missed_accuracy_gate_ships_a_marked_best_effort(project, report):
     tinynet.write_settings(project, recovery={"epochs": 0})
-    write_narrowest_plan(project, report)
-    done = deploy(project, *flags, "--max-drop", "0%")
+    write_narrowest_plan(project, report)  # far too small to answer as the dense net does
+    done = deploy(project, "--latency", "80%", "--plan", "narrowest.json", "--max-drop", "0%")
+    check_best_effort(project, done)
+
+
+@pytest.mark.slow
+def test_a_search_that_misses_the_accuracy_gate_ships_a_marked_best_effort(project):
+    tinynet.write_settings(project, recovery={"epochs": 0})
+    write_doubtful_development(project)
+    done = deploy(project, "--latency", "70%", "--importance", "random", "--max-drop", "0%")
+    check_best_effort(project, done)
+
+
+def write_doubtful_development(project: Path) -> None:
+    """Development images so noisy that the dense net, whose answers are the labels, decides many of them by a hair."""
+    x, _ = tinynet.arrays()["development"]
+    noise = np.random.default_rng(0).normal(0, 120, x.shape)
+    x = np.clip(x + noise, 0, 255).astype(np.uint8)
+    with torch.no_grad():
+        y = tinynet.trained()(torch.from_numpy(x)[:, None].float() / 255).argmax(1).numpy()
+    with np.load(project / "data.npz") as data:
+        np.savez(project / "data.npz", **{**data, "development_x": x, "development_y": y})
+
+
+def check_best_effort(project: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == MISSED, done.stdout
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
     (hint,) = (line for line in done.stderr.splitlines() if line.startswith("hint:"))
@@ -364,6 +374,7 @@ def test_the_python_api_takes_kernel_times_and_a_plan(deployed, tmp_path, monkey
 @pytest.mark.slow
 def test_a_deployment_for_a_board_that_is_not_here_is_a_stand_in(tmp_path):
     home = tinynet.project(tmp_path / "project")
+    tinynet.write_float_target(home, "rpi4")
     done = tinynet.edgeprune(
         home, "deploy", "--target", "rpi4", "--latency", "80%", "--run", "run", "--json"
     )

@@ -24,6 +24,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> tinynet.Run:
     home = tinynet.project(
         tmp_path_factory.mktemp("phone") / "project", recovery={"epochs": 1, "batch_size": 64}
     )
+    tinynet.write_float_target(home, "android-arm64")
     args = ("deploy", "--target", "android-arm64", "--latency", "80%", "--run", "run", "--json")
     return tinynet.Run(home, home / "run", tinynet.edgeprune(home, *args, timeout_s=TIMEOUT_S))
 
