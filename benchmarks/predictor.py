@@ -35,11 +35,11 @@ from edgeprune.formats import Resizable
 from edgeprune.pipeline import api
 from edgeprune.pipeline import run as pipeline
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import export
 from edgeprune.pipeline.options import Options
-from edgeprune.pipeline.stages import kernels as feasibility
+from edgeprune.pipeline.stages import kernels
 from edgeprune.pipeline.stages.finish import versions
-from edgeprune.plan import bench as planning
+from edgeprune.plan import bench
 from edgeprune.plan.latency.model import sample_nets
 from edgeprune.plan.net_model import fit, kernel_model, measure_nets
 from edgeprune.plan.table import MOST_KERNELS, measure_table, removed_together
@@ -73,16 +73,16 @@ def load(model: str, shape: Sequence[int]) -> LoadedWorkload:
 
 def resizable(context: Context, precision: Precision, folder: Path) -> Resizable:
     """The dense file of one precision as one that takes any widths."""
-    dense = conversion.dense_files(context, folder)
-    variant = conversion.variant_file(context, precision, folder)
+    dense = export.dense_files(context, folder)
+    variant = export.variant_file(context, precision, folder)
     artifact = dense.int8 if precision == "int8" else dense.fp32
-    return conversion.resizable(
+    return export.resizable(
         context, folder / artifact.path, folder / variant.artifact.path, variant.widths
     )
 
 
 def measure_held_out(
-    stand: planning.Stand, file: Resizable, grids: dict[str, tuple[int, ...]], count: int
+    stand: bench.Stand, file: Resizable, grids: dict[str, tuple[int, ...]], count: int
 ) -> list[tuple[dict[str, int], float, float]]:
     """Structures, each with its measured share of the dense latency and half of that share's 99 % interval."""
     dense, found = file.resized({}), []
@@ -104,7 +104,7 @@ def evaluate(
     runtime = context.runtime_on(context.board)
     fingerprint = context.board.fingerprint(runtime.name, runtime.threads)
     file = resizable(context, precision, folder)
-    stand = planning.Stand(context.board, runtime, precision)
+    stand = bench.Stand(context.board, runtime, precision)
     started = time.monotonic()
     table = measure_table(
         stand,
@@ -113,7 +113,7 @@ def evaluate(
         fingerprint_key=fingerprint.key(),
         format_name=context.job.target.format,
         progress=context.progress,
-        prior=feasibility.profile_steps(context, fingerprint, precision, file),
+        prior=kernels.profile_steps(context, fingerprint, precision, file),
     )
     timed = time.monotonic()
     nets = measure_nets(stand, file, table.grids, seed=context.job.seed)

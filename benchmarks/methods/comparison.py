@@ -13,7 +13,7 @@ import torch
 from edgeprune.compress.scores import importance as importances
 from edgeprune.formats import Kernel
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import measure
 from edgeprune.pipeline.stages.finish import Prepared
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
@@ -71,7 +71,7 @@ class Comparison:
         job = dataclasses.replace(self.context.job, importance=importance)
         context = dataclasses.replace(self.context, job=job)
         grids, groups = self.ready.table.result.grids, context.groups[0]
-        found = stages.score(context, grids, context.model, groups)
+        found = measure.score(context, grids, context.model, groups)
         write_json(found, path)
         return found
 
@@ -80,7 +80,7 @@ class Comparison:
     ) -> Basis:
         groups, frozen = self.context.groups
         arrays = {g: np.asarray(s) for g, s in scores.scores.items()}
-        loss = stages.structure_loss(self.context, self.context.model, groups)
+        loss = measure.structure_loss(self.context, self.context.model, groups)
         return Basis(
             groups=groups,
             frozen=frozen,
@@ -91,7 +91,7 @@ class Comparison:
             orders=importances.removal_order(arrays),
             importance=self.context.job.importance,
             loss=loss,
-            trial=stages.structure_trial(self.context, loss),
+            trial=measure.structure_trial(self.context, loss),
         )
 
     def baselines(self, wanted: Callable[[str], bool]) -> Iterator[Callable[[], Iterator[Method]]]:

@@ -21,7 +21,7 @@ from edgeprune.compress.repair.norm_statistics import recalibrate_batchnorm
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.timing.measure import ModelFile, compare, measure
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import export
 from edgeprune.pipeline.stages.finish import Prepared
 from edgeprune.progress import Silent
 from edgeprune.records.files import digest_of, sha256_file, write_bytes
@@ -194,7 +194,7 @@ class Rig:
             model = self.train(start(), seed)
             int8 = (
                 folder
-                / conversion.pruned_files(self.context, model, folder, limit_ms=math.inf).int8.path
+                / export.pruned_files(self.context, model, folder, limit_ms=math.inf).int8.path
             )
             plain = {
                 "file": int8.name,

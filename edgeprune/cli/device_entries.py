@@ -56,7 +56,7 @@ def add(name: str, address: str, targets: Sequence[str], file: Path | None, **fl
 
     ADDRESS is [USER@]HOST[:PORT]. Nothing is written unless the login and the first answers of the board are fine.
     """
-    from edgeprune.devices.inventory import entries as registry
+    from edgeprune.devices.inventory import entries
     from edgeprune.records import catalog
 
     path = file or catalog.devices_file() or Path("devices.yaml")
@@ -64,7 +64,7 @@ def add(name: str, address: str, targets: Sequence[str], file: Path | None, **fl
         if target not in catalog.targets():
             raise UnknownName("target", target, catalog.targets())
     _check_name(name)
-    registry.check_addable(path, name)
+    entries.check_addable(path, name)
     if flags["fingerprint"] is None and not sys.stdin.isatty():
         raise SpecError(
             "without a terminal to ask on, --fingerprint must be given",
@@ -73,7 +73,7 @@ def add(name: str, address: str, targets: Sequence[str], file: Path | None, **fl
     device = _pinned(_unpinned(name, address, targets, flags), flags["fingerprint"])
     hello = _first_answers(name, device)
     chosen = tuple(targets) or _choose_targets(hello, ask=not flags["yes"] and sys.stdin.isatty())
-    registry.add_device(path, name, device.model_copy(update={"targets": chosen}))
+    entries.add_device(path, name, device.model_copy(update={"targets": chosen}))
     _say_added(name, path, hello, chosen)
 
 
@@ -219,7 +219,7 @@ def _say_added(name: str, path: Path, hello: Hello, targets: Sequence[str]) -> N
 @_file
 def rekey(name: str, old: str, new: str, file: Path | None) -> None:
     """Pin a new host key, when a board got one: only the key that it shows now, and only for the pinned one."""
-    from edgeprune.devices.inventory import entries as registry
+    from edgeprune.devices.inventory import entries
     from edgeprune.devices.link.login import seen_host_key
 
     path, device = _entry(name, file)
@@ -234,7 +234,7 @@ def rekey(name: str, old: str, new: str, file: Path | None) -> None:
     kind = device.host_key.key_type
     seen = seen_host_key(device.host, device.port, device.connect_timeout_s, prefer=kind)
     _expect_key(place, seen, new, "--new")
-    registry.repin(path, name, old, seen)
+    entries.repin(path, name, old, seen)
     click.echo(f"{name}: {old} was replaced by {seen.key_type} {seen.sha256} in {path}")
 
 
@@ -243,10 +243,10 @@ def rekey(name: str, old: str, new: str, file: Path | None) -> None:
 @_file
 def remove(name: str, file: Path | None) -> None:
     """Take a board out of devices.yaml; nothing on the board is changed."""
-    from edgeprune.devices.inventory import entries as registry
+    from edgeprune.devices.inventory import entries
 
     path, _ = _entry(name, file)
-    registry.remove_device(path, name)
+    entries.remove_device(path, name)
     click.echo(f"removed {name} from {path}")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from edgeprune.compress.heal import two_of_four as sparsity
+from edgeprune.compress.heal import two_of_four
 from edgeprune.compress.scores import importance as importances
 from edgeprune.devices.link.recording import as_recorded
 from edgeprune.devices.link.wait import WAIT_MINUTES, wait_seconds
@@ -65,7 +65,7 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     check_sparsity(workload, target)
     check_tables(options)
     if workload.recovery.sparsity != "none":
-        sparsity.require_eligible(loaded.model)  # known now, where the search would take minutes
+        two_of_four.require_eligible(loaded.model)  # known now, where the search would take minutes
     device_name, device, notes = chosen_device(options, workload, target)
     if device.transport == "local" and target.name == catalog.THIS_MACHINE:
         device = device.model_copy(update={"stand_in": False})  # it is the real thing

@@ -13,7 +13,7 @@ from edgeprune.devices.timing.measure import measure, time_kernels
 from edgeprune.devices.timing.sustained import sustained
 from edgeprune.formats.shared.model_bytes import model_bytes
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import export
 from edgeprune.records.artifact import Artifact
 from edgeprune.records.base import Record
 from edgeprune.records.measurement import Measurement
@@ -42,7 +42,7 @@ def profile(context: Context) -> ProfileReport:
     with tempfile.TemporaryDirectory(prefix="edgeprune-profile-") as scratch:
         folder = Path(scratch)
         context.progress.say(f"exporting to {job.target.format}, fp32 and int8")
-        dense = conversion.dense_files(context, folder)
+        dense = export.dense_files(context, folder)
         files = {"fp32": dense.fp32, "int8": dense.int8}
         models = [context.model_file(p, folder / a.path, a) for p, a in files.items()]
         context.progress.say(f"measuring on {job.device_name}")

@@ -22,11 +22,10 @@ from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.store import MeasurementStore
 from edgeprune.errors import Busy, DeviceError, LinkLost, SpecError, Unreachable
 from edgeprune.formats import FormatInfo
-from edgeprune.pipeline import allocator
-from edgeprune.pipeline import format_choice as choosing
+from edgeprune.pipeline import allocator, format_choice
 from edgeprune.pipeline.app import for_app
 from edgeprune.pipeline.context import Context, Job
-from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import export
 from edgeprune.pipeline.files.records import (
     FinalLatency,
     PrunedFiles,
@@ -35,9 +34,7 @@ from edgeprune.pipeline.files.records import (
 )
 from edgeprune.pipeline.options import check_format
 from edgeprune.pipeline.run_folder import RunFolder, Stage
-from edgeprune.pipeline.stages import measure as stages
-from edgeprune.pipeline.stages import static_checks
-from edgeprune.pipeline.stages import steps as schedule
+from edgeprune.pipeline.stages import measure, static_checks, steps
 from edgeprune.pipeline.stages.finish import Closing, Outcome, Planned
 from edgeprune.pipeline.stages.kernels import plan_stages
 from edgeprune.progress import Progress
@@ -122,7 +119,7 @@ def opened(
             is_open = run is not None and bool(job.candidates)
             context = None if is_open else _context(job, boards, progress, early)
         if context is None and run is not None:
-            context = choosing.chosen(job, run, lambda j: _context(j, boards, progress, early))
+            context = format_choice.chosen(job, run, lambda j: _context(j, boards, progress, early))
         assert context is not None
         yield context
 
@@ -305,22 +302,22 @@ def request(job: Job) -> Request:
 def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
     job, say = context.job, context.progress.say
     say("[6/8] prune, compensate, heal by distillation")
-    last = schedule.earlier_steps(context, run, planned)
+    last = steps.earlier_steps(context, run, planned)
     planned = last.planned
     pruned = run.stage(
         "prune",
         "other",
-        schedule.prune_inputs(context, last),
+        steps.prune_inputs(context, last),
         PrunedResult,
-        lambda f: schedule.prune(context, last, f),
+        lambda f: steps.prune(context, last, f),
     )
     _say_ledger(context, pruned.result.entries)
     recovered = _recover(context, run, last, pruned)
     _say_ledger(context, (recovered.result.entry,))
-    run.notes.extend(filter(None, [schedule.note(last, job.loaded.workload.recovery)]))
+    run.notes.extend(filter(None, [steps.note(last, job.loaded.workload.recovery)]))
     say("[7/8] export, quantise, measure on the device")
-    model = stages.with_weights(
-        stages.pruned_model(context, last.kept), recovered.path("recovered.safetensors")
+    model = measure.with_weights(
+        measure.pruned_model(context, last.kept), recovered.path("recovered.safetensors")
     )
     limit_ms = job.budget.limit_ms(planned.latency.result.measurements["int8"].median_ms)
     files = run.stage(
@@ -333,7 +330,7 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
             "limit_ms": limit_ms,
         },
         PrunedFiles,
-        lambda f: conversion.pruned_files(context, model, f, limit_ms=limit_ms),
+        lambda f: export.pruned_files(context, model, f, limit_ms=limit_ms),
     )
     four: dict[str, tuple[Path, Artifact]] = {
         "dense-fp32": (
@@ -353,7 +350,7 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
         "measuring",
         {"export": files.digest, "latency": planned.latency.digest},
         FinalLatency,
-        lambda _: stages.final_latency(context, four),
+        lambda _: measure.final_latency(context, four),
     )
     closing = Closing(
         context,
@@ -371,14 +368,14 @@ def _finish(context: Context, run: RunFolder, planned: Planned) -> Outcome:
 
 
 def _recover(
-    context: Context, run: RunFolder, last: schedule.LastStep, pruned: Stage[PrunedResult]
+    context: Context, run: RunFolder, last: steps.LastStep, pruned: Stage[PrunedResult]
 ) -> Stage[RecoveredResult]:
     job = context.job
 
     def work(folder: Path) -> RecoveredResult:
         start = pruned.path("compensated.safetensors")
-        student = stages.with_weights(stages.pruned_model(context, last.kept), start)
-        return schedule.heal(context, student, folder, recovery=last.recovery, seed=job.seed)
+        student = measure.with_weights(measure.pruned_model(context, last.kept), start)
+        return steps.heal(context, student, folder, recovery=last.recovery, seed=job.seed)
 
     return run.stage(
         "recover",

@@ -11,8 +11,7 @@ from edgeprune.devices.timing.measure import compare
 from edgeprune.errors import BudgetError
 from edgeprune.formats import Kernel, Resizable
 from edgeprune.plan.bench import Stand
-from edgeprune.plan.latency import call_overhead as calls
-from edgeprune.plan.latency import weight_traffic as traffic
+from edgeprune.plan.latency import call_overhead, weight_traffic
 from edgeprune.plan.latency.correct import correct, evaluate
 from edgeprune.plan.latency.model import Factor, LatencyModel, sample_nets
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable
@@ -33,7 +32,7 @@ def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, in
     with several groups this is true of all its kernels only where all groups have width 0.
     """
     removable = removed_together(file, measured.grids)
-    quickest_ms = calls.quickest_ms(measured.table)
+    quickest_ms = call_overhead.quickest_ms(measured.table)
     factors, constant_ms = [], 0.0
     for kernel in file.kernels:
         table = measured.table.kernel(class_of(kernel, full))
@@ -58,12 +57,14 @@ def kernel_model(file: Resizable, measured: MeasuredTable, full: Mapping[str, in
         if blocks:
             there = Factor(parts[0].variables, np.ones_like(parts[0].cost_ms))
             gone = _removable(there, blocks, measured.grids)
-            factors.append(Factor(gone.variables, (1 - gone.cost_ms) * quickest_ms, calls.OP))
+            factors.append(
+                Factor(gone.variables, (1 - gone.cost_ms) * quickest_ms, call_overhead.OP)
+            )
     return LatencyModel(
         grids=measured.grids,
         factors=tuple(factors),
         constant_ms=constant_ms,
-        class_scales={traffic.OP: 0.0, calls.OP: 0.0},
+        class_scales={weight_traffic.OP: 0.0, call_overhead.OP: 0.0},
     )
 
 
@@ -72,12 +73,12 @@ def _traffic(file: Resizable, kernel: Kernel, grids: Sequence[Sequence[int]]) ->
     square = [
         v for v, role in zip(kernel.variables, kernel.roles, strict=False) if role == "square"
     ]
-    found = traffic.weight_bytes(
+    found = weight_traffic.weight_bytes(
         lambda widths: len(file.kernel(kernel.index, widths)),
         dict(zip(kernel.variables, grids, strict=True)),
         square,
     )
-    return [] if found is None else [Factor(kernel.variables, found / 1e6, traffic.OP)]
+    return [] if found is None else [Factor(kernel.variables, found / 1e6, weight_traffic.OP)]
 
 
 def _removable(factor: Factor, groups: Sequence[str], grids: Mapping[str, Sequence[int]]) -> Factor:

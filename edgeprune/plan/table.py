@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from edgeprune.compress.groups.find import ChannelGroup
 from edgeprune.formats import Kernel, Resizable
 from edgeprune.plan.bench import Stand
-from edgeprune.plan.latency import sampling as sparse
+from edgeprune.plan.latency import sampling
 from edgeprune.plan.latency.fill import Point
 from edgeprune.plan.latency.grid import admissible, thin
 from edgeprune.plan.latency.kernel_times import KernelKey, KernelTime
@@ -51,12 +51,12 @@ def measure_table(
     full = {g.name: g.channels for g in groups}
     probes = Probes(stand, file, progress, {} if known is None else known, most)
     classes = _classes(file, full)
-    found = sparse.probe(classes, full, {g.name: g.step for g in groups}, probes, prior=prior)
+    found = sampling.probe(classes, full, {g.name: g.step for g in groups}, probes, prior=prior)
     by_name = {k.signature: k for k in found.kernels}
     tables = [(c, by_name[c.name]) for c in classes]
     staircases = {
         group: Staircase(
-            widths=widths, ns=tuple(sparse.touched_ns(tables, full, group, w) for w in widths)
+            widths=widths, ns=tuple(sampling.touched_ns(tables, full, group, w) for w in widths)
         )
         for group, widths in found.candidates.items()
     }

@@ -18,9 +18,7 @@ from edgeprune.errors import ModelError, SpecError
 from edgeprune.records.arrays import npz_arrays
 from edgeprune.records.paths import located
 from edgeprune.records.workload import Preprocess
-from edgeprune.workload import image_files as imagefiles
-from edgeprune.workload import image_folder as imagefolder
-from edgeprune.workload import splits
+from edgeprune.workload import image_files, image_folder, splits
 from edgeprune.workload.dataset import Dataset, Split
 from edgeprune.workload.factories import call_factory, is_factory, one_line
 
@@ -199,21 +197,21 @@ def from_folder(folder: Path, *, preprocess: Preprocess, labels: tuple[str, ...]
     """
     if preprocess.kind != "image":
         raise ModelError(f"preprocess.kind must be image for image files, but is {preprocess.kind}")
-    looked = imagefolder.find(folder)
+    looked = image_folder.find(folder)
     found = looked.files
-    imagefolder.check(looked, are_named=labels is not None)
+    image_folder.check(looked, are_named=labels is not None)
     if not any(found["train"].values()):
         others = looked.passed_over()
         raise ModelError(
             f"data must have at least 3 training images, but {folder} has none{f' (it holds {others})' if others else ''}",
-            hint=f"read are {' '.join(imagefolder.IMAGE_SUFFIXES)}, flat or in one folder for each class",
+            hint=f"read are {' '.join(image_folder.IMAGE_SUFFIXES)}, flat or in one folder for each class",
         )
     order, names, notes = _numbering(found, labels, folder)
     size = preprocess.size or _only_size(found, folder)
     channels = 1 if preprocess.color == "grey" else 3
     count = sum(len(files) for by_class in found.values() for files in by_class.values())
     _require_room(count * size[0] * size[1] * channels, str(folder))
-    losses = imagefiles.Losses()
+    losses = image_files.Losses()
     raw = {
         split: _read_split(by_class, order, size, preprocess.color, losses)
         for split, by_class in found.items()
@@ -260,7 +258,7 @@ def _only_size(
 ) -> tuple[int, int]:
     """The (height, width) that all image files share."""
     files = [p for by_class in found.values() for paths in by_class.values() for p in paths]
-    sizes = Counter(imagefiles.image_size(path) for path in files)
+    sizes = Counter(image_files.image_size(path) for path in files)
     if len(sizes) > 1:
         (common, _), (other, _) = sizes.most_common(2)
         raise ModelError(
@@ -275,7 +273,7 @@ def _read_split(
     order: dict[str, int],
     size: tuple[int, int],
     color: str,
-    losses: imagefiles.Losses,
+    losses: image_files.Losses,
 ) -> Split:
     files = [
         (path, None if name is None else order[name])
@@ -284,7 +282,7 @@ def _read_split(
     ]
     x = np.empty((len(files), *size, *(() if color == "grey" else (3,))), np.uint8)
     for row, (path, _) in enumerate(files):
-        x[row] = imagefiles.read_image(path, size, color, losses)
+        x[row] = image_files.read_image(path, size, color, losses)
     labelled = None not in by_class
     y = np.array([number for _, number in files], np.int64) if labelled else None
     return Split(x, y)

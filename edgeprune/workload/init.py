@@ -21,9 +21,7 @@ from edgeprune.records.files import atomic_path
 from edgeprune.records.paths import located
 from edgeprune.records.workload import Workload
 from edgeprune.workload import data as imagedata
-from edgeprune.workload import discover
-from edgeprune.workload import image_files as imagefiles
-from edgeprune.workload import image_folder as imagefolder
+from edgeprune.workload import discover, image_files, image_folder
 from edgeprune.workload.class_numbers import ONLY
 from edgeprune.workload.factories import call_factory, is_factory
 
@@ -170,18 +168,18 @@ def _look_at_array(x: np.ndarray) -> DataLook:
 
 
 def _look_at_images(folder: Path) -> DataLook:
-    found = imagefolder.find(folder)
-    imagefolder.check(found)
+    found = image_folder.find(folder)
+    image_folder.check(found)
     by_class = found.files["train"]
     files = [path for paths in by_class.values() for path in paths]
     if not files:
         raise ModelError(f"{folder} has no training images")
     chosen = [files[i] for i in _spread(len(files))]
-    sizes = Counter(imagefiles.image_size(path) for path in chosen)
+    sizes = Counter(image_files.image_size(path) for path in chosen)
     size = sizes.most_common(1)[0][0]
     color: Literal["rgb", "grey"] = "grey" if all(map(_is_grey, chosen[:50])) else "rgb"
     small = (min(size[0], MAX_SIDE), min(size[1], MAX_SIDE))
-    pixels = (imagefiles.read_image(path, small, color) for path in chosen)
+    pixels = (image_files.read_image(path, small, color) for path in chosen)
     mean, std = _moments(pixels, 1 if color == "grey" else 3)
     labels = tuple(sorted(name for name in by_class if name is not None))
     return DataLook("image", color, size, mean, std, labels, len(sizes), bool(labels))

@@ -30,7 +30,7 @@ from edgeprune.compress.structure_loss import AfterRepair
 from edgeprune.errors import FormatError, ModelError, SpecError
 from edgeprune.formats import Format
 from edgeprune.formats.shared.widths import distinct_widths
-from edgeprune.pipeline.stages import steps as schedule
+from edgeprune.pipeline.stages import steps
 from edgeprune.plan import guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.measured import MeasuredTable, ScoresResult
@@ -476,7 +476,7 @@ def test_a_block_that_went_in_an_earlier_step_stays_gone() -> None:
     kept = {"a": (), "b": (), "c": tuple(range(128))}
     n = len(basis.model.grids["c"])
     scores = ScoresResult(scores={"c": (1.0,) * 128}, curves={"c": tuple(np.linspace(1, 0, n))})
-    later = schedule.narrowed_basis(basis, kept, scores)
+    later = steps.narrowed_basis(basis, kept, scores)
     for charge in (1.0, 3.0, float("inf")):
         problem = later.problem(removal_charge=charge)
         assert problem.grids["a"] == problem.grids["b"] == (0,)

@@ -16,7 +16,7 @@ from edgeprune.compress.plain_source import model_source
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
 from edgeprune.compress.scores import importance
 from edgeprune.errors import ModelError
-from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import measure
 from edgeprune.progress import Silent
 from edgeprune.records.workload import Recovery
 from edgeprune.workload import model as intake
@@ -175,8 +175,8 @@ def test_a_sound_model_of_any_habit_is_pruned_healed_saved_and_written(
     )
     assert healed.epochs_run == 2
     assert all(row.loss is not None for row in healed.history[1:])
-    stages.save_weights(healed.model, tmp_path / "weights.safetensors")
-    stages.with_weights(small, tmp_path / "weights.safetensors")
+    measure.save_weights(healed.model, tmp_path / "weights.safetensors")
+    measure.with_weights(small, tmp_path / "weights.safetensors")
     save_pruned(healed.model, tmp_path / "pruned.safetensors", work.model)
     again = load_pruned(lambda: made(kind), tmp_path / "pruned.safetensors")
     with torch.no_grad():

@@ -15,7 +15,7 @@ from edgeprune.compress.groups.masked import InputRange, record_inputs
 from edgeprune.compress.int8.equalise import correct_biases
 from edgeprune.pipeline.context import INFER_CHUNK, INFER_NUMBERS, Context
 from edgeprune.records.workload import Preprocess
-from edgeprune.workload import batches as inputs
+from edgeprune.workload import batches
 from edgeprune.workload.answers import logits
 from edgeprune.workload.dataset import Split, model_input
 
@@ -58,7 +58,7 @@ def test_large_images_pass_a_few_at_a_time_and_say_the_same(monkeypatch):
     assert torch.allclose(logits(net, x), expected, atol=1e-6)
     ranges = {"stem": InputRange(), "head": InputRange()}
     record_inputs(net, x, ranges)
-    assert net.largest <= inputs.MAX_PASS_NUMBERS
+    assert net.largest <= batches.MAX_PASS_NUMBERS
     assert torch.allclose(ranges["head"].high, together.high, atol=1e-6)
     assert torch.equal(ranges["stem"].low, x.amin((0, 2, 3)))
 
@@ -66,7 +66,7 @@ def test_large_images_pass_a_few_at_a_time_and_say_the_same(monkeypatch):
 def test_biases_are_corrected_the_same_in_parts(monkeypatch):
     net, x = int8_fixture.uneven(), torch.from_numpy(int8_fixture.samples(30))
     whole, _ = correct_biases(net, x)
-    monkeypatch.setattr(inputs, "MAX_PASS_NUMBERS", 7 * x[0].numel())
+    monkeypatch.setattr(batches, "MAX_PASS_NUMBERS", 7 * x[0].numel())
     parts, note = correct_biases(net, x)
     assert note == "the biases of 3 layers corrected"
     for name, value in parts.state_dict().items():

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 from edgeprune import formats
 from edgeprune.compress.evaluate import kl_nats
-from edgeprune.compress.heal import two_of_four as sparsity
+from edgeprune.compress.heal import two_of_four
 from edgeprune.compress.heal.recover import recover
 from edgeprune.compress.heal.sparsify import masked_by_magnitude, sparsified
 from edgeprune.compress.heal.two_of_four import eligible, has_pattern, mask_of, without_pattern
@@ -100,7 +100,7 @@ def test_input_channels_that_are_no_multiple_of_four_have_no_mask(shape: tuple[i
 def test_only_layers_that_the_rule_is_for_are_eligible() -> None:
     model = wide()
     assert tuple(eligible(model)) == Wide.ELIGIBLE
-    reasons = {name: sparsity.reason_to_skip(layer) for name, layer in model.named_children()}
+    reasons = {name: two_of_four.reason_to_skip(layer) for name, layer in model.named_children()}
     assert "no multiple of 4" in reasons["stem"]
     assert reasons["depthwise"] == "grouped convolution"
     assert "BatchNorm2d" in reasons["norm"]
@@ -108,11 +108,13 @@ def test_only_layers_that_the_rule_is_for_are_eligible() -> None:
     class Standardised(nn.Conv2d):
         """Its zeros are gone in the weights that it computes with."""
 
-    assert "subclass" in sparsity.reason_to_skip(Standardised(8, 8, 3))
+    assert "subclass" in two_of_four.reason_to_skip(Standardised(8, 8, 3))
     bound = parametrizations.weight_norm(nn.Linear(8, 8))
-    assert "parametrisation" in sparsity.reason_to_skip(bound)
+    assert "parametrisation" in two_of_four.reason_to_skip(bound)
     with pytest.raises(ModelError, match="the model has none"):
-        sparsity.require_eligible(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(6, 2)))
+        two_of_four.require_eligible(
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(6, 2))
+        )
 
 
 def test_a_model_without_such_a_layer_is_refused_before_any_work() -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from repo import REPO
 
-from edgeprune.devices.inventory import entries as registry
+from edgeprune.devices.inventory import entries
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.records import catalog
 from edgeprune.records.device import Device, HostKey
@@ -64,8 +64,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_an_added_device_is_read_back_and_nothing_else_changes(tmp_path, form):
     path = written(tmp_path / "devices.yaml", FORMS[form])
-    before = registry._read(path)[1]
-    registry.add_device(path, "pi-desk", board())
+    before = entries._read(path)[1]
+    entries.add_device(path, "pi-desk", board())
     after = path.read_bytes().decode()
     found = catalog.devices(path)
     assert found["pi-desk"] == board()
@@ -80,14 +80,14 @@ def test_an_added_device_is_read_back_and_nothing_else_changes(tmp_path, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_removing_what_was_added_gives_the_same_file_again(tmp_path, form):
     path = written(tmp_path / "devices.yaml", FORMS[form])
-    had_devices = bool(registry._read(path)[1])
-    registry.add_device(path, "pi-desk", board())
-    registry.remove_device(path, "pi-desk")
+    had_devices = bool(entries._read(path)[1])
+    entries.add_device(path, "pi-desk", board())
+    entries.remove_device(path, "pi-desk")
     after = path.read_bytes().decode()
     if had_devices:
         assert after.rstrip("\r\n") == FORMS[form].rstrip("\r\n")
     else:
-        assert registry._read(path)[1] == {}
+        assert entries._read(path)[1] == {}
         assert after == FORMS[form].replace("devices: null", "devices: {}").replace(
             "devices: #", "devices: {} #"
         )
@@ -96,15 +96,15 @@ def test_removing_what_was_added_gives_the_same_file_again(tmp_path, form):
 def test_the_only_device_can_be_removed_and_another_added(tmp_path):
     path = tmp_path / "devices.yaml"
     for name in ("first", "second"):
-        registry.add_device(path, name, board())
+        entries.add_device(path, name, board())
         assert [n for n in catalog.devices(path) if n != "this-machine"] == [name]
-        registry.remove_device(path, name)
+        entries.remove_device(path, name)
     assert list(catalog.devices(path)) == ["this-machine"]
 
 
 def test_a_missing_file_is_made_with_its_folder(tmp_path):
     path = tmp_path / "config" / "devices.yaml"
-    registry.add_device(path, "pi-desk", board())
+    entries.add_device(path, "pi-desk", board())
     text = path.read_text()
     assert text.splitlines()[1:] == [
         "schema_version: 1",
@@ -123,10 +123,10 @@ def test_a_missing_file_is_made_with_its_folder(tmp_path):
 def test_comments_that_belong_to_an_entry_go_with_it_and_the_others_stay(tmp_path):
     text = FORMS["comments inside"]
     path = written(tmp_path / "devices.yaml", text)
-    registry.add_device(path, "pi-desk", board())
+    entries.add_device(path, "pi-desk", board())
     lines = path.read_text().splitlines()
     assert lines.index("    # stand_in: true") < lines.index("  pi-desk:") < lines.index("  # b:")
-    registry.remove_device(path, "a")
+    entries.remove_device(path, "a")
     assert "stand_in" not in path.read_text()
     assert "  # b:" in path.read_text()
 
@@ -136,7 +136,7 @@ def test_the_mode_is_kept_and_a_link_is_followed(tmp_path):
     real.chmod(0o600)
     link = tmp_path / "devices.yaml"
     link.symlink_to(real)
-    registry.add_device(link, "pi-desk", board())
+    entries.add_device(link, "pi-desk", board())
     assert link.is_symlink()
     assert stat.S_IMODE(real.stat().st_mode) == 0o600
     assert "pi-desk" in catalog.devices(real)
@@ -156,10 +156,10 @@ def test_a_form_that_cannot_be_added_to_is_refused_or_edited_rightly_but_never_d
     tmp_path, text
 ):
     path = written(tmp_path / "devices.yaml", text)
-    before = registry._read(path)[1]
+    before = entries._read(path)[1]
     with contextlib.suppress(SpecError):
-        registry.add_device(path, "pi-desk", board())
-    after = registry._read(path)[1]
+        entries.add_device(path, "pi-desk", board())
+    after = entries._read(path)[1]
     assert after == {**before, "pi-desk": board()} or path.read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["devices.yaml"]
 
@@ -168,9 +168,9 @@ def test_a_file_in_flow_style_names_what_to_do(tmp_path):
     text = "schema_version: 1\ndevices: {a: {transport: local, targets: []}}\n"
     path = written(tmp_path / "devices.yaml", text)
     for edit in (
-        lambda: registry.add_device(path, "pi-desk", board()),
-        lambda: registry.check_addable(path, "pi-desk"),
-        lambda: registry.remove_device(path, "a"),
+        lambda: entries.add_device(path, "pi-desk", board()),
+        lambda: entries.check_addable(path, "pi-desk"),
+        lambda: entries.remove_device(path, "a"),
     ):
         with pytest.raises(SpecError, match="cannot be edited"):
             edit()
@@ -180,8 +180,8 @@ def test_a_file_in_flow_style_names_what_to_do(tmp_path):
 def test_a_name_that_exists_is_not_overwritten(tmp_path):
     path = written(tmp_path / "devices.yaml", SHIPPED)
     for edit in (
-        lambda: registry.add_device(path, "this-machine", board()),
-        lambda: registry.check_addable(path, "this-machine"),
+        lambda: entries.add_device(path, "this-machine", board()),
+        lambda: entries.check_addable(path, "this-machine"),
     ):
         with pytest.raises(SpecError, match="exists already"):
             edit()
@@ -192,18 +192,18 @@ def test_a_file_that_is_wrong_is_named_and_left_alone(tmp_path):
     text = SHIPPED.replace("stand_in", "stand-in")
     path = written(tmp_path / "devices.yaml", text)
     with pytest.raises(UnknownName, match="stand_in"):
-        registry.add_device(path, "pi-desk", board())
+        entries.add_device(path, "pi-desk", board())
     assert path.read_text() == text
 
 
 def test_what_is_not_there_cannot_be_removed_or_pinned(tmp_path):
     path = written(tmp_path / "devices.yaml", SHIPPED)
     with pytest.raises(UnknownName, match="pi-desk"):
-        registry.remove_device(path, "pi-desk")
+        entries.remove_device(path, "pi-desk")
     with pytest.raises(UnknownName, match="pi-desk"):
-        registry.repin(path, "pi-desk", PIN, HostKey(sha256=OTHER))
+        entries.repin(path, "pi-desk", PIN, HostKey(sha256=OTHER))
     with pytest.raises(SpecError, match="no host key"):
-        registry.repin(path, "this-machine", PIN, HostKey(sha256=OTHER))
+        entries.repin(path, "this-machine", PIN, HostKey(sha256=OTHER))
 
 
 PINNED_FORMS = {
@@ -231,13 +231,13 @@ def test_a_pin_is_replaced_in_its_place(tmp_path, form, key_type):
     path = written(tmp_path / "devices.yaml", text)
     new = HostKey(sha256=OTHER, key_type=key_type)
     with pytest.raises(SpecError, match="pinned"):
-        registry.repin(path, "pi-desk", OTHER, new)
+        entries.repin(path, "pi-desk", OTHER, new)
     assert path.read_text() == text
-    registry.repin(path, "pi-desk", PIN, new)
+    entries.repin(path, "pi-desk", PIN, new)
     assert catalog.devices(path)["pi-desk"] == board(host_key=new)
     if key_type == "ssh-ed25519":
         assert path.read_text() == text.replace(PIN, OTHER)
-    registry.repin(path, "pi-desk", OTHER, HostKey(sha256=PIN))
+    entries.repin(path, "pi-desk", OTHER, HostKey(sha256=PIN))
     assert catalog.devices(path)["pi-desk"].host_key == HostKey(sha256=PIN)
 
 
@@ -253,7 +253,7 @@ def test_every_key_that_is_set_is_written_and_no_other(tmp_path):
         thermal={"soft_limit_c": 70.0},
         tuning={"allow": True},
     )
-    registry.add_device(path, "full", full)
+    entries.add_device(path, "full", full)
     assert catalog.devices(path)["full"] == full
     assert "lease" not in path.read_text()
 
@@ -269,11 +269,11 @@ NAMES = st.from_regex(r"\A[a-z0-9][a-z0-9._-]{0,12}\Z")
 )
 def test_any_names_can_be_added_and_removed_in_any_order(tmp_path, names, form, data):
     path = written(tmp_path / "devices.yaml", FORMS[form])
-    original = registry._read(path)[1]
+    original = entries._read(path)[1]
     names = [name for name in names if name not in original]
     for name in names:
-        registry.add_device(path, name, board())
-    assert list(registry._read(path)[1]) == [*original, *names]
+        entries.add_device(path, name, board())
+    assert list(entries._read(path)[1]) == [*original, *names]
     for name in data.draw(st.permutations(names)):
-        registry.remove_device(path, name)
-    assert registry._read(path)[1] == original
+        entries.remove_device(path, name)
+    assert entries._read(path)[1] == original

@@ -18,7 +18,7 @@ from edgeprune.devices.timing.measure import ModelFile
 from edgeprune.devices.timing.sustained import REQUEST_S, sustained
 from edgeprune.errors import DeviceError, SpecError
 from edgeprune.pipeline.options import Options, chosen_sustained
-from edgeprune.pipeline.stages import gates as verdict
+from edgeprune.pipeline.stages import gates
 from edgeprune.progress import Silent
 from edgeprune.records.budget import parse_budget, parse_duration
 from edgeprune.records.device import Device
@@ -180,8 +180,8 @@ def test_a_real_file_runs_for_two_seconds():
 
 def gate(budget: str, run: SustainedRun | None) -> Any:
     files = measured_files()  # dense int8 8 ms, pruned int8 4 ms
-    files = verdict.Measured(**(vars(files) | {"sustained": run}))
-    return verdict.latency_gate(files, parse_budget(budget), "int8")
+    files = gates.Measured(**(vars(files) | {"sustained": run}))
+    return gates.latency_gate(files, parse_budget(budget), "int8")
 
 
 @pytest.mark.parametrize(

@@ -373,9 +373,9 @@ def test_what_was_worked_out_before_the_board_is_not_worked_out_again(project, m
 
     from edgeprune.pipeline.context import Context
     from edgeprune.pipeline.stages import static_checks
-    from edgeprune.workload import trace as tracing
+    from edgeprune.workload import trace
 
-    monkeypatch.setattr(tracing.torch.export, "export", counted)
+    monkeypatch.setattr(trace.torch.export, "export", counted)
     loaded = api.from_objects(
         tinynet.trained(), tinynet.arrays(), preprocess=api.Preprocess(color="grey")
     )

@@ -17,17 +17,17 @@ import zoo
 from edgeprune import formats
 from edgeprune.devices.board import open_board
 from edgeprune.formats import QuantizeOptions
-from edgeprune.formats.onnx import inspect as _onnx_inspect
+from edgeprune.formats.onnx import inspect as onnx_inspect
 from edgeprune.formats.onnx.format import VARIANTS, OnnxFormat
-from edgeprune.formats.shared import calibration as _calibration
+from edgeprune.formats.shared import calibration as shared
 from edgeprune.formats.shared.ranges import spreads
-from edgeprune.formats.tflite import inspect as _tflite_inspect
+from edgeprune.formats.tflite import inspect as tflite_inspect
 from edgeprune.pipeline.files import export as conversion
 from edgeprune.pipeline.files import onnx_types as int8_types
 from edgeprune.pipeline.files.records import TypesRow
 from edgeprune.records import catalog
 
-INSPECTION = {"onnx": _onnx_inspect, "tflite": _tflite_inspect}
+INSPECTION = {"onnx": onnx_inspect, "tflite": tflite_inspect}
 
 
 def samples(n: int, seed: int = 0) -> np.ndarray:
@@ -37,7 +37,7 @@ def samples(n: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def nothing_seen(monkeypatch):
     """No test finds what another has calibrated."""
-    monkeypatch.setattr(_calibration, "_seen", {})
+    monkeypatch.setattr(shared, "_seen", {})
 
 
 @pytest.fixture(scope="module", params=["tflite", "onnx"])
@@ -85,12 +85,12 @@ def test_a_file_is_looked_at_once_for_its_extremes_and_once_to_count(exported, s
 
 
 def test_what_was_seen_of_the_oldest_file_is_forgotten(exported, shown, tmp_path, monkeypatch):
-    monkeypatch.setattr(_calibration, "KEPT", 2)
+    monkeypatch.setattr(shared, "KEPT", 2)
     form, path = exported
     for seed in (0, 1, 0, 2, 0, 1):
         form.quantize(path, samples(4, seed), tmp_path / "a")
     assert shown == [4, 4, 4, 4]
-    assert len(_calibration._seen) == 2
+    assert len(shared._seen) == 2
 
 
 def test_files_after_another_look_the_same_as_without(exported, tmp_path):
@@ -99,7 +99,7 @@ def test_files_after_another_look_the_same_as_without(exported, tmp_path):
     for number, one in enumerate(options):
         form.quantize(path, samples(8), tmp_path / f"{number}", options=one)
     for number, one in enumerate(options):
-        _calibration._seen.clear()
+        shared._seen.clear()
         form.quantize(path, samples(8), tmp_path / "fresh", options=one)
         assert (tmp_path / "fresh").read_bytes() == (tmp_path / f"{number}").read_bytes()
 

@@ -22,7 +22,7 @@ from edgeprune.formats import golden_file
 from edgeprune.formats.executorch.format import missing_operators
 from edgeprune.formats.executorch.program import read_program
 from edgeprune.formats.inside.weights import eight_bit_ratio, weight_elements
-from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import export
 from edgeprune.records.device import Device
 
 SHAPE = (3, 16, 16)
@@ -222,10 +222,10 @@ def test_a_target_whose_runner_lacks_an_operator_refuses_the_file(tmp_path):
         target = SimpleNamespace(name="my-phone", operators=operators)
         return SimpleNamespace(job=SimpleNamespace(target=target))
 
-    conversion._check_operators(context(None), artifact)
-    conversion._check_operators(context(artifact.operators), artifact)
+    export._check_operators(context(None), artifact)
+    export._check_operators(context(artifact.operators), artifact)
     with pytest.raises(FormatError, match="my-phone lacks: aten::") as caught:
-        conversion._check_operators(context(("aten::other.out",)), artifact)
+        export._check_operators(context(("aten::other.out",)), artifact)
     assert "\n" not in str(caught.value)
 
 

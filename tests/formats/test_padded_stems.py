@@ -12,7 +12,7 @@ from torch import nn
 from edgeprune import formats
 from edgeprune.devices.agent.runtimes import infer, open_model
 from edgeprune.formats import Format
-from edgeprune.pipeline.files import int8_warnings as int8_checks
+from edgeprune.pipeline.files import int8_warnings
 from edgeprune.workload.dataset import to_layout
 from edgeprune.workload.trace import traced
 
@@ -144,4 +144,4 @@ def test_padded_pooling_ships_in_both_precisions(kind: type[nn.Module], name: st
     largest = np.abs(wanted).max()
     assert np.abs(answers(form, fp32, x) - wanted).max() < 1e-5 * largest
     assert np.abs(answers(form, int8, x) - wanted).max() < 0.05 * largest
-    int8_checks.warnings(form, fp32, x, traced(model, x[:1]))
+    int8_warnings.warnings(form, fp32, x, traced(model, x[:1]))

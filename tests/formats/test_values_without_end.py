@@ -17,7 +17,7 @@ from edgeprune.errors import FormatError
 from edgeprune.formats import Format
 from edgeprune.formats.shared.finite import explained, require_bounded, require_finite
 from edgeprune.formats.shared.ranges import spreads
-from edgeprune.pipeline.files import int8_warnings as int8_checks
+from edgeprune.pipeline.files import int8_warnings
 from edgeprune.workload.dataset import to_layout
 from edgeprune.workload.trace import traced
 
@@ -195,5 +195,5 @@ def test_warnings_of_a_net_with_a_mask_do_not_speak_of_infinities(tmp_path: Path
     pytest.importorskip("onnxscript")
     form, model, x = formats.load("onnx"), seeded(Attention), samples(4)
     form.export(model, x[:1], tmp_path / "a.onnx")
-    lines = int8_checks.warnings(form, tmp_path / "a.onnx", x, traced(model, x[:1]))
+    lines = int8_warnings.warnings(form, tmp_path / "a.onnx", x, traced(model, x[:1]))
     assert not any("inf" in line or "nan" in line for line in lines)

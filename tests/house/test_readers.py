@@ -39,7 +39,7 @@ from edgeprune.records.report import Report
 from edgeprune.records.workload import Preprocess, Workload
 from edgeprune.report import compare_text, render_terminal
 from edgeprune.workload import data as imagedata
-from edgeprune.workload import model as intake
+from edgeprune.workload import model
 from edgeprune.workload.load import load_workload
 
 LOCAL = Device(transport="local", targets=(), stand_in=True)
@@ -188,8 +188,8 @@ KINDS = (
     Kind("report", "report.json", lambda: to_json(make_report()), shown_report),
     Kind("stage", "stage.json", lambda: written(staged), stage_record),
     Kind("npz", "data.npz", archive, data),
-    Kind("safetensors", "weights.safetensors", weights, intake.read_weights),
-    Kind("torch file", "weights.pt", pickled, intake.read_weights),
+    Kind("safetensors", "weights.safetensors", weights, model.read_weights),
+    Kind("torch file", "weights.pt", pickled, model.read_weights),
     Kind(
         "pruned file",
         "pruned.safetensors",
@@ -430,7 +430,7 @@ def test_safetensors_with_a_strange_header_are_named(tmp_path, text):
     raw = text.encode()
     (path := tmp_path / "w.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
     with pytest.raises(ModelError, match=r"w\.safetensors"):
-        intake.read_weights(path)
+        model.read_weights(path)
 
 
 def resealed(content: bytes, reply: bytes) -> bytes:

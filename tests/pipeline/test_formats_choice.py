@@ -14,7 +14,7 @@ from report_fixture import make_report
 from edgeprune import formats
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import ModelError, SpecError, UnknownName
-from edgeprune.pipeline import format_choice as choosing
+from edgeprune.pipeline import format_choice
 from edgeprune.pipeline.context import Candidate
 from edgeprune.pipeline.format_choice import decide
 from edgeprune.pipeline.options import Options, chosen_formats
@@ -182,12 +182,12 @@ def test_an_operator_that_one_converter_keeps_is_a_reason_against_that_format_on
     def refuse(*_: object, **__: object) -> None:
         raise ModelError("the model must have no operator that x cannot run, but has layer_norm")
 
-    monkeypatch.setattr(choosing, "dense_stage", refuse)
+    monkeypatch.setattr(format_choice, "dense_stage", refuse)
     target = catalog.target("this-machine")
     job: Any = SimpleNamespace(in_format=lambda _: None)
     made: Any = SimpleNamespace(runs_ship=True)
     run: Any = None
-    found = choosing._tried(job, Candidate(target, "onnxruntime"), run, lambda _: made, None)
+    found = format_choice._tried(job, Candidate(target, "onnxruntime"), run, lambda _: made, None)
     assert "layer_norm" in found.refused().reason
     assert found.refused().median_ms is None
 

@@ -13,8 +13,7 @@ import torch
 from edgeprune import formats
 from edgeprune.compress.evaluate import agreement
 from edgeprune.devices.board import open_board
-from edgeprune.pipeline.files import export as conversion
-from edgeprune.pipeline.files import int8
+from edgeprune.pipeline.files import export, int8
 from edgeprune.pipeline.files.int8 import Quantised
 from edgeprune.workload.answers import logits
 
@@ -39,7 +38,7 @@ def chosen(monkeypatch) -> list[Quantised]:
         found.append(int8.best_int8(*arguments, **options))
         return found[-1]
 
-    monkeypatch.setattr(conversion, "best_int8", best)
+    monkeypatch.setattr(export, "best_int8", best)
     monkeypatch.setattr(int8, "_times", lambda context, paths: dict.fromkeys(paths, 1.0))
     return found
 
@@ -47,7 +46,7 @@ def chosen(monkeypatch) -> list[Quantised]:
 def shipped(folder: Path, ship: object, model: torch.nn.Module, effort: str = "thorough"):
     with open_board("here", int8_fixture.local(folder)) as board:
         context = int8_fixture.context_of(board, model, effort=effort, ship=ship)
-        return context, conversion.pruned_files(context, context.model, folder, limit_ms=2.0)
+        return context, export.pruned_files(context, context.model, folder, limit_ms=2.0)
 
 
 def assert_ships_what_was_judged(files, folder: Path, found: Quantised) -> None:

@@ -32,7 +32,7 @@ from edgeprune.pipeline import run as pipeline
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files.records import StepResult
 from edgeprune.pipeline.options import Options
-from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import measure
 from edgeprune.pipeline.stages import steps as schedule
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.latency.model import Factor, LatencyModel
@@ -376,7 +376,7 @@ def start_of(context: Context, folder: Path) -> tuple[dict[str, torch.Tensor], t
     folder.mkdir()
     found = schedule.prune(context, last_step(context), folder)
     state = load_file(folder / "compensated.safetensors")
-    stages.pruned_model(context, KEPT).load_state_dict(state)  # the shapes of the plan
+    measure.pruned_model(context, KEPT).load_state_dict(state)  # the shapes of the plan
     return state, tuple(entry.stage for entry in found.entries)
 
 
@@ -412,7 +412,7 @@ def test_kept_weights_are_compensated_from_the_net_as_it_stands(tmp_path: Path) 
     columns = torch.tensor(KEPT["0"])
     assert torch.equal(state["0.weight"], tinynet.trained_state()["0.weight"][columns])
     # A second cut of that net keeps its weights, not the dense ones.
-    model = stages.pruned_model(context, KEPT)
+    model = measure.pruned_model(context, KEPT)
     model.load_state_dict({k: v + 1 if k == "0.weight" else v for k, v in state.items()})
     fewer = {**KEPT, "0": KEPT["0"][::2], "6": KEPT["6"][8:]}
     current = schedule.Current(model.eval(), KEPT, "healed")

@@ -14,10 +14,10 @@ from report_fixture import make_report
 from edgeprune.devices.board import open_board
 from edgeprune.devices.link.frames import Refusal
 from edgeprune.errors import EdgepruneError, FormatError, IntegrityError, MissingTool
-from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import export
 from edgeprune.pipeline.files.records import FinalQuality, PrunedFiles
 from edgeprune.pipeline.run_folder import Stage
-from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import measure
 from edgeprune.pipeline.stages import precision as shipping
 from edgeprune.records.budget import parse_budget
 
@@ -32,13 +32,13 @@ def refused(monkeypatch):
     def check(*arguments, **options):
         raise IntegrityError(COARSE)
 
-    monkeypatch.setattr(conversion, "require_eight_bits", check)
+    monkeypatch.setattr(export, "require_eight_bits", check)
 
 
 @pytest.fixture
 def sound(monkeypatch):
     """Every INT8 file passes."""
-    monkeypatch.setattr(conversion, "require_eight_bits", lambda *arguments, **options: None)
+    monkeypatch.setattr(export, "require_eight_bits", lambda *arguments, **options: None)
 
 
 def chosen(
@@ -162,13 +162,13 @@ def refusing(monkeypatch, error: Exception) -> None:
     def quantise(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(conversion, "best_int8", quantise)
+    monkeypatch.setattr(export, "best_int8", quantise)
 
 
 def pruned(here, folder: Path, precisions=BOTH):
     context = int8_fixture.context_of(here, int8_fixture.uneven())
     context.job.target = context.job.target.model_copy(update={"precisions": precisions})
-    return context, conversion.pruned_files(context, context.model, folder, limit_ms=1.0)
+    return context, export.pruned_files(context, context.model, folder, limit_ms=1.0)
 
 
 @pytest.mark.parametrize(
@@ -216,21 +216,21 @@ def test_operators_that_only_the_int8_file_needs_refuse_it_alone(here, tmp_path,
             if artifact.precision in names:
                 raise FormatError(f"{artifact.path} needs operators that the runner lacks")
 
-        monkeypatch.setattr(conversion, "_check_operators", check)
+        monkeypatch.setattr(export, "_check_operators", check)
 
     needs(("int8",))
-    files = conversion.pruned_files(context, context.model, tmp_path, limit_ms=1.0)
+    files = export.pruned_files(context, context.model, tmp_path, limit_ms=1.0)
     assert files.int8 is None
     assert "pruned.int8.onnx needs operators" in files.int8_refused
     needs(("fp32", "int8"))
     with pytest.raises(FormatError, match=r"pruned\.fp32\.onnx needs operators"):
-        conversion.pruned_files(context, context.model, tmp_path, limit_ms=1.0)
+        export.pruned_files(context, context.model, tmp_path, limit_ms=1.0)
 
 
 def test_a_dense_net_that_cannot_ship_as_int8_is_planned_in_fp32(monkeypatch):
     measured = measured_files(ms=(10, 4, 6, 3)).measurements
     monkeypatch.setattr(
-        stages, "measure", lambda *a, **k: [replace_name(measured, p) for p in BOTH]
+        measure, "measure", lambda *a, **k: [replace_name(measured, p) for p in BOTH]
     )
     fingerprint = make_report().fingerprint
     context = SimpleNamespace(
@@ -246,7 +246,7 @@ def test_a_dense_net_that_cannot_ship_as_int8_is_planned_in_fp32(monkeypatch):
         files = SimpleNamespace(
             fp32=artifact("dense-fp32"), int8=artifact("dense-int8"), int8_refused=refused
         )
-        assert stages.dense_latency(context, files, Path()).precision == precision
+        assert measure.dense_latency(context, files, Path()).precision == precision
 
 
 def replace_name(measured, precision):

@@ -11,7 +11,7 @@ import pytest
 from edgeprune.compress.groups.find import ChannelGroup
 from edgeprune.compress.groups.surgery import Block
 from edgeprune.formats import Kernel
-from edgeprune.plan.latency import call_overhead as calls
+from edgeprune.plan.latency import call_overhead
 from edgeprune.plan.latency.table import LatencyTable, tabulate
 from edgeprune.plan.measured import MeasuredTable
 from edgeprune.plan.net_model import kernel_model
@@ -95,9 +95,9 @@ def test_the_call_of_each_kernel_that_goes_with_a_block_can_be_given_back_and_no
     measured = table_of(Block(("b",), "b"))
     raw = kernel_model(Chain(), measured, {"s": 16, "i": 16})
     quickest_ms = min(p.ns for k in measured.table.kernels for p in k.points) / 1e6
-    assert calls.quickest_ms(measured.table) == quickest_ms > 0
+    assert call_overhead.quickest_ms(measured.table) == quickest_ms > 0
     assert "calls" not in str(kernel_model(Chain(), table_of(None), {"s": 16, "i": 16}).factors)
-    model = dataclasses.replace(raw, class_scales={calls.OP: 0.5})
+    model = dataclasses.replace(raw, class_scales={call_overhead.OP: 0.5})
     for widths in ({}, {"i": 8}, {"s": 8}):
         assert model.predict(widths) == raw.predict(widths)
     for widths in ({"i": 0}, {"s": 8, "i": 0}):

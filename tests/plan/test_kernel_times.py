@@ -12,7 +12,7 @@ import tinynet
 from report_fixture import make_fingerprint
 
 from edgeprune.errors import IntegrityError, SpecError
-from edgeprune.pipeline.stages import kernels as feasibility
+from edgeprune.pipeline.stages import kernels
 from edgeprune.plan.latency.kernel_times import KernelTime, KernelTimes, read_times, write_times
 
 NEW = KernelTimes(
@@ -99,12 +99,12 @@ def test_times_that_other_boards_took_are_not_written(tmp_path: Path) -> None:
     made_on = make_fingerprint()
     times = with_times({("conv", (8,)): 9.0}).times
     shared = SimpleNamespace(boards={"one": 3, "two": 4}, times=times, times_created="")
-    feasibility._share_times(context, made_on, "int8", shared)  # type: ignore[arg-type]
+    kernels._share_times(context, made_on, "int8", shared)  # type: ignore[arg-type]
     assert not path.exists()
     assert "times of two boards are never mixed" in said[0]
     when = "2026-11-01T00:00:00Z"  # the stage may be an old one of the run folder
     alone = SimpleNamespace(boards={"one": 7}, times=times, times_created=when)
-    feasibility._share_times(context, made_on, "int8", alone)  # type: ignore[arg-type]
+    kernels._share_times(context, made_on, "int8", alone)  # type: ignore[arg-type]
     found = read_times(path)
     assert found is not None
     assert found.known() == {("conv", (8,)): 9.0}

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import SpecError
-from edgeprune.plan.latency import call_overhead as calls
-from edgeprune.plan.latency import weight_traffic as traffic
+from edgeprune.plan.latency import call_overhead, weight_traffic
 from edgeprune.plan.latency.correct import TimedNet, correct, evaluate
 from edgeprune.plan.latency.model import (
     Factor,
@@ -215,10 +214,14 @@ def megabytes(net: Mapping[str, int]) -> float:
 def model_with_bytes() -> LatencyModel:
     plain = model()
     sizes = tuple(
-        Factor(names, 36e-6 * np.multiply.outer(*(np.array(GRIDS[n]) for n in names)), traffic.OP)
+        Factor(
+            names,
+            36e-6 * np.multiply.outer(*(np.array(GRIDS[n]) for n in names)),
+            weight_traffic.OP,
+        )
         for names in BYTES.values()
     )
-    return replace(plain, factors=(*plain.factors, *sizes), class_scales={traffic.OP: 0.0})
+    return replace(plain, factors=(*plain.factors, *sizes), class_scales={weight_traffic.OP: 0.0})
 
 
 def test_bytes_of_weights_count_nothing_before_whole_nets_show_that_they_do() -> None:
@@ -226,7 +229,7 @@ def test_bytes_of_weights_count_nothing_before_whole_nets_show_that_they_do() ->
     assert model_with_bytes().predict(net) == model().predict(net)
     assert correct(model_with_bytes(), []).predict(net) == correct(model(), []).predict(net)
     nets = timed(lambda n: 1.2 * kernels_ms(n), 10, seed=5, noise=0.005)
-    assert correct(model_with_bytes(), nets).class_scales == {traffic.OP: 0.0}
+    assert correct(model_with_bytes(), nets).class_scales == {weight_traffic.OP: 0.0}
 
 
 def test_whole_nets_that_wait_for_their_weights_get_a_cost_for_each_byte() -> None:
@@ -235,7 +238,7 @@ def test_whole_nets_that_wait_for_their_weights_get_a_cost_for_each_byte() -> No
 
     nets = timed(truth, 12, seed=5, noise=0.01)
     corrected = correct(model_with_bytes(), nets)
-    assert corrected.scale * corrected.class_scales[traffic.OP] > 2.5
+    assert corrected.scale * corrected.class_scales[weight_traffic.OP] > 2.5
     probes = timed(truth, 20, seed=6)
     assert evaluate(corrected, probes)[0] < 0.025
     assert evaluate(correct(model(), nets), probes)[0] > 0.04
@@ -257,8 +260,8 @@ def model_with_calls() -> LatencyModel:
 
     kernels = [k for k in KERNELS if k.variables and len(set(k.variables)) == len(k.variables)]
     times = [Factor(k.variables, alone(k), k.op) for k in kernels]
-    gone = [Factor(f.variables, 0.1 * (f.cost_ms == 0), calls.OP) for f in times]
-    return LatencyModel(REMOVABLE, (*times, *gone), class_scales={calls.OP: 0.0})
+    gone = [Factor(f.variables, 0.1 * (f.cost_ms == 0), call_overhead.OP) for f in times]
+    return LatencyModel(REMOVABLE, (*times, *gone), class_scales={call_overhead.OP: 0.0})
 
 
 def in_one_call(net: Mapping[str, int]) -> float:
@@ -276,11 +279,12 @@ def test_a_kernel_that_goes_with_its_block_saves_no_call_of_its_own() -> None:
     probes = [(net, in_one_call(net)) for net in sample_nets(REMOVABLE, 24, seed=4)]
     probes += [({**net, "inner": 0}, in_one_call({**net, "inner": 0})) for net, _ in probes]
     corrected = correct(model_with_calls(), nets)
-    assert corrected.class_scales[calls.OP] > 0.5
+    assert corrected.class_scales[call_overhead.OP] > 0.5
     error = evaluate(corrected, probes)[0]
     assert error < 0.02
     blind = replace(
-        model_with_calls(), factors=tuple(f for f in model_with_calls().factors if f.op != calls.OP)
+        model_with_calls(),
+        factors=tuple(f for f in model_with_calls().factors if f.op != call_overhead.OP),
     )
     assert evaluate(correct(blind, nets), probes)[0] > max(0.03, 2 * error)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from edgeprune.plan.latency import sampling as sparse
+from edgeprune.plan.latency import sampling
 from edgeprune.plan.latency.fill import Point
 from edgeprune.plan.latency.grid import admissible
 from edgeprune.plan.latency.model import sample_nets
@@ -113,7 +113,7 @@ class Clock:
 
 
 def probed(clock: Clock, *, prior: int = 1) -> SparseTable:
-    return sparse.probe(
+    return sampling.probe(
         residual_net(), FULL, dict.fromkeys(FULL, 1), clock, prior=dict.fromkeys(FULL, prior)
     )
 
@@ -212,7 +212,7 @@ def test_of_the_predicted_widths_no_chosen_one_is_slower_than_a_larger_one():
     by_name = {t.signature: t for t in found.kernels}
     tables = [(c, by_name[c.name]) for c in classes]
     for group, widths in found.candidates.items():
-        costs = {w: sparse.touched_ns(tables, FULL, group, w) for w in widths}
+        costs = {w: sampling.touched_ns(tables, FULL, group, w) for w in widths}
         chosen = admissible(widths, costs, tolerance=0.02)
         assert len(chosen) > 1
         true = [

@@ -22,7 +22,7 @@ import walltime
 from click.testing import CliRunner
 from report_fixture import make_fingerprint, make_search_result
 
-from edgeprune.pipeline.stages import kernels as feasibility
+from edgeprune.pipeline.stages import kernels
 from edgeprune.pipeline.stages.finish import boards_note
 from edgeprune.plan.bench import Stand
 from edgeprune.plan.latency import times_cache
@@ -281,7 +281,7 @@ def test_times_that_are_recorded_replayed_or_kept_by_the_user_are_not_cached() -
     runtime = Runtime(name="onnxruntime", threads=BOARD.threads)
     stand: Any = SimpleNamespace(runtime=runtime, kernel_runtime=None, precision="int8")
     for transport in ("local", "ssh"):
-        used = feasibility._times_cache(context_of(transport), stand)
+        used = kernels._times_cache(context_of(transport), stand)
         assert used is not None
         assert used.path == opened([]).path
     for other in (
@@ -290,7 +290,7 @@ def test_times_that_are_recorded_replayed_or_kept_by_the_user_are_not_cached() -
         context_of("local", record=Path("x.epr")),
         context_of("local", tables=Path("times.json")),
     ):
-        assert feasibility._times_cache(other, stand) is None
+        assert kernels._times_cache(other, stand) is None
 
 
 class Bench:
@@ -317,8 +317,8 @@ class Bench:
             )  # that of the fingerprint the times are kept under
             return contextlib.nullcontext(pool)
 
-        monkeypatch.setattr(feasibility, "open_pool", open_pool)
-        monkeypatch.setattr(feasibility.planning, "measure_table", self.measure_table)
+        monkeypatch.setattr(kernels, "open_pool", open_pool)
+        monkeypatch.setattr(kernels, "measure_table", self.measure_table)
 
     def measure_table(self, *_: object, known: dict[Any, float], **__: object) -> MeasuredTable:
         self.asked.append(dict(known))
@@ -332,7 +332,7 @@ class Bench:
     def search(self) -> MeasuredTable:
         run: Any = SimpleNamespace(path=Path("run"))
         file: Any = None
-        return feasibility._measured_table(self.context, run, BOARD, self.stand, file, None)
+        return kernels._measured_table(self.context, run, BOARD, self.stand, file, None)
 
 
 def test_a_search_leaves_its_kernel_times_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +348,7 @@ def test_a_search_leaves_its_kernel_times_to_the_next(monkeypatch: pytest.Monkey
     ]
     bench.context.job.tables = Path("times.json")  # named by the user: no variable turns that off
     monkeypatch.setattr(
-        feasibility, "read_times", lambda _: SimpleNamespace(
+        kernels, "read_times", lambda _: SimpleNamespace(
             created=day, times=(), check=lambda *_: None, known=lambda: {("conv", (8,)): 9.0}
         ),
     )  # fmt: skip

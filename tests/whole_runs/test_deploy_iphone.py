@@ -17,7 +17,7 @@ from edgeprune.bundle.integrity import read_model
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.devices.board import open_board
 from edgeprune.errors import DeviceError, FormatError
-from edgeprune.pipeline import app as apps
+from edgeprune.pipeline import app
 from edgeprune.pipeline import run as pipeline
 from edgeprune.records.base import read_json
 from edgeprune.records.device import Device
@@ -120,23 +120,23 @@ def job(*, units: str | None = None, **changes: object) -> SimpleNamespace:
 
 
 def test_labels_are_one_line_each_and_numbered_where_none_were_given() -> None:
-    assert apps.labels_of(job()) == ("a b", "c")
-    assert apps.labels_of(job(labels=None)) == ("class 0", "class 1")
+    assert app.labels_of(job()) == ("a b", "c")
+    assert app.labels_of(job(labels=None)) == ("class 0", "class 1")
 
 
 def test_the_scheme_that_the_profile_names_first_is_the_one_that_ships() -> None:
-    assert apps.app_facts(job()).int8_scheme == "weight-only-int8-per-channel"
+    assert app.app_facts(job()).int8_scheme == "weight-only-int8-per-channel"
 
 
 def test_an_app_is_told_the_compute_units_of_the_target() -> None:
-    assert apps.app_facts(job()).compute_units == "ALL"
-    assert apps.app_facts(job(units="CPU_AND_NE")).compute_units == "CPU_AND_NE"
+    assert app.app_facts(job()).compute_units == "ALL"
+    assert app.app_facts(job(units="CPU_AND_NE")).compute_units == "CPU_AND_NE"
 
 
 def test_formats_without_a_place_for_facts_stay_as_they_are() -> None:
     onnx = formats.load("onnx")
-    assert apps.for_app(onnx, job()) is onnx
-    assert apps.for_app(formats.load("coreml"), job()).facts.labels == ("a b", "c")
+    assert app.for_app(onnx, job()) is onnx
+    assert app.for_app(formats.load("coreml"), job()).facts.labels == ("a b", "c")
 
 
 class Silent:
@@ -171,7 +171,7 @@ def test_answers_are_worked_out_only_where_the_file_was_not_run(refuses: bool) -
             )
         ),
     )
-    found = apps.worked_out(context, Path("net"))
+    found = app.worked_out(context, Path("net"))
     if refuses:
         assert found is None
         assert "not known" in context.progress.said[-1]
@@ -179,4 +179,4 @@ def test_answers_are_worked_out_only_where_the_file_was_not_run(refuses: bool) -
     assert found.answers.tolist() == x.tolist()
     assert "accuracy 66.67% on 3 development samples, dense 66.67%" in found.note
     context.runs_ship = True
-    assert apps.worked_out(context, Path("net")) is None
+    assert app.worked_out(context, Path("net")) is None

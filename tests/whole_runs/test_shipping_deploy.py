@@ -11,8 +11,8 @@ import tinynet
 import edgeprune
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import FormatError, IntegrityError
-from edgeprune.pipeline.files import export as conversion
-from edgeprune.pipeline.stages import gates as verdict
+from edgeprune.pipeline.files import export
+from edgeprune.pipeline.stages import gates
 from edgeprune.records.base import read_json
 from edgeprune.records.report import Report
 
@@ -39,14 +39,14 @@ def deploy(home: Path, run: str = "run"):
 
 def refuse_pruned(monkeypatch) -> None:
     """The check of a bundle's reader refuses the pruned INT8 file, and not the dense one; INT8 counts as the faster one."""
-    real = conversion.require_eight_bits
+    real = export.require_eight_bits
 
     def check(artifact, content, float_layers=()):
         if artifact.path.startswith("pruned"):
             raise IntegrityError(COARSE)
         real(artifact, content, float_layers)
 
-    monkeypatch.setattr(conversion, "require_eight_bits", check)
+    monkeypatch.setattr(export, "require_eight_bits", check)
     monkeypatch.setattr(
         verdict, "choose", lambda *_: verdict.Choice("int8", "it is the faster one")
     )
@@ -82,13 +82,13 @@ def test_fp32_ships_in_place_of_a_file_that_a_check_refuses(home, monkeypatch):
     assert f"note: INT8 was refused: {why}; FP32 ships" in done.stderr
 
     # The same run again, with FP32 over the budget: nothing is made or measured anew, and the end is as it always was, with both reasons.
-    real = verdict.latency_gate
+    real = gates.latency_gate
 
     def over(measured, budget, precision):
         gate = real(measured, budget, precision)
         return gate.model_copy(update={"met": precision == "int8"})
 
-    monkeypatch.setattr(verdict, "latency_gate", over)
+    monkeypatch.setattr(gates, "latency_gate", over)
     before = {p: p.stat().st_mtime_ns for p in home.glob("run/stages/*/stage.json")}
     done = deploy(home)
     assert done.returncode == REFUSED
@@ -102,7 +102,7 @@ def test_fp32_ships_where_the_conversion_is_refused(home, monkeypatch):
     def quantise(*arguments, **options):
         raise FormatError("only 12% of the multiply-accumulates became INT8")
 
-    monkeypatch.setattr(conversion, "best_int8", quantise)
+    monkeypatch.setattr(export, "best_int8", quantise)
     tinynet.copied_run(home / "run", home / "other")
     for name in FROM_EXPORT:  # of this deployment, and of the one that it began with
         for folder in home.glob(f"other/stages/{name}-*"):

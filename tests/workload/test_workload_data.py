@@ -12,8 +12,7 @@ from PIL import Image
 
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.records.workload import Preprocess
-from edgeprune.workload import image_files as imagefiles
-from edgeprune.workload import splits
+from edgeprune.workload import image_files, splits
 from edgeprune.workload.data import from_value, load_data
 from edgeprune.workload.dataset import Split
 
@@ -96,7 +95,7 @@ def test_images_are_resized_and_converted_to_the_recorded_form(tmp_path: Path) -
 
 def test_a_resize_is_bilinear(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png", np.array([[0, 100]], np.uint8))
-    pixels = imagefiles.read_image(tmp_path / "a.png", (1, 4), "grey")
+    pixels = image_files.read_image(tmp_path / "a.png", (1, 4), "grey")
     assert pixels.tolist() == [[0, 25, 75, 100]]
 
 

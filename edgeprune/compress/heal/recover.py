@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from edgeprune.compress.evaluate import quality
 from edgeprune.compress.heal import checkpoint as checkpoints
-from edgeprune.compress.heal import two_of_four as sparsity
+from edgeprune.compress.heal import two_of_four
 from edgeprune.errors import IntegrityError, ModelError
 from edgeprune.progress import Bar, Progress
 from edgeprune.records.files import digest_of
@@ -93,7 +93,7 @@ class _State:
     optimiser: torch.optim.SGD
     best: dict[str, Tensor]
     rows: list[EpochRow]
-    held: sparsity.AllHeld = ()  # weights of student and average that have to stay zero
+    held: two_of_four.AllHeld = ()  # weights of student and average that have to stay zero
     step: int = 0
     seconds_before: float = 0.0
     started: float = 0.0
@@ -230,7 +230,7 @@ def _start(student: nn.Module, setup: _Setup) -> _State:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     average = frozen_copy(fast_copy(student, setup.device, quick=setup.quick))
-    held = sparsity.held(setup.settings.sparsity, student, (trained, average))
+    held = two_of_four.held(setup.settings.sparsity, student, (trained, average))
     rate = setup.settings.learning_rate
     return _State(
         student=trained,
@@ -346,7 +346,7 @@ def _step(
     nn.utils.clip_grad_norm_(state.student.parameters(), GRADIENT_LIMIT)
     state.optimiser.step()
     _follow(state)
-    sparsity.hold(state.held)
+    two_of_four.hold(state.held)
     state.step += 1
     return loss.detach()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeprune.compress.heal import two_of_four as sparsity
+from edgeprune.compress.heal import two_of_four
 from edgeprune.compress.readings import Layer
 from edgeprune.compress.repair.compensate import MIN_SAMPLES, solved_in_order
 from edgeprune.compress.repair.least_squares import LayerFit, RowSums, set_weight
@@ -47,13 +47,13 @@ def sparsified(model: nn.Module, x: Tensor, *, progress: Progress) -> tuple[nn.M
     Raises:
         ModelError: no layer is eligible, or too few samples.
     """
-    names = tuple(sparsity.require_eligible(model))
+    names = tuple(two_of_four.require_eligible(model))
     if len(x) < MIN_SAMPLES:
         raise ModelError(f"2:4 sparsity needs at least {MIN_SAMPLES} samples, but got {len(x)}")
     fit, held_out = held_back(x, model)
     plain = best(judged(masked_by_magnitude(model), fit, held_out))
     solved, _ = solved_in_order(model, names, fit, _solve, progress=progress)
-    sparsity.masked(solved)  # also the layers that could not be solved
+    two_of_four.masked(solved)  # also the layers that could not be solved
     fitted = best(judged(solved, fit, held_out))
     kl_masked, kl_refitted = plain.nats, fitted.nats
     refitted = kl_refitted < kl_masked
@@ -71,16 +71,16 @@ def masked_by_magnitude(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: no layer is eligible.
     """
-    sparsity.require_eligible(model)
+    two_of_four.require_eligible(model)
     copied = copy.deepcopy(model)
-    sparsity.masked(copied)
+    two_of_four.masked(copied)
     return copied
 
 
 @torch.no_grad()
 def _solve(name: str, layer: Layer, sums: RowSums, *, ridge: float) -> LayerFit | str:
     """Mask a layer and fit what stays; arguments and answer as of :func:`edgeprune.compress.repair.least_squares.refit`."""
-    kept = sparsity.mask_of(layer.weight)
+    kept = two_of_four.mask_of(layer.weight)
     found = sums.equations(ridge)
     if found is None:
         return "its inputs or the dense outputs do not vary"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edgeprune.errors import IntegrityError
-from edgeprune.formats.shared import protobuf as _protobuf
+from edgeprune.formats.shared import protobuf
 
 PREFIX = "edgeprune."
 KEYS = ("name", "version", "source_sha256", "manifest_id", "preprocess", "license")
@@ -107,23 +107,21 @@ class OnnxProps:
         given = {**texts, PREFIX + "labels": labels.decode()}
         parts = [content]
         for key, value in sorted(given.items()):
-            pair = _protobuf.field_bytes(1, key.encode()) + _protobuf.field_bytes(2, value.encode())
-            parts.append(_protobuf.field_bytes(14, pair))
+            pair = protobuf.field_bytes(1, key.encode()) + protobuf.field_bytes(2, value.encode())
+            parts.append(protobuf.field_bytes(14, pair))
         return b"".join(parts)
 
     def read(self, content: bytes) -> Found | None:
         """See :class:`Carrier`."""
         pairs: list[tuple[int, str, str]] = []
         try:
-            for number, value, start in _protobuf.fields(memoryview(content)):
+            for number, value, start in protobuf.fields(memoryview(content)):
                 if number != 14 or isinstance(value, int):
                     pairs.clear()  # only texts behind everything else were appended here
                     continue
                 if len(value) > MAX_LABELS_BYTES + 1024:
                     raise IntegrityError("a text inside the model is too large")
-                pair = {
-                    k: bytes(v) for k, v, _ in _protobuf.fields(value) if not isinstance(v, int)
-                }
+                pair = {k: bytes(v) for k, v, _ in protobuf.fields(value) if not isinstance(v, int)}
                 key, text = pair.get(1, b"").decode(), pair.get(2, b"").decode()
                 if key.startswith(PREFIX):
                     pairs.append((start, key, text))

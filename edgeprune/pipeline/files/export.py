@@ -23,8 +23,7 @@ from edgeprune.formats.inside.eight_bits import require_eight_bits
 from edgeprune.formats.shared.model_bytes import model_bytes
 from edgeprune.formats.shared.widths import distinct_widths
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files import onnx_types as int8_types
-from edgeprune.pipeline.files import operators as operator_checks
+from edgeprune.pipeline.files import onnx_types, operators
 from edgeprune.pipeline.files.int8 import best_int8
 from edgeprune.pipeline.files.int8_warnings import warnings as int8_warnings
 from edgeprune.pipeline.files.reconverted import Converted
@@ -47,15 +46,15 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         FormatError: the export fails, or its numbers are not torch's.
     """
     program = context.program
-    slow = operator_checks.check(program, context.job.profile, context.job.target.format)
+    slow = operators.check(program, context.job.profile, context.job.target.format)
     for line in slow:
         context.progress.say(f"      warning: {line}")
     audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
     files = _net_files(context, audible, folder, "dense", cuttable=True)
-    chosen: int8_types.Chosen | None = None
-    if int8_types.is_open(context):
+    chosen: onnx_types.Chosen | None = None
+    if onnx_types.is_open(context):
         fp32_path, int8_path = (folder / files[p].path for p in ("fp32", "int8"))
-        chosen = int8_types.choose(context, fp32_path, int8_path)
+        chosen = onnx_types.choose(context, fp32_path, int8_path)
         files["int8"], notes = chosen.artifact, (*notes, chosen.note())
     shown = files.get("cuttable", files)["fp32"].path
     refused = _not_int8(context, files.get("shipping", files)["int8"], folder)

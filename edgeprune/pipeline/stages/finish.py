@@ -45,7 +45,7 @@ from edgeprune.pipeline.files.records import (
 )
 from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.pipeline.stages import gates as verdict
-from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import measure
 from edgeprune.pipeline.stages import precision as shipping
 from edgeprune.plan.bench import Stand
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
@@ -126,7 +126,7 @@ class Closing:
                 "proof": [context.proof.name, context.proof.device.model_dump(mode="json")],
             },
             FinalQuality,
-            lambda _: stages.final_quality(context, self.four, where=context.proof.name),
+            lambda _: measure.final_quality(context, self.four, where=context.proof.name),
         )
         measured = verdict.Measured(
             measurements=self.final.result.measurements,
@@ -145,7 +145,7 @@ class Closing:
             "measuring",
             {"artifact": self.four[shipped][1].sha256, "data": job.loaded.dataset.digest},
             TestQuality,
-            lambda _: stages.test_quality(context, self.four[shipped][0]),
+            lambda _: measure.test_quality(context, self.four[shipped][0]),
         )
         gates: tuple[Gate, ...] = (
             verdict.latency_gate(measured, job.budget, choice.precision),
@@ -191,7 +191,7 @@ class Closing:
             "measuring",
             {"artifact": artifact.sha256, "final": self.final.digest, "seconds": seconds},
             SustainedRun,
-            lambda _: stages.sustained_latency(self.context, name, path, artifact),
+            lambda _: measure.sustained_latency(self.context, name, path, artifact),
         ).result
 
     def _report(

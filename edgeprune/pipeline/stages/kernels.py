@@ -12,11 +12,10 @@ from edgeprune.devices.timing.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files import export as conversion
-from edgeprune.pipeline.files import onnx_types as int8_types
+from edgeprune.pipeline.files import export, onnx_types
 from edgeprune.pipeline.files.records import DenseFiles, DenseLatency, VariantFile
 from edgeprune.pipeline.run_folder import RunFolder, Stage
-from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import measure
 from edgeprune.pipeline.stages.finish import Planned, Prepared, data_notes, versions
 from edgeprune.plan import certainty, guarantee
 from edgeprune.plan.bench import Stand
@@ -110,17 +109,17 @@ def dense_stage(context: Context, run: RunFolder, *, title: str = "") -> Stage[D
         **({"avoid": job.profile.avoid_ops} if job.profile.avoid_ops else {}),
         **({"forbidden": job.profile.forbidden_ops} if job.profile.forbidden_ops else {}),
     }
-    if int8_types.is_open(context):  # then the board decides about the files
+    if onnx_types.is_open(context):  # then the board decides about the files
         inputs["device"] = context.board_key()
     dense = run.stage(
         "dense",
         "conversion",
         inputs,
         DenseFiles,
-        lambda f: conversion.dense_files(context, f),
+        lambda f: export.dense_files(context, f),
         title=title,
     )
-    int8_types.restore(context, dense.result.int8_types)
+    onnx_types.restore(context, dense.result.int8_types)
     entry = context.entry("dense", context.reference)
     say(f"      dense: {entry.metric} {entry.value:.2%} of {entry.n} development samples")
     for line in (*context.prepared[1], *dense.result.notes, *data_notes(context)):
@@ -145,7 +144,7 @@ def _latency(context: Context, run: RunFolder, dense: Stage[DenseFiles]) -> Stag
         "measuring",
         inputs,
         DenseLatency,
-        lambda _: stages.dense_latency(context, dense.result, dense.folder),
+        lambda _: measure.dense_latency(context, dense.result, dense.folder),
     )
     stamp = latency.result.fingerprint.stamp
     mark = "" if stamp == "measured" else f" ({stamp})"
@@ -169,9 +168,9 @@ def _resizable(
         # The groups, too: what proves them may have become stricter since.
         {"dense": dense.digest, "precision": precision, "groups": context.full},
         VariantFile,
-        lambda f: conversion.variant_file(context, precision, f),
+        lambda f: export.variant_file(context, precision, f),
     )
-    file = conversion.resizable(
+    file = export.resizable(
         context,
         dense.path(dense.result.cut_from(precision).path),
         variant.path(variant.result.artifact.path),
@@ -366,7 +365,7 @@ def _share_times(
 def _score(context: Context, table: MeasuredTable) -> ScoresResult:
     """Work on this machine, while others may use the board."""
     with context.board.rested():
-        return stages.score(context, table.grids, context.model, context.groups[0])
+        return measure.score(context, table.grids, context.model, context.groups[0])
 
 
 def _scores(context: Context, run: RunFolder, table: Stage[MeasuredTable]) -> Stage[ScoresResult]:
@@ -406,11 +405,11 @@ def _plan(
             **({} if job.scope == "global" else {"scope": job.scope}),
         },
         PlanResult,
-        lambda _: stages.plan_structure(
+        lambda _: measure.plan_structure(
             context,
             ready.stand,
             ready.file,
-            stages.plan_basis(
+            measure.plan_basis(
                 context, ready.file, ready.table.result, ready.nets.result, scores.result
             ),
         ),

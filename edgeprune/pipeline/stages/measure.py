@@ -17,7 +17,7 @@ from torch import nn
 from edgeprune.compress.evaluate import quality
 from edgeprune.compress.groups.find import ChannelGroup, remove_channels
 from edgeprune.compress.heal.recover import recover
-from edgeprune.compress.scores import importance as importances
+from edgeprune.compress.scores import importance
 from edgeprune.compress.size import work
 from edgeprune.compress.structure_loss import AfterHealing, AfterRepair, trial_settings
 from edgeprune.devices.plans import SEARCH
@@ -34,8 +34,7 @@ from edgeprune.pipeline.files.records import (
     RecoveredResult,
     TestQuality,
 )
-from edgeprune.plan import bench as planning
-from edgeprune.plan import guarantee
+from edgeprune.plan import bench, guarantee
 from edgeprune.plan.basis import Basis
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
 from edgeprune.plan.net_model import fit, kernel_model
@@ -94,14 +93,14 @@ def score(
 ) -> ScoresResult:
     """Score every channel of a model on training data and calibrate the cost of every width on the selection split."""
     data = context.job.loaded.dataset
-    function = importances.BY_NAME[context.job.importance]
+    function = importance.BY_NAME[context.job.importance]
     x = quick_input(model, torch.from_numpy(context.inputs(data.train, SCORE_SAMPLES)))
     with context.progress.bar("scoring channels", 1) as bar:
         scores = function(model, groups, x, context.job.seed)
         bar.advance(1)
     held = context.inputs(data.selection, curve_samples(model, groups, x[:1]))
     samples = quick_input(model, torch.from_numpy(held))
-    curves = importances.cost_curves(
+    curves = importance.cost_curves(
         model, groups, scores, grids, samples, progress=context.progress
     )
     return ScoresResult(
@@ -137,7 +136,7 @@ def plan_basis(
         nets=nets,
         quality=fit_quality,
         curves={g: np.asarray(c) for g, c in scores.curves.items()},
-        orders=importances.removal_order(arrays),
+        orders=importance.removal_order(arrays),
         importance=context.job.importance,
         scope=context.job.scope,
         loss=loss,
@@ -175,7 +174,7 @@ def structure_trial(context: Context, loss: AfterRepair) -> AfterHealing | None:
 
 
 def plan_structure(
-    context: Context, stand: planning.Stand, file: Resizable, basis: Basis
+    context: Context, stand: bench.Stand, file: Resizable, basis: Basis
 ) -> PlanResult:
     """Solve for the budget and check the solution on the device until it fits; a plan that is given is only checked."""
     budget, widths, progress = context.job.budget, context.job.widths, context.progress

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from edgeprune.errors import FormatError
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files import export as conversion
+from edgeprune.pipeline.files import export
 from edgeprune.pipeline.files.records import FinalQuality, PrunedFiles
 from edgeprune.pipeline.run_folder import Stage
-from edgeprune.pipeline.stages import gates as verdict
+from edgeprune.pipeline.stages import gates
 from edgeprune.records.names import Precision
 from edgeprune.records.report import Gate
 
@@ -15,9 +15,9 @@ from edgeprune.records.report import Gate
 def choose(
     context: Context,
     files: Stage[PrunedFiles],
-    measured: verdict.Measured,
+    measured: gates.Measured,
     quality: FinalQuality,
-) -> verdict.Choice:
+) -> gates.Choice:
     """What ships: what the gates say, unless that is an INT8 file which a check refuses.
 
     Raises:
@@ -25,15 +25,15 @@ def choose(
     """
     job = context.job
     if files.result.int8_refused and "int8" in job.target.precisions:
-        return verdict.in_place_of_int8(measured, job.budget, files.result.int8_refused)
+        return gates.in_place_of_int8(measured, job.budget, files.result.int8_refused)
     choice = _by_gates(context, measured)
     if choice.precision == "fp32":
         return choice
     try:
         _require_int8(files)
     except FormatError as error:
-        why = conversion.refusal(context, error)
-        return verdict.in_place_of_int8(measured, job.budget, why)
+        why = export.refusal(context, error)
+        return gates.in_place_of_int8(measured, job.budget, why)
     return _with_numerics(context, files, measured, quality, choice)
 
 
@@ -41,49 +41,49 @@ def numerics(
     context: Context, files: PrunedFiles, quality: FinalQuality, precision: Precision
 ) -> Gate:
     """Whether the device computes what the host does, in one precision."""
-    return verdict.numerics_gate(
+    return gates.numerics_gate(
         quality.device_agreement[precision],
         files.built_in_agreement if precision == "int8" else 1.0,
         not_run="" if context.runs_ship else context.notes[0],
     )
 
 
-def _by_gates(context: Context, measured: verdict.Measured) -> verdict.Choice:
+def _by_gates(context: Context, measured: gates.Measured) -> gates.Choice:
     """Where times cannot rank the precisions, INT8, unless it alone misses the accuracy gate."""
     job = context.job
     comparable = context.precisions(job.target.precisions)
     if comparable != job.target.precisions:
         (only,) = comparable
-        if verdict.quality_gate(measured, job.max_drop, only).met:
+        if gates.quality_gate(measured, job.max_drop, only).met:
             runtime = context.runtime_on(context.board).name
             reason = f"{runtime} on this machine stands in for the target, so its times do not rank the precisions"
-            return verdict.Choice(only, reason)
-    return verdict.choose(measured, job.budget, job.max_drop, job.target.precisions)
+            return gates.Choice(only, reason)
+    return gates.choose(measured, job.budget, job.max_drop, job.target.precisions)
 
 
 def _require_int8(files: Stage[PrunedFiles]) -> None:
     """Nothing, unless the INT8 file is one that a reader of the bundle would refuse."""
     artifact, floats = files.result.shipped("int8"), files.result.float_layers("int8")
-    conversion.require_int8(artifact, files.path(artifact.path), floats)
+    export.require_int8(artifact, files.path(artifact.path), floats)
 
 
 def _with_numerics(
     context: Context,
     files: Stage[PrunedFiles],
-    measured: verdict.Measured,
+    measured: gates.Measured,
     quality: FinalQuality,
-    choice: verdict.Choice,
-) -> verdict.Choice:
+    choice: gates.Choice,
+) -> gates.Choice:
     """INT8, unless its kernels disagree and FP32 keeps every promise."""
     job = context.job
     gate = numerics(context, files.result, quality, "int8")
     if not gate.missed or "fp32" not in job.target.precisions:
         return choice
     others = (
-        verdict.latency_gate(measured, job.budget, "fp32"),
-        verdict.quality_gate(measured, job.max_drop, "fp32"),
+        gates.latency_gate(measured, job.budget, "fp32"),
+        gates.quality_gate(measured, job.max_drop, "fp32"),
         numerics(context, files.result, quality, "fp32"),
     )
     if not all(other.met for other in others):
         return choice
-    return verdict.in_place_of_int8(measured, job.budget, f"its kernels disagree, {gate.note}")
+    return gates.in_place_of_int8(measured, job.budget, f"its kernels disagree, {gate.note}")

@@ -12,7 +12,7 @@ from edgeprune import formats
 from edgeprune.compress.groups.find import ChannelGroup, find_groups
 from edgeprune.errors import EdgepruneError
 from edgeprune.pipeline.context import Candidate, Job
-from edgeprune.pipeline.files import operators as operator_checks
+from edgeprune.pipeline.files import operators
 from edgeprune.pipeline.options import check_format
 from edgeprune.plan import guarantee
 from edgeprune.records.plan import FrozenGroup
@@ -80,7 +80,7 @@ def _problem(found: HostSide, candidate: Candidate) -> EdgepruneError | None:
         form = formats.load(target.format)
         for name in filter(None, (target.format, form.info.twin)):
             formats.require_tools(name)
-        operator_checks.check(found.program, found.job.profile, target.format)
+        operators.check(found.program, found.job.profile, target.format)
     except EdgepruneError as error:
         return error
     return None

@@ -28,7 +28,7 @@ from edgeprune.errors import BudgetError
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files.records import PrunedResult, RecoveredResult, StepResult
 from edgeprune.pipeline.run_folder import RunFolder, Stage
-from edgeprune.pipeline.stages import measure as stages
+from edgeprune.pipeline.stages import measure
 from edgeprune.pipeline.stages.finish import Planned
 from edgeprune.pipeline.stages.kernels import say_plan
 from edgeprune.plan import certainty
@@ -168,7 +168,7 @@ def earlier_steps(context: Context, run: RunFolder, planned: Planned) -> LastSte
     current = Current(context.model, full)
     if recovery.steps == 1:
         return LastStep(planned, current, _training(recovery, recovery.epochs))
-    basis = stages.plan_basis(
+    basis = measure.plan_basis(
         context,
         planned.file,
         planned.table.result,
@@ -240,7 +240,7 @@ class _Step:
 
         def work(_: Path) -> ScoresResult:
             with self.context.board.rested():
-                return stages.score(self.context, grids, current.model, groups)
+                return measure.score(self.context, grids, current.model, groups)
 
         inputs = {
             "kernels": self.planned.table.digest,
@@ -290,7 +290,7 @@ class _Step:
         if healed.result.interrupted:
             self.run.notes.append(f"the healing of step {self.number} was interrupted")
         path = healed.path("recovered.safetensors")
-        model = stages.with_weights(stages.pruned_model(self.context, cut.result.kept), path)
+        model = measure.with_weights(measure.pruned_model(self.context, cut.result.kept), path)
         # The file's digest, not the stage's: an interrupted training leaves other weights than the one that is made up for it.
         return Current(model, cut.result.kept, sha256_file(path)), healed.result.epochs_run
 
@@ -302,7 +302,7 @@ class _Step:
             solution = search.fastest(problem)
         kept = {n: kept_channels(basis.orders[n], w) for n, w in solution.widths.items()}
         model, pruned = cut_and_compensate(self.context, self.current, kept)
-        stages.save_weights(model, folder / "compensated.safetensors")
+        measure.save_weights(model, folder / "compensated.safetensors")
         return StepResult(
             limit_ms=limit_ms,
             predicted_ms=solution.predicted_ms,
@@ -312,8 +312,8 @@ class _Step:
         )
 
     def _healed(self, cut: Stage[StepResult], folder: Path) -> RecoveredResult:
-        student = stages.with_weights(
-            stages.pruned_model(self.context, cut.result.kept),
+        student = measure.with_weights(
+            measure.pruned_model(self.context, cut.result.kept),
             cut.path("compensated.safetensors"),
         )
         # Another order of samples in every step, the given seed's own in the last.
@@ -324,8 +324,8 @@ class _Step:
         """The plan of the last step, by the guarantee loop; ``basis`` is the dense model's."""
         job, scores = self.context.job, self._scores()
         groups = narrowed_groups(self.context.groups[0], self.current.kept)
-        loss = stages.structure_loss(self.context, self.current.model, groups)
-        trial = stages.structure_trial(self.context, loss)
+        loss = measure.structure_loss(self.context, self.current.model, groups)
+        trial = measure.structure_trial(self.context, loss)
         basis = replace(
             narrowed_basis(basis, self.current.kept, scores.result),
             at_least={},
@@ -343,7 +343,7 @@ class _Step:
                 "accepted": certainty.RULE,
             },
             PlanResult,
-            lambda _: stages.plan_structure(self.context, stand, self.planned.file, basis),
+            lambda _: measure.plan_structure(self.context, stand, self.planned.file, basis),
         )
 
     def _say(self, entries: Sequence[LedgerEntry]) -> None:
@@ -356,7 +356,7 @@ def heal(
 ) -> RecoveredResult:
     """Train while others may use the boards."""
     with context.board.rested(), context.proof.rested():
-        return stages.heal(context, student, folder, recovery=recovery, seed=seed)
+        return measure.heal(context, student, folder, recovery=recovery, seed=seed)
 
 
 def prune_inputs(context: Context, last: LastStep) -> dict[str, Any]:
@@ -386,7 +386,7 @@ def prune(context: Context, last: LastStep, folder: Path) -> PrunedResult:
     if recovery.sparsity != "none":
         model, entry = _sparsified(context, model)
         result = result.model_copy(update={"entries": (*result.entries, entry)})
-    stages.save_weights(model, folder / "compensated.safetensors")
+    measure.save_weights(model, folder / "compensated.safetensors")
     return result
 
 
@@ -396,11 +396,11 @@ def _start(context: Context, last: LastStep) -> tuple[nn.Module, PrunedResult]:
     if recovery.start == "kept":
         return cut_and_compensate(context, last.current, last.kept)
     if recovery.start == "fresh":
-        model = reinitialised(stages.pruned_model(context, last.kept), seed)
+        model = reinitialised(measure.pruned_model(context, last.kept), seed)
         note = f"fresh weights of seed {seed}: the from-scratch control"
         entries = [context.entry("pruned", logits(model, context.development), note=note)]
     else:
-        cut = stages.pruned_model(context, last.kept, context.job.loaded.earlier)
+        cut = measure.pruned_model(context, last.kept, context.job.loaded.earlier)
         found = best(judged(cut, *held_back(_training_samples(context), context.model)))
         model = found.model
         note = f"weights of {recovery.rewind_weights}; batch-norm statistics are {found.statistics}"

@@ -9,8 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from edgeprune.plan.latency import call_overhead as calls
-from edgeprune.plan.latency import weight_traffic as traffic
+from edgeprune.plan.latency import call_overhead, weight_traffic
 from edgeprune.plan.latency.model import LatencyModel, bent, straightened
 from edgeprune.plan.latency.nnls import nonnegative_least_squares
 
@@ -28,7 +27,7 @@ MOST_ERROR_RATIO = 0.15  # what one net counts at most when fits are compared
 PRIOR_SPREAD = 0.5  # standard deviation of a scale, relative to what it is expected to be
 # Standard deviations of what a unit of these costs: a byte, in ns, and a call, in times of the quickest kernel. Both are expected to cost
 # nothing.
-UNIT_SPREAD = {traffic.OP: 0.5, calls.OP: 0.5}
+UNIT_SPREAD = {weight_traffic.OP: 0.5, call_overhead.OP: 0.5}
 
 
 class TimedNet(NamedTuple):
@@ -155,7 +154,7 @@ def _choose(rows: _Rows, classes: _Classes) -> tuple[_Fit, _Rows]:
     error = _left_out_error(rows, classes, _fit_common)
     if error <= CLASS_ERROR_RATIO:
         return best
-    has_traffic = len(classes.only(traffic.OP)) > 0
+    has_traffic = len(classes.only(weight_traffic.OP)) > 0
     forms: tuple[_Fit, ...] = (
         _fit_common, *([_fit_traffic] if has_traffic else []), _fit_classes,
     )  # fmt: skip
@@ -192,11 +191,11 @@ def _left_out_error(rows: _Rows, classes: _Classes, fit: _Fit) -> float:
 
 
 def _fit_common(rows: _Rows, classes: _Classes) -> _Correction:
-    return _fit_with(rows, classes, classes.only(calls.OP))
+    return _fit_with(rows, classes, classes.only(call_overhead.OP))
 
 
 def _fit_traffic(rows: _Rows, classes: _Classes) -> _Correction:
-    return _fit_with(rows, classes, classes.only(calls.OP, traffic.OP))
+    return _fit_with(rows, classes, classes.only(call_overhead.OP, weight_traffic.OP))
 
 
 def _fit_with(rows: _Rows, classes: _Classes, extra: np.ndarray) -> _Correction:
