@@ -47,9 +47,7 @@ def refuse_pruned(monkeypatch) -> None:
         real(artifact, content, float_layers)
 
     monkeypatch.setattr(export, "require_eight_bits", check)
-    monkeypatch.setattr(
-        verdict, "choose", lambda *_: verdict.Choice("int8", "it is the faster one")
-    )
+    monkeypatch.setattr(gates, "choose", lambda *_: gates.Choice("int8", "it is the faster one"))
 
 
 def is_whole(home: Path, run: str, why: str) -> tuple[Report, Manifest]:
