@@ -31,7 +31,6 @@ GOLDEN_INPUTS = "golden/inputs.npy"
 GOLDEN_OUTPUTS = "golden/outputs.npy"
 FLOAT_OUTPUTS = "golden/float-outputs.npy"  # of the float model
 TOLERANCE = "golden/tolerance.json"
-SAMPLE = "samples/python/predict.py"
 JETSON_SAMPLE = "samples/jetson/build_engine.py"  # of bundles for TensorRT
 SIGNATURE = "manifest.sig"
 CARD = "MODEL_CARD.md"

@@ -134,7 +134,6 @@ class LayerShape:
     kernel: tuple[int, int] = (1, 1)
     groups: int = 1
     out_hw: tuple[int, int] = (1, 1)
-    bias: bool = False
 
     def __post_init__(self) -> None:
         if min(self.in_channels, self.out_channels, self.groups, *self.kernel, *self.out_hw) < 1:
@@ -147,15 +146,5 @@ class LayerShape:
 
 def macs(layer: LayerShape) -> int:
     """Multiply-accumulates of one sample; the bias is not counted."""
-    positions = layer.out_hw[0] * layer.out_hw[1]
-    return positions * _weights(layer)
-
-
-def parameters(layer: LayerShape) -> int:
-    """Weights and, where there is one, the bias."""
-    return _weights(layer) + (layer.out_channels if layer.bias else 0)
-
-
-def _weights(layer: LayerShape) -> int:
-    window = layer.kernel[0] * layer.kernel[1]
-    return layer.out_channels * (layer.in_channels // layer.groups) * window
+    positions, window = math.prod(layer.out_hw), math.prod(layer.kernel)
+    return positions * layer.out_channels * (layer.in_channels // layer.groups) * window

@@ -168,18 +168,6 @@ class Measurement(Record):
         return samples[int(0.99 * len(samples))] / 1e6 if len(samples) >= P99_SAMPLES else None
 
     @property
-    def mean_ms(self) -> float:
-        """Mean of all accepted samples. Disturbances pull it up: compare medians."""
-        return statistics.fmean(self.samples_ns()) / 1e6
-
-    @property
-    def mad_ms(self) -> float:
-        """Median absolute deviation of all accepted samples from their median: the width of the bulk, blind to outliers."""
-        samples = self.samples_ns()
-        centre = statistics.median(samples)
-        return statistics.median(abs(s - centre) for s in samples) / 1e6
-
-    @property
     def spread_ratio(self) -> float:
         """Half the inter-quartile range of the block medians over their median: how far blocks disagree."""
         medians = sorted(self.block_medians_ns().values())

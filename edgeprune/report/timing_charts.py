@@ -183,8 +183,8 @@ def sustained(run: SustainedRun) -> Markup:
     )
 
 
-def _legend(items: Sequence[tuple[str, str]], y: float = 13.0) -> Markup:
-    parts, x = [], 2.0
+def _legend(items: Sequence[tuple[str, str]]) -> Markup:
+    parts, x, y = [], 2.0, 13.0
     for name, class_ in items:
         parts += [line((x, y), (x + 20, y), class_), label_at(x + 26, y + 4, name, "tick")]
         x += 40 + 6.6 * len(name)

@@ -47,7 +47,7 @@ def test_float_layers_are_told_from_8_bit_ones(tmp_path):
     onnx_file(tmp_path / "m")
     found = anatomy("onnx", (tmp_path / "m").read_bytes())
     assert found is not None
-    assert (found.weighted, found.eight_bit, found.eight_bit_ratio) == (1, 0, 0.0)
+    assert (found.weighted, found.eight_bit) == (1, 0)
     assert found.tensors == {"float32": 1}
     assert anatomy("coreml", b"anything") is None
 

@@ -26,10 +26,11 @@ from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import model_texts
 from edgeprune.errors import IntegrityError
 from edgeprune.formats.shared import metadata, protobuf
-from edgeprune.formats.shared.metadata import KEYS, PREFIX, carrier
+from edgeprune.formats.shared.metadata import PREFIX, carrier
 from edgeprune.records.base import read_json
 from edgeprune.records.files import sha256_bytes
 
+KEYS = ("name", "version", "source_sha256", "manifest_id", "preprocess", "license")
 TEXTS = {PREFIX + key: f"{key} = été" for key in KEYS}
 LABEL_BYTES = labels_text(LABELS)
 WRITERS = {".onnx": onnx_file, ".tflite": tflite_file}

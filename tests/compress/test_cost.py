@@ -1,34 +1,30 @@
-"""Work and parameters by arithmetic."""
+"""Work by arithmetic."""
 
 from __future__ import annotations
 
 import pytest
 
-from edgeprune.compress.size import LayerShape, macs, parameters
+from edgeprune.compress.size import LayerShape, macs
 
 
 def test_a_convolution_counts_every_tap_of_every_output_position() -> None:
-    layer = LayerShape("conv", 16, 32, kernel=(3, 5), out_hw=(7, 9), bias=True)
+    layer = LayerShape("conv", 16, 32, kernel=(3, 5), out_hw=(7, 9))
     assert macs(layer) == 7 * 9 * 32 * 16 * 15
-    assert parameters(layer) == 32 * 16 * 15 + 32
 
 
 def test_a_depthwise_convolution_reads_one_channel_per_output() -> None:
     layer = LayerShape("conv", 24, 24, kernel=(3, 3), groups=24, out_hw=(14, 14))
     assert macs(layer) == 14 * 14 * 24 * 9
-    assert parameters(layer) == 24 * 9
 
 
 def test_a_grouped_convolution_reads_its_share_of_the_inputs() -> None:
     layer = LayerShape("conv", 32, 64, kernel=(1, 1), groups=4, out_hw=(2, 3))
     assert macs(layer) == 6 * 64 * 8
-    assert parameters(layer) == 64 * 8
 
 
 def test_a_linear_layer_is_applied_to_every_token() -> None:
-    layer = LayerShape("linear", 100, 10, out_hw=(1, 50), bias=True)
+    layer = LayerShape("linear", 100, 10, out_hw=(1, 50))
     assert macs(layer) == 50 * 100 * 10
-    assert parameters(layer) == 1010
 
 
 @pytest.mark.parametrize(

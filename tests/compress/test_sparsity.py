@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from healing_fixture import PREPROCESS, SETTINGS, Stopper, damaged, splits, teacher
+from pattern import without_pattern
 from sparsity_fixture import groups_of_four, stored_weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -18,7 +19,7 @@ from edgeprune.compress.evaluate import kl_nats
 from edgeprune.compress.heal import two_of_four
 from edgeprune.compress.heal.recover import recover
 from edgeprune.compress.heal.sparsify import masked_by_magnitude, sparsified
-from edgeprune.compress.heal.two_of_four import eligible, has_pattern, mask_of, without_pattern
+from edgeprune.compress.heal.two_of_four import eligible, has_pattern, mask_of
 from edgeprune.compress.int8.faint_channels import rescue_silent
 from edgeprune.compress.int8.fakequant import fake_quantised, plain
 from edgeprune.errors import ModelError
@@ -133,14 +134,14 @@ def test_a_model_without_such_a_layer_is_refused_before_any_work() -> None:
         api.resolve(loaded, Options(target="jetson-orin-nano"))
 
 
-def test_a_state_dict_is_checked_for_the_pattern() -> None:
+def test_masking_gives_the_pattern_to_a_copy() -> None:
     model = wide()
     assert without_pattern(model.state_dict(), Wide.ELIGIBLE) == Wide.ELIGIBLE
     masked = masked_by_magnitude(model)
     state = masked.state_dict()
     assert without_pattern(state, Wide.ELIGIBLE) == ()
     state["down.weight"][3, 4:7] = 0.5
-    assert without_pattern(state, [*Wide.ELIGIBLE, "gone"]) == ("down", "gone")
+    assert without_pattern(state, Wide.ELIGIBLE) == ("down",)
     assert not has_pattern(model.get_submodule("down").weight)  # the given model is as it was
 
 

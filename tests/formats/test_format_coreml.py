@@ -10,7 +10,7 @@ import coreml_fixture
 import numpy as np
 import pytest
 import torch
-from coreml_fixture import FACTS, LABELS, raw, seen
+from coreml_fixture import FACTS, LABELS, labels_of, raw, read_program, seen
 from torch import nn
 from torch.nn import functional
 
@@ -28,7 +28,7 @@ from edgeprune.formats.coreml.package import (
     read_files,
     read_package,
 )
-from edgeprune.formats.coreml.program import program_of, read_program
+from edgeprune.formats.coreml.program import program_of
 from edgeprune.formats.shared.model_bytes import files_of, model_bytes
 from edgeprune.records.files import sha256_bytes
 from edgeprune.records.workload import Preprocess
@@ -134,7 +134,7 @@ def test_xcode_is_told_what_it_shows(made) -> None:
     assert known["target"] == "iphone"
     assert known["executed"].startswith("not run")
     assert "within" in known["checked"]
-    assert coreml.labels_of(made["int8"]) == LABELS
+    assert labels_of(made["int8"]) == LABELS
     assert [o.name for o in spec.description.output] == ["classLabel", "classLabel_probs", "output"]
     assert spec.description.predictedFeatureName == "classLabel"
     assert spec.description.input[0].type.WhichOneof("Type") == "imageType"

@@ -89,8 +89,9 @@ def test_a_plain_file_ships_from_the_net_as_it_is(tmp_path, chosen):
 
 @pytest.mark.slow
 def test_a_core_ml_package_has_the_weights_that_were_judged(tmp_path, chosen):
+    from coreml_fixture import read_program
+
     from edgeprune.formats.coreml.check import folded_weights
-    from edgeprune.formats.coreml.program import read_program
 
     form = formats.load("coreml")
     context, files = shipped(tmp_path, form, int8_fixture.uneven())

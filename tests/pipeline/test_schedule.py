@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tinynet
 import torch
+from pattern import without_pattern
 from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import ZOO, make
@@ -23,7 +24,6 @@ from edgeprune.cli.options import schedule_settings
 from edgeprune.compress.groups.find import find_groups, remove_channels
 from edgeprune.compress.groups.surgery import narrowed_groups
 from edgeprune.compress.heal.fresh_weights import reinitialised
-from edgeprune.compress.heal.two_of_four import without_pattern
 from edgeprune.compress.scores.importance import fisher
 from edgeprune.compress.structure_loss import trial_settings
 from edgeprune.errors import ModelError, SpecError

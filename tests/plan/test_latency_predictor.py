@@ -9,21 +9,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from kernel_points import probe_points
 
 from edgeprune.errors import SpecError
+from edgeprune.formats import Kernel
 from edgeprune.plan.latency import call_overhead, weight_traffic
 from edgeprune.plan.latency.correct import TimedNet, correct, evaluate
-from edgeprune.plan.latency.model import (
-    Factor,
-    LatencyModel,
-    admissible_grids,
-    build_model,
-    dense_net,
-    restrict,
-    sample_nets,
-    smallest_net,
-)
-from edgeprune.plan.latency.table import LatencyTable, probe_points, slot_grids, tabulate
+from edgeprune.plan.latency.model import Factor, LatencyModel, sample_nets
+from edgeprune.plan.latency.table import KernelTable, LatencyTable, tabulate
+from edgeprune.plan.measured import MeasuredTable
+from edgeprune.plan.net_model import kernel_model
 
 GRIDS = {
     "stem": (8, 16, 24, 32),
@@ -44,7 +39,8 @@ KERNELS = (
     Shape("conv", "CONV_2D", ("stem", "inner")),
     Shape("dw", "DEPTHWISE", ("inner",)),
     Shape("conv2", "CONV_2D", ("inner", "late")),
-    Shape("square", "CONV_2D", ("late", "late")),
+    # Between two places of one residual stage: both sides have its width.
+    Shape("square", "CONV_2D", ("late",)),
     Shape("end", "SOFTMAX", ()),
 )
 COSTS: dict[str, Callable[..., float]] = {
@@ -52,7 +48,7 @@ COSTS: dict[str, Callable[..., float]] = {
     "conv": lambda i, o: 2e4 + 120.0 * i * o,
     "dw": lambda w: 1e4 + 2500.0 * w,
     "conv2": lambda i, o: 2e4 + 80.0 * i * o,
-    "square": lambda i, o: 3e4 + 25.0 * i * o,
+    "square": lambda w: 3e4 + 25.0 * w * w,
     "end": lambda: 1e5,
 }
 
@@ -65,14 +61,46 @@ def kernels_ms(widths: Mapping[str, int], scales: Mapping[str, float] | None = N
     )
 
 
-def model() -> LatencyModel:
-    ops = {k.signature: k.op for k in KERNELS}
+class Net:
+    """A file of these kernels, whose weights weigh nothing."""
+
     kernels = tuple(
-        tabulate(name, ops[name], grids, {p: COSTS[name](*p) for p in probe_points(grids, seed=0)})
-        for name, grids in slot_grids(KERNELS, GRIDS).items()
+        Kernel(i, k.signature, k.op, "", k.signature, k.variables, (), ())
+        for i, k in enumerate(KERNELS)
     )
-    table = LatencyTable(fingerprint_key="pi", precision="fp32", format="tflite", kernels=kernels)
-    return build_model(table, KERNELS, GRIDS)
+    blocks: Mapping[str, frozenset[int]] = {}
+
+    def resized(self, widths: Mapping[str, int]) -> bytes:
+        return b""
+
+    def kernel(self, index: int, widths: Mapping[str, int]) -> bytes:
+        return b""
+
+
+def dense_net(grids: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    return {name: grid[-1] for name, grid in grids.items()}
+
+
+def smallest_net(grids: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    return {name: grid[0] for name, grid in grids.items()}
+
+
+def table_of(kernel: Shape) -> KernelTable:
+    grids = [GRIDS[name] for name in kernel.variables]
+    sides = ",".join(str(grid[-1]) for grid in grids)
+    points = {p: COSTS[kernel.signature](*p) for p in probe_points(grids, seed=0)}
+    return tabulate(f"{kernel.signature}@{sides}", kernel.op, grids, points)
+
+
+def model() -> LatencyModel:
+    table = LatencyTable(
+        fingerprint_key="pi",
+        precision="fp32",
+        format="tflite",
+        kernels=tuple(map(table_of, KERNELS)),
+    )
+    measured = MeasuredTable(table=table, grids=GRIDS, staircases={}, kernels_measured=0)
+    return kernel_model(Net(), measured, dense_net(GRIDS))
 
 
 def timed(
@@ -316,22 +344,10 @@ def test_any_first_few_sampled_nets_span_small_to_large() -> None:
     assert gaps.max() < 0.2
 
 
-def test_the_widths_that_pay_come_from_all_kernels_a_group_touches() -> None:
-    widths = tuple(range(4, 65, 4))
-    stairs = np.array([-(-w // 16) * 16.0 for w in widths])
-    smooth = np.arange(4.0, 65.0, 4.0)
-    grids = {"a": widths, "b": widths, "fixed": (10,)}
-    tiled = LatencyModel(grids, (Factor(("a", "b"), np.multiply.outer(smooth, stairs)),))
-    assert admissible_grids(tiled) == {"a": widths, "b": (16, 32, 48, 64), "fixed": (10,)}
-    assert len(admissible_grids(tiled, most=5)["a"]) == 5
-    both = LatencyModel(grids, (*tiled.factors, Factor(("b",), 100 * smooth)))
-    assert admissible_grids(both)["b"] == widths
-
-
-def test_a_restricted_model_predicts_the_same_on_fewer_widths() -> None:
+def test_a_model_on_narrower_grids_predicts_the_same() -> None:
     full = correct(model(), timed(lambda net: 1.2 * kernels_ms(net) + 0.2, 8, seed=0))
-    grids = {"stem": (16, 32), "inner": (16, 56, 96), "late": (128,)}
-    small = restrict(full, grids)
-    for chosen in itertools.product(*grids.values()):
-        net = dict(zip(grids, chosen, strict=True))
+    small = full.between({"stem": 16, "inner": 24, "late": 128}, {"stem": 24, "inner": 64})
+    assert small.grids == {"stem": (16, 24), "inner": (24, 32, 40, 48, 56, 64), "late": (128,)}
+    for chosen in itertools.product(*small.grids.values()):
+        net = dict(zip(small.grids, chosen, strict=True))
         assert small.predict(net) == pytest.approx(full.predict(net), rel=1e-12)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_points import probe_points
 
-from edgeprune.plan.latency.fill import fit_kernel, fit_terms, leave_out_error, probe_points
+from edgeprune.plan.latency.fill import fit_kernel, fit_terms, leave_out_error
 from edgeprune.plan.latency.grid import candidate_widths
 from edgeprune.plan.latency.nnls import nonnegative_least_squares
 

@@ -9,12 +9,12 @@ import pytest
 import tinynet
 import torch
 from fakejetson import build_engine, calls, make
+from pattern import without_pattern
 from safetensors.torch import load_file
 from sparsity_fixture import groups_of_four, stored_weights
 
 import edgeprune
 from edgeprune.bundle.manifest import MANIFEST, Manifest
-from edgeprune.compress.heal.two_of_four import without_pattern
 from edgeprune.formats.tensorrt.format import placement_problems
 from edgeprune.records.base import read_json
 from edgeprune.records.report import Report

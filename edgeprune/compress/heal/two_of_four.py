@@ -11,7 +11,7 @@ Notation: ``O`` output channels, ``C`` input channels, weights ``[O, C, ...]``, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -108,22 +108,11 @@ def require_eligible(model: nn.Module) -> dict[str, Layer]:
     return found
 
 
-def without_pattern(state: Mapping[str, Tensor], layers: Iterable[str]) -> tuple[str, ...]:
-    """Of these layers, those whose weight in a state dict lacks the pattern, or is not there."""
-    return tuple(
-        name
-        for name in layers
-        if f"{name}.weight" not in state or not has_pattern(state[f"{name}.weight"])
-    )
-
-
 @torch.no_grad()
-def masked(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Set weights of eligible layers to zero, by magnitude, in place; of these names alone, where some are given."""
-    layers = eligible(model)
-    for name in layers if names is None else names:
-        weight = layers[name].weight
-        weight.masked_fill_(~mask_of(weight), 0.0)
+def masked(model: nn.Module) -> None:
+    """Set the smaller weights of every eligible layer to zero, in place."""
+    for layer in eligible(model).values():
+        layer.weight.masked_fill_(~mask_of(layer.weight), 0.0)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ def measure(
     runtime: str,
     threads: int,
     plan: TimingPlan,
-    keep_loaded: bool = False,
     purpose: str = "",
 ) -> list[Measurement]:
     """Latency of every file, in the order given, timed in the same rounds.
@@ -53,7 +52,6 @@ def measure(
         runtime: what runs them.
         threads: threads of the runtime.
         plan: how long to look.
-        keep_loaded: leave the models on the board, for :meth:`Board.infer` and :meth:`Board.profile`.
         purpose: see :meth:`Board.time`.
 
     Returns:
@@ -64,7 +62,7 @@ def measure(
         DeviceError: a file did not load, or the board failed.
     """
     found = [(model, runtime, threads) for model in models]
-    return measure_mixed(board, found, plan=plan, keep_loaded=keep_loaded, purpose=purpose)
+    return measure_mixed(board, found, plan=plan, purpose=purpose)
 
 
 def measure_mixed(
@@ -72,7 +70,6 @@ def measure_mixed(
     models: Sequence[tuple[ModelFile, str, int]],
     *,
     plan: TimingPlan,
-    keep_loaded: bool = False,
     purpose: str = "",
 ) -> list[Measurement]:
     """As :func:`measure`, with a runtime and its threads for every file, so that files of different formats meet the same noise."""
@@ -89,8 +86,7 @@ def measure_mixed(
     except BaseException:
         forget(board, names)
         raise
-    if not keep_loaded:
-        board.unload(names)
+    board.unload(names)
     at = datetime.now(timezone.utc).isoformat()
     return [
         require_some(_measurement(model, facts, timing, fingerprint, at))

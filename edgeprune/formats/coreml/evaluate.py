@@ -144,10 +144,9 @@ class _Call:
         found = self.get(name)
         return default if found is None else float(found)
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        """A constant truth value."""
-        found = self.get(name)
-        return default if found is None else bool(found)
+    def flag(self, name: str) -> bool:
+        """A constant truth value; false where it is not given."""
+        return bool(self.get(name))
 
 
 def _padding(call: _Call, sizes: list[int], strides: list[int], dilations: list[int]) -> list[int]:

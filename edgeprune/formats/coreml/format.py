@@ -26,7 +26,6 @@ from edgeprune.formats import (
 )
 from edgeprune.formats.coreml.package import (
     KEY,
-    class_labels,
     make_classifier,
     notes,
     package_files,
@@ -337,15 +336,6 @@ def _spec(value: Any) -> TensorSpec:
         dtype="float32",
         layout="NCHW" if len(shape) == 4 else "other",
     )
-
-
-def labels_of(path: Path) -> tuple[str, ...]:
-    """The labels of a classifier package, in the order of its outputs.
-
-    Raises:
-        FormatError: it is no package.
-    """
-    return class_labels(read_package(path)[0])
 
 
 FORMAT: Format = CoremlFormat()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import FormatError, MissingTool
-from edgeprune.formats.shared.model_bytes import files_of, write_folder
+from edgeprune.formats.shared.model_bytes import files_of
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -133,11 +133,6 @@ def package_files(spec: Any, weights: bytes) -> dict[str, bytes]:
     }
 
 
-def write_package(path: Path, spec: Any, weights: bytes) -> None:
-    """Write a package as a whole or not at all. Raises as :func:`edgeprune.formats.shared.model_bytes.write_folder`."""
-    write_folder(path, package_files(spec, weights))
-
-
 def del_note(spec: Any, key: str) -> None:
     """Remove a user-defined entry of the metadata, if it is there."""
     if key in spec.description.metadata.userDefined:
@@ -148,15 +143,6 @@ def notes(spec: Any) -> dict[str, str]:
     """The entries of the metadata that edgeprune wrote, without their prefix."""
     found = dict(spec.description.metadata.userDefined)
     return {k.removeprefix(KEY): v for k, v in sorted(found.items()) if k.startswith(KEY)}
-
-
-def class_labels(spec: Any) -> tuple[str, ...]:
-    """The labels of a classifier, in the order of its outputs; empty for a program that is none."""
-    for operation in main_block(spec).operations:
-        if operation.type == "classify":
-            listed = operation.inputs["classes"].arguments[0].value.immediateValue.list.values
-            return tuple(v.immediateValue.tensor.strings.values[0] for v in listed)
-    return ()
 
 
 def make_classifier(spec: Any, probabilities: str, labels: Sequence[str]) -> None:

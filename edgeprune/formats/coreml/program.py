@@ -10,13 +10,12 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgeprune.errors import FormatError
-from edgeprune.formats.coreml.package import WEIGHTS, main_block, read_package
+from edgeprune.formats.coreml.package import main_block
 
 _SENTINEL = 0xDEADBEEF
 _BLOB = struct.Struct("<IIQQ")
@@ -56,12 +55,12 @@ class Program:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    def argument(self, operation: Operation, name: str, default: Any = None) -> Any:
-        """A constant argument of an operation, wherever it stands."""
+    def argument(self, operation: Operation, name: str) -> Any:
+        """A constant argument of an operation, wherever it stands; ``None`` where it has none."""
         if name in operation.constants:
             return operation.constants[name]
         names = operation.inputs.get(name, ())
-        return self.constants[names[0]] if names and names[0] in self.constants else default
+        return self.constants[names[0]] if names and names[0] in self.constants else None
 
     def weights(self) -> Iterator[tuple[Operation, np.ndarray, np.ndarray | None]]:
         """Every operation with a weight: the weight as ``float32``, and the step of each output channel where it is stored in 8 bits."""
@@ -107,21 +106,11 @@ def dequantized(operation: Operation) -> tuple[np.ndarray, np.ndarray]:
     return centred * wide[0], steps
 
 
-def read_program(path: Path) -> Program:
-    """The program of a package.
-
-    Raises:
-        FormatError: it is no package, or its weight file is not sound.
-    """
-    spec, files = read_package(path)
-    return program_of(spec, files.get(WEIGHTS, b""))
-
-
 def program_of(spec: Any, weights: bytes) -> Program:
     """The program of a message ``Model`` with its weight file.
 
     Raises:
-        FormatError: as :func:`read_program`.
+        FormatError: a weight file that is not sound.
     """
     block = main_block(spec)
     operations: list[Operation] = []

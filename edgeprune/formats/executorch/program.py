@@ -70,14 +70,13 @@ class Operation:
 class Program:
     """The method ``forward`` of a file.
 
-    ``calls`` run in the runtime itself, which needs ``operators``; ``nodes`` run in XNNPACK; ``backends`` are the delegates named.
+    ``calls`` run in the runtime itself, which needs ``operators``; ``nodes`` run in XNNPACK.
     ``weights`` are the constants by type and shape.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     operators: tuple[str, ...]
-    backends: tuple[str, ...]
     calls: tuple[Operation, ...]
     nodes: tuple[Operation, ...]
     weights: tuple[tuple[str, tuple[int, ...]], ...]
@@ -129,13 +128,12 @@ def read_program(content: bytes) -> Program:
     operators = [".".join(filter(None, (o.text(0), o.text(1)))) for o in plan.tables(6)]
     delegates = list(plan.tables(7))
     calls = [c for chain in plan.tables(5) for c in _calls(chain, operators, values)]
-    backends = [d.text(0) for d in delegates]
     nodes: list[Operation] = []
     weights = [(v.dtype, v.shape) for v in values if v is not None and v.constant]
     if len(delegates) > _MAX_DELEGATES:
         raise ValueError(f"it has more than {_MAX_DELEGATES} delegates")
-    for delegate, name in zip(delegates, backends, strict=True):
-        if name == XNNPACK:
+    for delegate in delegates:
+        if delegate.text(0) == XNNPACK:
             found, constants = _graph(_blob(content, program, delegate))
             nodes += found
             weights += constants
@@ -145,7 +143,6 @@ def read_program(content: bytes) -> Program:
         inputs=_tensors(plan.integers(3, most=MAX_ENTRIES), values),
         outputs=_tensors(plan.integers(4, most=MAX_ENTRIES), values),
         operators=tuple(sorted(set(operators))),
-        backends=tuple(sorted(set(backends))),
         calls=tuple(calls),
         nodes=tuple(nodes),
         weights=tuple(weights),

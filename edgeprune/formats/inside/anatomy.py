@@ -57,11 +57,6 @@ class Anatomy:
         """How many of those compute on 8-bit weights and activations."""
         return sum(layer.eight_bit for layer in self.layers)
 
-    @property
-    def eight_bit_ratio(self) -> float:
-        """Share of the operators with weights that compute on 8-bit weights and activations; 0 without any."""
-        return self.eight_bit / self.weighted if self.weighted else 0.0
-
 
 def anatomy(format_name: str, content: bytes) -> Anatomy | None:
     """What the file computes; ``None`` for a format that is not read here.

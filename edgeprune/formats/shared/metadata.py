@@ -19,7 +19,6 @@ from edgeprune.errors import IntegrityError
 from edgeprune.formats.shared import protobuf
 
 PREFIX = "edgeprune."
-KEYS = ("name", "version", "source_sha256", "manifest_id", "preprocess", "license")
 JSON_FILE, LABELS_FILE = "edgeprune.json", "labels.txt"
 MAX_TEXT_BYTES = 256 * 1024
 MAX_LABELS_BYTES = 8 * 1024**2

@@ -20,7 +20,7 @@ from edgeprune.formats.tflite.graph import (
 )
 from edgeprune.formats.tflite.versions import oldest
 
-FLOAT, INT8 = 0, 9
+FLOAT = 0
 
 
 def activations(content: bytes, x: np.ndarray) -> Iterator[dict[str, np.ndarray]]:

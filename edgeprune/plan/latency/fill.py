@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ import numpy as np
 
 from edgeprune.plan.latency.nnls import nonnegative_least_squares
 
-ALL_POINTS = 24  # a product of grids up to this size is timed in full
 DENSE_ENTRIES = 65_536  # a larger table is kept as a sum of tables over at most two slots
 
 Point = tuple[int, ...]
@@ -28,34 +26,6 @@ class Term:
 
     slots: tuple[int, ...]
     ns: np.ndarray
-
-
-def probe_points(grids: Sequence[Sequence[int]], *, interior: int = 4, seed: int) -> list[Point]:
-    """The points of one kernel to time.
-
-    Small products (24 points) are timed in full. Otherwise: each slot over its whole grid with the others at full width, every pair of
-    slots at their smallest with the others full, all slots at their smallest, and random points inside, that show whether the fit holds.
-
-    Args:
-        grids: one ascending grid per slot; no slots give the one empty point.
-        interior: number of random points inside.
-        seed: of the random points.
-    """
-    if math.prod(len(grid) for grid in grids) <= ALL_POINTS:
-        return list(itertools.product(*grids))
-    full = tuple(grid[-1] for grid in grids)
-    points = [
-        (*full[:slot], width, *full[slot + 1 :])
-        for slot, grid in enumerate(grids)
-        for width in grid
-    ]
-    for pair in itertools.combinations(range(len(grids)), 2):
-        points.append(tuple(g[0] if s in pair else g[-1] for s, g in enumerate(grids)))
-    points.append(tuple(grid[0] for grid in grids))
-    draw = random.Random(seed)
-    inner = [grid[:-1] or grid for grid in grids]
-    inside = {tuple(draw.choice(grid) for grid in inner) for _ in range(interior)}
-    return list(dict.fromkeys(points + sorted(inside)))
 
 
 def fit_kernel(

@@ -9,15 +9,13 @@ structures, so a solver works on ``L``.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from edgeprune.errors import SpecError
-from edgeprune.plan.latency.grid import admissible, thin
-from edgeprune.plan.latency.table import KernelShape, KernelTable, LatencyTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,60 +130,6 @@ def straightened(ms: Any, bend_per_ms: float) -> Any:
     return 2 * ms / (1 + np.sqrt(1 + 4 * bend_per_ms * np.maximum(ms, 0.0)))
 
 
-def build_model(
-    table: LatencyTable,
-    kernels: Iterable[KernelShape],
-    grids: Mapping[str, tuple[int, ...]],
-) -> LatencyModel:
-    """The uncorrected model of a net: every kernel's table, tied to the groups in its slots.
-
-    Raises:
-        UnknownName: a kernel was never measured.
-        SpecError: a group's grid has a width that was not measured for one of its kernels.
-    """
-    sums: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
-    for kernel in kernels:
-        for factor in kernel_factors(table.kernel(kernel.signature), kernel.variables, grids):
-            key = (kernel.op, factor.variables)
-            sums[key] = sums[key] + factor.cost_ms if key in sums else factor.cost_ms
-    factors = tuple(Factor(names, cost, op) for (op, names), cost in sums.items())
-    return LatencyModel(dict(grids), factors)
-
-
-def kernel_factors(
-    table: KernelTable, variables: Sequence[str], grids: Mapping[str, tuple[int, ...]]
-) -> list[Factor]:
-    """One kernel's time, tied to the groups in its slots; a group may fill two slots, and a kernel may have none.
-
-    Raises:
-        SpecError: a group's grid has a width that is not in the table.
-    """
-    factors = []
-    for slots, ns in table.arrays([grids[name] for name in variables]):
-        names, cost = _each_once(tuple(variables[slot] for slot in slots), ns)
-        factors.append(Factor(names, cost / 1e6, table.op))
-    return factors
-
-
-def _each_once(variables: tuple[str, ...], cost: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Sorted variables; where a group fills two slots (a convolution inside a residual stage) both take the same width."""
-    names = tuple(sorted(set(variables)))
-    letter = {name: i for i, name in enumerate(names)}
-    axes = [letter[name] for name in variables]
-    joined: np.ndarray = np.einsum(cost, axes, list(range(len(names))))
-    return names, joined
-
-
-def dense_net(grids: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Every group at full width."""
-    return {name: grid[-1] for name, grid in grids.items()}
-
-
-def smallest_net(grids: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Every group at its smallest width."""
-    return {name: grid[0] for name, grid in grids.items()}
-
-
 def sample_nets(
     grids: Mapping[str, tuple[int, ...]],
     count: int,
@@ -217,31 +161,3 @@ def sample_nets(
                 net[name] = (net[name] or grids[name][1]) if net[first] else 0
         nets.append(net)
     return nets
-
-
-def admissible_grids(
-    model: LatencyModel, *, tolerance: float = 0.01, most: int = 16
-) -> dict[str, tuple[int, ...]]:
-    """For every group the widths worth choosing: undominated in the time of all it touches (others full), thinned to ``most``."""
-    costs = {name: np.zeros(len(grid)) for name, grid in model.grids.items()}
-    for factor in model.merged()[1]:
-        for axis, name in enumerate(factor.variables):
-            full = tuple(slice(None) if i == axis else -1 for i in range(len(factor.variables)))
-            costs[name] = costs[name] + factor.cost_ms[full]
-    found = {}
-    for name, grid in model.grids.items():
-        by_width = dict(zip(grid, costs[name].tolist(), strict=True))
-        found[name] = thin(admissible(grid, by_width, tolerance=tolerance), most)
-    return found
-
-
-def restrict(model: LatencyModel, grids: Mapping[str, tuple[int, ...]]) -> LatencyModel:
-    """The same model on part of its grids (every width must be on the old one)."""
-    places = {n: [model.grids[n].index(width) for width in grid] for n, grid in grids.items()}
-    factors = tuple(
-        replace(f, cost_ms=f.cost_ms[np.ix_(*(places[n] for n in f.variables))])
-        if f.variables
-        else f
-        for f in model.factors
-    )
-    return replace(model, grids=dict(grids), factors=factors)

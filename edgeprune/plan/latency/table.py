@@ -5,34 +5,15 @@ Kernels with one signature are the same computation and share a table. Slots and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from edgeprune.errors import SpecError, UnknownName
-from edgeprune.plan.latency.fill import Point, fit_kernel, fit_terms, leave_out_error, probe_points
+from edgeprune.plan.latency.fill import Point, fit_terms, leave_out_error
 from edgeprune.records.base import Record
 from edgeprune.records.names import FormatName, Precision
-
-
-class KernelShape(Protocol):
-    """What the latency model needs to know of a kernel of an exported file."""
-
-    @property
-    def signature(self) -> str:
-        """Equal for two kernels that are the same computation at equal widths."""
-        ...
-
-    @property
-    def op(self) -> str:
-        """The kind of kernel: the class that a correction may scale."""
-        ...
-
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """The channel group in each slot."""
-        ...
 
 
 class ProbeTime(Record):
@@ -53,7 +34,7 @@ class KernelTable(Record):
     """One kernel signature: what was measured, and the sum of ``terms`` that gives the time at every point of its grids.
 
     ``error_ratio`` is the mean relative error at measured points that the fit was not shown (0 when everything was measured). ``sizes``
-    is what the time grows with, at every width of each slot's grid (see :func:`.probes.fit_kernel`); empty where that is not known.
+    is what the time grows with, at every width of each slot's grid (see :mod:`edgeprune.plan.latency.fill`); empty where that is not known.
     """
 
     signature: str
@@ -132,66 +113,3 @@ class LatencyTable(Record):
             if kernel.signature == signature:
                 return kernel
         raise UnknownName("kernel", signature, (k.signature for k in self.kernels))
-
-    def lookup(self, signature: str, widths: Sequence[int]) -> float:
-        """The time of a kernel in ns at one width per slot. Raises UnknownName and SpecError for what is not in the table."""
-        arrays = self.kernel(signature).arrays([(width,) for width in widths])
-        return float(sum(ns.item() for _, ns in arrays))
-
-    def merged(self, other: LatencyTable) -> LatencyTable:
-        """This table and another of the same device, precision and format; where both measured a point, the other's time stands.
-
-        Raises:
-            SpecError: the two were not measured on the same thing.
-        """
-        for name in ("fingerprint_key", "precision", "format"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise SpecError(
-                    f"latency tables of different {name} do not mix: {mine!r} and {theirs!r}",
-                    hint="measure again on the device that is to be served",
-                )
-        kernels = {kernel.signature: kernel for kernel in self.kernels}
-        for kernel in other.kernels:
-            known = kernels.get(kernel.signature)
-            kernels[kernel.signature] = _joined(known, kernel) if known else kernel
-        return self.model_copy(update={"kernels": tuple(kernels.values())})
-
-
-def _joined(first: KernelTable, second: KernelTable) -> KernelTable:
-    if first.slots != second.slots:
-        raise ValueError(f"{first.signature} has {first.slots} slots and {second.slots}")
-    grids = [tuple(sorted({*a, *b})) for a, b in zip(first.grids, second.grids, strict=True)]
-    points = {probe.widths: probe.ns for probe in (*first.points, *second.points)}
-    sizes = []
-    for slot, (grid, mine) in enumerate(zip(grids, first.sizes, strict=False)):
-        # Between the known widths as far as is known; the other table's widths lie among them or repeat its ends.
-        sizes.append(np.interp(grid, first.grids[slot], mine).tolist())
-    return tabulate(first.signature, first.op, grids, points, sizes)
-
-
-def slot_grids(
-    kernels: Iterable[KernelShape], grids: Mapping[str, Sequence[int]]
-) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """For every signature, the widths that its slots take in any of its kernels, given the grid of every group."""
-    found: dict[str, list[set[int]]] = {}
-    for kernel in kernels:
-        slots = found.setdefault(kernel.signature, [set() for _ in kernel.variables])
-        if len(slots) != len(kernel.variables):
-            raise ValueError(f"kernels of {kernel.signature} differ in their number of slots")
-        for slot, variable in zip(slots, kernel.variables, strict=True):
-            slot.update(grids[variable])
-    return {s: tuple(tuple(sorted(slot)) for slot in slots) for s, slots in found.items()}
-
-
-__all__ = [
-    "KernelShape",
-    "KernelTable",
-    "LatencyTable",
-    "ProbeTime",
-    "TableTerm",
-    "fit_kernel",
-    "probe_points",
-    "slot_grids",
-    "tabulate",
-]
