@@ -43,7 +43,6 @@ from edgeprune.records.base import Record
 from edgeprune.records.device import Device
 from edgeprune.records.files import digest_of, sha256_file, write_json
 from edgeprune.records.version import VERSION
-from edgeprune.records.workload import Int8
 from edgeprune.workload.sample_counts import require_enough
 
 STORE = "measurements.sqlite"
@@ -66,12 +65,11 @@ def run_digest(job: Job) -> str:
             "recovery": workload.recovery,
             "seed": job.seed,
             "sustained": job.sustained,
-            # Only where it is given, so that runs without one keep their folder.
-            **({} if job.int8 == Int8() else {"int8": job.int8}),
-            **({} if job.scope == "global" else {"scope": job.scope}),
-            **({} if job.widths is None else {"widths": dict(sorted(job.widths.items()))}),
-            **({"formats": [c.target for c in job.candidates]} if job.candidates else {}),
-            **({"earlier": job.loaded.earlier_digest} if job.loaded.earlier_digest else {}),
+            "int8": job.int8,
+            "scope": job.scope,
+            "widths": job.widths,
+            "formats": [c.target for c in job.candidates],
+            "earlier": job.loaded.earlier_digest,
         }
     )
 

@@ -125,14 +125,6 @@ class Quantization(Record):
     calibration_samples: Annotated[int, Field(ge=8, le=10_000)] = 256
     io: Literal["float", "int8"] | None = None
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data; ``io`` only where it is set, so that digests of targets without it stay."""
-        plain: dict[str, Any] = handler(self)
-        if plain.get("io", "") is None:
-            del plain["io"]
-        return plain
-
 
 class Target(Record):
     """What we ship: one profile, a runtime, a format, precisions, and defaults for the gates.
@@ -171,7 +163,7 @@ class Target(Record):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data; ``formats`` and ``compute_units`` only where they are set, so that digests of targets without them stay."""
+        """Plain data; ``formats`` and ``compute_units`` only where they are set, what is not set is not said."""
         plain: dict[str, Any] = handler(self)
         for key in ("formats", "compute_units"):
             if not plain.get(key, True):

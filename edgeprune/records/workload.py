@@ -9,10 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -103,15 +101,6 @@ class Recovery(Record):
         if start in ("kept", "fresh") and file is not None:
             raise ValueError(f"it goes with start rewound only, not with start {start}")
         return file
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plain data; the schedule only where it is not the default, so that digests of runs without one stay."""
-        plain: dict[str, Any] = handler(self)
-        for key in ("steps", "start", "rewind_weights", "sparsity"):
-            if key in plain and plain[key] == type(self).model_fields[key].default:
-                del plain[key]
-        return plain
 
 
 _FACTORY = "FILE.py:FACTORY or MODULE:FACTORY, such as net.py:make"

@@ -102,12 +102,11 @@ def dense_stage(context: Context, run: RunFolder, *, title: str = "") -> Stage[D
         "quantization": job.target.quantization,
         "versions": versions(),
         "seed": job.seed,
-        # Only where it differs, so that runs of the other formats keep their stages.
-        **({"whole": context.whole.info.name} if context.has_twin else {}),
-        **({} if job.loaded.outputs == "logits" else {"outputs": job.loaded.outputs}),
-        **({} if job.int8.io is None else {"io": job.int8.io}),
-        **({"avoid": job.profile.avoid_ops} if job.profile.avoid_ops else {}),
-        **({"forbidden": job.profile.forbidden_ops} if job.profile.forbidden_ops else {}),
+        "whole": context.whole.info.name,
+        "outputs": job.loaded.outputs,
+        "io": job.int8.io,
+        "avoid": job.profile.avoid_ops,
+        "forbidden": job.profile.forbidden_ops,
     }
     if onnx_types.is_open(context):  # then the board decides about the files
         inputs["device"] = context.board_key()
@@ -199,11 +198,7 @@ def _table(
     table = run.stage(
         "kernels",
         "measuring",
-        {
-            "latency": latency.digest,
-            "variant": variant.digest,
-            **({} if prior is None else {"prior": prior}),
-        },
+        {"latency": latency.digest, "variant": variant.digest, "prior": prior},
         MeasuredTable,
         lambda _: _measured_table(context, run, made_on, stand, file, prior),
     )
@@ -401,8 +396,8 @@ def _plan(
             "importance": scores.digest,
             "budget": job.budget,
             "accepted": certainty.RULE,
-            **({} if job.widths is None else {"widths": dict(job.widths)}),
-            **({} if job.scope == "global" else {"scope": job.scope}),
+            "widths": job.widths,
+            "scope": job.scope,
         },
         PlanResult,
         lambda _: measure.plan_structure(

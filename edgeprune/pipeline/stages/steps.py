@@ -262,7 +262,7 @@ class _Step:
             "nets": self.planned.nets.digest,
             "limit_ms": limit_ms,
             "at_least": dict(basis.at_least),
-            **({} if job.scope == "global" else {"scope": job.scope}),
+            "scope": job.scope,
         }
         cut = self.run.stage(
             f"step-{self.number}-prune",
