@@ -166,9 +166,8 @@ def main(
     job = dataclasses.replace(job, target=target_spec, int8=Int8(effort="plain"))
     with RunFolder(path, progress) as folder, pipeline.opened(job, progress, folder) as context:
         ready = prepare(context, folder)
-        kept = (
-            path / f"compare-{ready.nets.digest}"
-        )  # what is kept between runs belongs to these tables
+        # What is kept between runs belongs to these tables.
+        kept = path / f"compare-{ready.nets.digest}"
         kept.mkdir(exist_ok=True)
         comparison = Comparison(context, ready, kept, recovery)
         ablated = ablate.split(",") if ablate else list(asked)

@@ -42,9 +42,8 @@ from edgeprune.workload.load import LoadedWorkload, from_objects
 
 NET = "MobileNetV2, 224x224"
 REPEATS = 5  # of the solver alone
-IMAGES = (
-    256  # in each split: calibration, scores and the recipe for INT8 take no more than that many
-)
+# In each split: calibration, scores and the recipe for INT8 take no more than that many.
+IMAGES = 256
 
 
 def load() -> LoadedWorkload:

@@ -54,7 +54,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def check_names(paths: list[str]) -> None:
-    """Nothing, when every path is safe and no two are the same file.
+    """Raise unless every path is safe and no two are the same file.
 
     Raises:
         IntegrityError: names the first path that is not.

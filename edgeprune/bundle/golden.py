@@ -16,9 +16,8 @@ from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.workload import Preprocess
 from edgeprune.workload.dataset import model_input, to_layout
 
-_ROUNDING = (
-    1.001  # float32 differences of exact quantisation steps may exceed n steps by a rounding error
-)
+# float32 differences of exact quantisation steps may exceed n steps by a rounding error.
+_ROUNDING = 1.001
 INT8_STEPS = 3
 # The kernels inside tflite-runtime 2.14 round sums twice and those of XNNPACK once, which adds up over layers; XNNPACK has no INT8 there.
 BUILTIN_STEPS = 8
@@ -149,7 +148,7 @@ def file_input(raw: np.ndarray, preprocess: Preprocess, spec: TensorSpec) -> np.
 
 
 def check_golden(raw: np.ndarray, outputs: np.ndarray, classes: int) -> None:
-    """Nothing, when the arrays can serve as golden samples.
+    """Raise unless the arrays can serve as golden samples.
 
     Raises:
         ModelError: too few samples, or outputs that are not finite ``float32 [n, K]``.
@@ -203,7 +202,7 @@ def read_golden(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarra
 
 
 def _check_tolerance(manifest: Manifest, outputs: np.ndarray) -> None:
-    """Nothing, when the manifest allows no more than edgeprune gives such a file with such outputs.
+    """Raise when the manifest allows more than edgeprune gives such a file with such outputs.
 
     Raises:
         IntegrityError: it allows more; says how much and the cap.

@@ -102,7 +102,7 @@ def check_hashes(folder: Path, manifest: Manifest) -> int:
 
 
 def check_small_files(folder: Path, manifest: Manifest) -> None:
-    """Nothing, when the files that sample programs read repeat the manifest exactly.
+    """Raise unless the files that sample programs read repeat the manifest exactly.
 
     Raises:
         IntegrityError: names the file that says something else.

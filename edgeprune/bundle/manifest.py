@@ -83,7 +83,7 @@ def path_key(path: str) -> str:
 
 
 def check_distinct(paths: Iterable[str]) -> None:
-    """Nothing, when no two paths are the same file on any file system.
+    """Raise when two paths are the same file on any file system.
 
     Raises:
         ValueError: two paths are equal, or differ only in case.

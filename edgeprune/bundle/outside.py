@@ -53,7 +53,7 @@ _PTE_TENSOR = 5
 
 
 def check_self_contained(model: Artifact, content: bytes) -> None:
-    """Nothing, when no value of a model file lies outside it.
+    """Raise when a value of a model file lies outside it.
 
     Raises:
         IntegrityError: one does, or the file is not of its format.

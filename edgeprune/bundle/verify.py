@@ -166,7 +166,7 @@ _NEXT_STEPS = {
 
 
 def require_ok(report: VerifyReport) -> None:
-    """Nothing, when the bundle passed.
+    """Raise unless the bundle passed.
 
     Raises:
         IntegrityError: a level failed; names the first and why.

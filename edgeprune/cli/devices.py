@@ -108,9 +108,8 @@ def _runtimes_of(device: Device) -> list[str]:
     from edgeprune.records import catalog
 
     wanted = [str(catalog.target(name).runtime.name) for name in device.targets]
-    if (
-        device.transport == "local"
-    ):  # where LiteRT and onnxruntime run the files of runtimes for boards
+    # Where LiteRT and onnxruntime run the files of runtimes for boards.
+    if device.transport == "local":
         here = {"tflite-runtime": "litert", "tensorrt": "onnxruntime"}
         wanted = [here.get(name, name) for name in wanted]
     return [name for name in dict.fromkeys(wanted) if name in (*RUNTIMES, "tensorrt")]

@@ -204,7 +204,6 @@ def schedule_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         given |= {key: float(given[key]) for key in ("epochs",) if key in given}
     if given.get("start", "rewound") != "rewound":
-        given.setdefault(
-            "rewind_weights", None
-        )  # a file named in edgeprune.yaml is for another start
+        # A file named in edgeprune.yaml is for another start.
+        given.setdefault("rewind_weights", None)
     return given

@@ -14,7 +14,7 @@ from torch import nn
 from edgeprune.compress.groups.surgery import ChannelGroup, cut
 from edgeprune.compress.heal.recover import recover, updates_per_epoch
 from edgeprune.compress.repair.compensate import repaired
-from edgeprune.compress.repair.norm_statistics import HeldOut, Judged
+from edgeprune.compress.repair.norm_statistics import HeldOut, JudgedStatistics
 from edgeprune.progress import Silent
 from edgeprune.records.workload import Preprocess, Recovery
 from edgeprune.workload.answers import logits
@@ -53,7 +53,7 @@ class AfterRepair:
         """The model with these channels alone, after the repair."""
         return self._repaired(kept).model
 
-    def _repaired(self, kept: Mapping[str, Sequence[int]]) -> Judged:
+    def _repaired(self, kept: Mapping[str, Sequence[int]]) -> JudgedStatistics:
         smaller, outputs = cut(self.model, self.groups, kept, self.x[:1])
         fit = self.x[: len(self.x) // 2]
         return repaired(smaller, self.model, outputs, fit, self._held_out)

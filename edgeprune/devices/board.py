@@ -19,7 +19,7 @@ from edgeprune.devices.agent.runtimes import LOAD_S, RUNTIMES
 from edgeprune.devices.link import replies
 from edgeprune.devices.link.frames import Refusal
 from edgeprune.devices.link.recording import Recorder, as_recorded, origin_of
-from edgeprune.devices.link.session import BACKOFF_S, LINK_S, Lease, Session, not_ready, ready
+from edgeprune.devices.link.session import BACKOFF_S, LINK_S, LeaseTerms, Session, not_ready, ready
 from edgeprune.devices.plans import Loaded, NodeTime, Timing, TimingPlan
 from edgeprune.devices.store import MeasurementStore, store_key
 from edgeprune.errors import DeviceError, Unreliable
@@ -43,9 +43,8 @@ def judged(timing: Timing) -> Timing:
     rejected = [block.rejected for block in all_blocks if block.rejected is not None]
     if len(rejected) <= MAX_REJECTED_RATIO * len(all_blocks):
         return timing
-    worst = max(
-        dict.fromkeys(rejected), key=rejected.count
-    )  # the first of equals, in every process
+    # The first of equals, in every process.
+    worst = max(dict.fromkeys(rejected), key=rejected.count)
     counts = f"{len(rejected)} of {len(all_blocks)} blocks that were timed together were disturbed"
     why = f"{counts}, most by: {worst}{ALL_COUNT}"
     kept = {
@@ -75,7 +74,7 @@ class Board:
         self,
         name: str,
         device: Device,
-        lease: Lease | None = None,
+        lease: LeaseTerms | None = None,
         *,
         say: Callable[[str], None] = lambda _: None,
         backoff_s: Sequence[float] = BACKOFF_S,
@@ -92,7 +91,7 @@ class Board:
         self.session = Session(
             name,
             device,
-            lease or Lease(),
+            lease or LeaseTerms(),
             restore=self._restore,
             say=say,
             backoff_s=backoff_s,
@@ -482,7 +481,7 @@ def open_board(
         Busy: another client holds it.
         DeviceError: the agent failed; the message has the end of what the board said.
     """
-    lease = Lease(exclusive, wait_s, job)
+    lease = LeaseTerms(exclusive, wait_s, job)
     board = Board(name, device, lease, say=say, backoff_s=backoff_s, record=record, store=store)
     try:
         board.hello()

@@ -63,9 +63,8 @@ class Timing:
     before: Telemetry
     after: Telemetry
     peak_memory_bytes: dict[str, int | None] = field(default_factory=dict)
-    inside_ns: dict[str, int] = field(
-        default_factory=dict
-    )  # spent in the runtime, warm-up included
+    # Spent in the runtime, warm-up included.
+    inside_ns: dict[str, int] = field(default_factory=dict)
     stop_reason: str = "rounds"
     notes: tuple[str, ...] = ()
     unreliable: str | None = None

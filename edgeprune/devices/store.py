@@ -68,10 +68,8 @@ class MeasurementStore:
         """Move the file away and begin a new one: what it held is measured again."""
         bad = self.path.with_name(f"{self.path.name}.bad")
         try:
-            for suffix in (
-                "-wal",
-                "-shm",
-            ):  # of a database that is gone; they would damage the new one
+            # Of a database that is gone; they would damage the new one.
+            for suffix in ("-wal", "-shm"):
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
             if self.path.exists():
                 self.path.replace(bad)

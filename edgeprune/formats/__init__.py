@@ -309,7 +309,7 @@ TOOLS = {
 
 
 def require_tools(name: str) -> None:
-    """Nothing, when the packages of a format are installed; none is imported.
+    """Raise unless the packages of a format are installed; none is imported.
 
     Raises:
         MissingTool: one is not.

@@ -13,9 +13,8 @@ import platform
 # Numbers of the options in glibc's malloc.h; https://man7.org/linux/man-pages/man3/mallopt.3.html (read 2026-11-29).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 1 << 30  # bytes: blocks up to this size come from memory that stays with the process
-MOST_IDLE = (
-    2_000_000_000  # bytes at the end of the heap that may stay unused; the option is a C int
-)
+# Bytes at the end of the heap that may stay unused; the option is a C int.
+MOST_IDLE = 2_000_000_000
 
 
 def keep_large_blocks() -> bool:

@@ -15,7 +15,7 @@ from edgeprune.devices.link.recording import as_recorded
 from edgeprune.devices.link.wait import WAIT_MINUTES, wait_seconds
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.pipeline import run as pipeline
-from edgeprune.pipeline.context import Candidate, Context, Job, stand_in_runtime
+from edgeprune.pipeline.context import Context, FormatCandidate, Job, stand_in_runtime
 from edgeprune.pipeline.options import (
     Options,
     check_paths,
@@ -104,14 +104,14 @@ def resolve(loaded: LoadedWorkload, options: Options) -> Job:
     )
 
 
-def _candidate(target: Target, device: Device, notes: tuple[str, ...]) -> Candidate:
+def _candidate(target: Target, device: Device, notes: tuple[str, ...]) -> FormatCandidate:
     """A target as it is timed on a device; says which runtime stands in for its own, where one does."""
     runtime = stand_in_runtime(target.runtime, device)
     if runtime == target.runtime:
-        return Candidate(target, target.runtime.name, notes)
+        return FormatCandidate(target, target.runtime.name, notes)
     instead = f"{runtime.name} stands in for {target.runtime.name}, which is for boards only"
     changed = target.model_copy(update={"runtime": runtime})
-    return Candidate(changed, target.runtime.name, (*notes, instead))
+    return FormatCandidate(changed, target.runtime.name, (*notes, instead))
 
 
 def run_path(job: Job, options: Options) -> Path:
@@ -128,7 +128,7 @@ def run_path(job: Job, options: Options) -> Path:
             f"{options.resume} is no run folder: it has no run.json",
             hint="leave --resume out to start a new run",
         )
-    found = read_json(pipeline.Request, options.resume / "run.json")
+    found = read_json(pipeline.RunRequest, options.resume / "run.json")
     if found.digest != digest:
         raise SpecError(
             f"{options.resume} is a run of other inputs: {found.command}",

@@ -50,7 +50,7 @@ STAND_IN_RUNTIMES: dict[str, Literal["litert", "onnxruntime"]] = {
 
 
 @dataclass(frozen=True)
-class Candidate:
+class FormatCandidate:
     """A target in one of the formats that may ship, with the runtime that it is for and what must be said of it."""
 
     target: Target
@@ -81,7 +81,7 @@ class Job:
     tables: Path | None = None  # kernel times of the board, read and added to
     int8: Int8 = AUTO  # with the target's ``io`` filled in
     for_runtime: str = ""  # that the target names, where another one stands in for it
-    candidates: tuple[Candidate, ...] = ()  # where measuring them decides about the format
+    candidates: tuple[FormatCandidate, ...] = ()  # where measuring them decides about the format
     wait_s: float = 0.0  # for a board that another client holds
 
     @property
@@ -89,7 +89,7 @@ class Job:
         """The runtime that the files are for, whatever stands in for it here."""
         return self.for_runtime or self.target.runtime.name
 
-    def in_format(self, candidate: Candidate) -> Job:
+    def in_format(self, candidate: FormatCandidate) -> Job:
         """The same request with its format decided."""
         return replace(
             self,

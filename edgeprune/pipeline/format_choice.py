@@ -23,7 +23,7 @@ from edgeprune.errors import (
     ModelError,
     Unreachable,
 )
-from edgeprune.pipeline.context import Candidate, Context, Job
+from edgeprune.pipeline.context import Context, FormatCandidate, Job
 from edgeprune.pipeline.files.onnx_types import HOLDS, SAMPLES
 from edgeprune.pipeline.files.records import DenseFiles
 from edgeprune.pipeline.run_folder import RunFolder, Stage
@@ -43,7 +43,7 @@ Key = tuple[str, Precision]
 class _Tried:
     """A format whose dense files could be made and run here, or why they could not."""
 
-    candidate: Candidate
+    candidate: FormatCandidate
     context: Context | None = None
     dense: Stage[DenseFiles] | None = None
     error: EdgepruneError | None = None
@@ -116,7 +116,7 @@ def chosen(job: Job, run: RunFolder, make: Making) -> Context:
 
 
 def _tried(
-    job: Job, candidate: Candidate, run: RunFolder, make: Making, earlier: Context | None
+    job: Job, candidate: FormatCandidate, run: RunFolder, make: Making, earlier: Context | None
 ) -> _Tried:
     """Convert the dense model, check it against torch, and see that the board runs it; a failure of the format is kept as its reason."""
     name = candidate.target.format

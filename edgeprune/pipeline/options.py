@@ -167,7 +167,7 @@ def chosen_device(
 
 
 def check_sparsity(workload: Workload, target: Target) -> None:
-    """Nothing, when the target's accelerator has kernels for the sparsity that a request asks for, or it asks for none.
+    """Raise unless the target's accelerator has kernels for the sparsity that a request asks for, or it asks for none.
 
     Raises:
         SpecError: the target's profile names no such kernels.
@@ -187,7 +187,7 @@ def check_sparsity(workload: Workload, target: Target) -> None:
 
 
 def check_format(target: Target) -> None:
-    """Nothing, when this version can write the target's format.
+    """Raise unless this version can write the target's format.
 
     Raises:
         FormatError: it cannot yet.
@@ -243,7 +243,7 @@ def given_widths(options: Options, target: str) -> dict[str, int] | None:
 
 
 def check_paths(options: Options) -> None:
-    """Nothing, when every path of a request can be used, whether or not there is a file.
+    """Raise unless every path of a request can be used, whether or not there is a file.
 
     Raises:
         SpecError: as :func:`edgeprune.records.paths.located`.
@@ -255,7 +255,7 @@ def check_paths(options: Options) -> None:
 
 
 def check_tables(options: Options) -> None:
-    """Nothing, when the file of kernel times can be used, does not exist yet, or none was named.
+    """Raise unless the file of kernel times can be used, does not exist yet, or none was named.
 
     Raises:
         SpecError: a recording was asked for, too.

@@ -20,12 +20,10 @@ from edgeprune.records.measurement import Measurement
 from edgeprune.records.report import LayerTime, ProfileReport
 
 PROFILED_RUNS = 50
-PROFILER_FROM_MS = (
-    2.0  # onnxruntime's profiler counts whole microseconds: too coarse for a shorter net
-)
-_RENAMED = re.compile(
-    r"(_token_\d+|_nchwc)+$"
-)  # what onnxruntime's optimiser appends to node names
+# onnxruntime's profiler counts whole microseconds: too coarse for a shorter net.
+PROFILER_FROM_MS = 2.0
+# What onnxruntime's optimiser appends to node names.
+_RENAMED = re.compile(r"(_token_\d+|_nchwc)+$")
 
 
 def profile(context: Context) -> ProfileReport:
@@ -88,7 +86,7 @@ def profile(context: Context) -> ProfileReport:
     )
 
 
-class _Timed(Record):
+class _TimedKernels(Record):
     ms: float
     op: str
     input_shape: tuple[int, ...]
@@ -98,7 +96,7 @@ class _Timed(Record):
 
 def _layer_times(
     context: Context, folder: Path, artifact: Artifact, cut_from: Artifact, measured: Measurement
-) -> dict[str, _Timed]:
+) -> dict[str, _TimedKernels]:
     """Time of each kernel of a file by its name, in the order of the file; single ones come from the file that can be cut."""
     runtime = context.runtime_on(context.board)
     nodes = None
@@ -112,7 +110,7 @@ def _layer_times(
             context.board.unload([key])
     if nodes is not None:
         return {
-            _RENAMED.sub("", n.name): _Timed(
+            _RENAMED.sub("", n.name): _TimedKernels(
                 ms=n.ns / 1e6,
                 op=n.op,
                 input_shape=(),
@@ -131,7 +129,7 @@ def _layer_times(
         progress=context.progress,
     )
     return {
-        k.name: _Timed(
+        k.name: _TimedKernels(
             ms=found[str(k.index)] / 1e6,
             op=k.op,
             input_shape=k.input_shape,
@@ -143,7 +141,7 @@ def _layer_times(
     }
 
 
-def _joined(times: Mapping[str, Mapping[str, _Timed]]) -> tuple[LayerTime, ...]:
+def _joined(times: Mapping[str, Mapping[str, _TimedKernels]]) -> tuple[LayerTime, ...]:
     """Both precisions side by side; a kernel that only one file has stands alone."""
     names = list(dict.fromkeys([*times["int8"], *times["fp32"]]))
     layers = []

@@ -107,9 +107,8 @@ def opened(
     for note in (*job.loaded.notes, *job.notes):
         progress.say(f"note: {note}")
     early = None
-    if (
-        run is None or not run.has_stages
-    ):  # else they were made once, and are where a stage is made anew
+    # Else they were made once, and are where a stage is made anew.
+    if run is None or not run.has_stages:
         early = static_checks.check(job, for_planning=for_planning)
     with contextlib.ExitStack() as stack:
         with run.timed("opening the device", "other") if run else contextlib.nullcontext():
@@ -217,7 +216,7 @@ def _context(
 
 
 def _require(device: Board, job: Job, info: FormatInfo) -> None:
-    """Nothing, when a board that was named for a target runs its files; a board that cannot must not be taken for a stand-in in silence.
+    """Raise unless a board that was named for a target runs its files; a board that cannot must not be taken for a stand-in in silence.
 
     Raises:
         DeviceError: it does not; says what it is instead.
@@ -269,7 +268,7 @@ def deploy(job: Job, run_path: Path, progress: Progress) -> Outcome:
             return _finish(context, run, planned)
 
 
-class Request(Record):
+class RunRequest(Record):
     """``run.json``: the request, for people and for ``--resume``."""
 
     schema_version: int = 1
@@ -283,9 +282,9 @@ class Request(Record):
     digest: str
 
 
-def request(job: Job) -> Request:
+def request(job: Job) -> RunRequest:
     """The record of a request."""
-    return Request(
+    return RunRequest(
         command=job.command,
         model=job.loaded.workload.model,
         target=job.target.name,

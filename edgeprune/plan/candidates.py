@@ -21,9 +21,8 @@ REMOVAL_CHARGES = (3.0, math.inf)
 # How many times the sum of costs the unevenness of the cuts weighs in further structures to measure, see `search.evened`.
 EVENNESS = (10.0, 40.0, 1e4)
 MEASURED = 3  # structures of a round that are timed: those that lose least after their repair
-Structure = tuple[
-    tuple[str, int], ...
-]  # widths by group, sorted: what a dictionary can be asked for
+# Widths by group, sorted: what a dictionary can be asked for.
+Structure = tuple[tuple[str, int], ...]
 
 
 def structure_of(widths: Mapping[str, int]) -> Structure:

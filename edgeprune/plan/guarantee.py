@@ -131,7 +131,7 @@ def given_plan(
 
 
 def check_given(widths: Mapping[str, int], groups: Sequence[ChannelGroup]) -> None:
-    """Nothing, when the model could have these widths, whatever the board says of them: found before anything is measured.
+    """Raise unless the model could have these widths, whatever the board says of them: found before anything is measured.
 
     Raises:
         SpecError: a group that does not exist, a width that it cannot have, or width 0 of some groups of a block only.

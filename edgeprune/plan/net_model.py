@@ -140,7 +140,7 @@ def fit(
 
 
 def check_budget(budget: Budget, nets: MeasuredNets) -> None:
-    """Nothing, when the fastest net that was measured is within the budget.
+    """Raise unless the fastest net that was measured is within the budget.
 
     Raises:
         BudgetError: it is not; names the fastest admissible latency. Nothing was trained yet.

@@ -20,9 +20,8 @@ from edgeprune.records.names import FormatName
 from edgeprune.records.target import ChannelSteps
 
 MOST_KERNELS = 250  # timed for one table
-WIDTH_TOLERANCE = (
-    0.02  # kernels repeat to 0.6-1.7 % (measured by this project); closer widths count as equal
-)
+# Kernels repeat to 0.6-1.7 % (measured by this project); closer widths count as equal.
+WIDTH_TOLERANCE = 0.02
 UNKNOWN_NS = 1.0
 LINEAR_OPS = ("fully_connected", "gemm", "matmul")
 

@@ -99,6 +99,7 @@ class PlanCheck(Record):
     unreliable: str | None = None
 
 
+# Budgets that are looked at besides, of the dense latency.
 SHARES = (
     0.9,
     0.8,
@@ -109,7 +110,7 @@ SHARES = (
     0.3,
     0.2,
     0.1,
-)  # budgets that are looked at besides, of the dense latency
+)
 
 
 class WidthChoice(Record):
@@ -160,7 +161,7 @@ def check_widths(
     grids: Mapping[str, Sequence[int]],
     together: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Nothing, when every group exists and may have its width; groups in one set of ``together`` have width 0 all or none.
+    """Raise unless every group exists and may have its width; groups in one set of ``together`` have width 0 all or none.
 
     Raises:
         SpecError: otherwise; names what there is.

@@ -9,10 +9,8 @@ from pydantic import BeforeValidator, Field
 from edgeprune.records.base import Record
 
 PATTERN_FACT = "sparsity_patterns"  # of a profile: the patterns that its kernels make use of
-GROUP, KEPT = (
-    4,
-    2,
-)  # of 2:4: of so many consecutive input channels at most so many weights are not zero
+# Of 2:4: of so many consecutive input channels at most so many weights are not zero.
+GROUP, KEPT = 4, 2
 _UNQUOTED = 2 * 60 + 4  # YAML 1.1 reads 2:4 without quotes as a number to the base 60
 
 

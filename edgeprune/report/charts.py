@@ -128,7 +128,7 @@ def _ledger_row(step: facts.LedgerStep, at: Point, *, reference: bool, lost_most
     )
 
 
-def pareto(report: facts.Planned) -> Markup | None:
+def pareto(report: facts.PlannedStructure) -> Markup | None:
     """The structures that the search found best, with the one that was chosen."""
     if not report.pareto:
         return None
@@ -185,7 +185,7 @@ def _chosen(at: Point, ms: float, cost_nats: float) -> Markup:
     )
 
 
-def predicted_against_timed(report: facts.Planned) -> Markup | None:
+def predicted_against_timed(report: facts.PlannedStructure) -> Markup | None:
     """Each checked structure: predicted against timed, with the line where both are equal."""
     checks = report.checks
     if not checks:

@@ -22,7 +22,7 @@ _BOARDS = {
 }
 
 
-class Planned(Protocol):
+class PlannedStructure(Protocol):
     """What a report and the result of a search both say of a plan."""
 
     @property
@@ -68,7 +68,7 @@ class LedgerStep:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ShippedOutcome:
     """The shipped file against the dense models, as far as they were timed.
 
     ``ratio`` is latency over dense latency in the same precision; ``quality_change`` is against dense in the same precision,
@@ -94,14 +94,14 @@ def variants_title(report: Report) -> str:
     return "The four variants" if len(report.variants) in (0, 4) else "The variants"
 
 
-def outcome(report: Report) -> Outcome | None:
+def outcome(report: Report) -> ShippedOutcome | None:
     """The shipped variant and what it is compared with; ``None`` when it was not timed."""
     row = variant(report, "pruned", report.shipped)
     if row is None:
         return None
     same = variant(report, "dense", report.shipped)
     fp32 = variant(report, "dense", "fp32")
-    return Outcome(
+    return ShippedOutcome(
         row=row,
         ratio=row.ratio_to_dense,
         interval=interval(report, row),

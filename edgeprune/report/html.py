@@ -173,7 +173,7 @@ def _tiles(report: Report) -> list[Markup]:
     ]
 
 
-def _speed_lines(found: facts.Outcome, same: str) -> list[str]:
+def _speed_lines(found: facts.ShippedOutcome, same: str) -> list[str]:
     lines = [f"against {same}"]
     if found.interval is not None and found.interval.low > 0:
         shown = sections.interval_text(found.interval.low, found.interval.high)
@@ -182,7 +182,7 @@ def _speed_lines(found: facts.Outcome, same: str) -> list[str]:
     return lines
 
 
-def _quality_lines(found: facts.Outcome, same: str, n: int) -> list[str]:
+def _quality_lines(found: facts.ShippedOutcome, same: str, n: int) -> list[str]:
     lines = []
     if found.quality_change is not None:
         lines.append(f"{change_text(found.quality_change, n)} against {same}")

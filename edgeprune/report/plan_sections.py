@@ -69,7 +69,7 @@ def _change(before: int, after: int) -> str:
     return f"{before} → {after}" if before != after else str(after)
 
 
-def cuts(report: facts.Planned) -> Markup:
+def cuts(report: facts.PlannedStructure) -> Markup:
     """What each group gave, and what it cost; both predicted."""
     groups = sorted(report.plan.groups, key=lambda g: -g.saved_ms_predicted)
     unit = time_unit([g.saved_ms_predicted for g in groups])
@@ -125,7 +125,7 @@ def saved_note(plan: PruningPlan) -> str:
     )
 
 
-def _plan_sentence(report: facts.Planned) -> str:
+def _plan_sentence(report: facts.PlannedStructure) -> str:
     plan = report.plan
     return (
         f"Chosen for {plan.precision.upper()} by {plan.importance}: dense {time_text(plan.dense_ms)}, budget {time_text(plan.limit_ms)},"
@@ -133,7 +133,7 @@ def _plan_sentence(report: facts.Planned) -> str:
     ).rstrip()
 
 
-def predictions(report: facts.Planned) -> Markup:
+def predictions(report: facts.PlannedStructure) -> Markup:
     """How far the latency model can be trusted."""
     model = report.latency_model
     quality = pairs(
@@ -187,7 +187,7 @@ def predictions(report: facts.Planned) -> Markup:
     )
 
 
-def _held_out(report: facts.Planned, error_ratio: float) -> str:
+def _held_out(report: facts.PlannedStructure, error_ratio: float) -> str:
     return share_text(error_ratio) if report.latency_model.nets_held_out else "not judged"
 
 

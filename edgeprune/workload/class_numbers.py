@@ -13,7 +13,7 @@ ONLY = "edgeprune prunes classifiers, which give every sample one class"
 
 
 def check_class_numbers(y: np.ndarray, where: str) -> None:
-    """Nothing, when labels are ``[N]`` whole numbers.
+    """Raise unless labels are ``[N]`` whole numbers.
 
     Args:
         y: as it was given.

@@ -26,9 +26,8 @@ class Findings:
     models: tuple[str, ...]
     weights: tuple[str, ...]
     data: tuple[str, ...]
-    normalise: (
-        tuple[tuple[float, ...], tuple[float, ...]] | None
-    )  # mean, std, as a transform in the code states them
+    # Mean, std, as a transform in the code states them.
+    normalise: tuple[tuple[float, ...], tuple[float, ...]] | None
 
 
 def look(folder: Path) -> Findings:

@@ -51,7 +51,7 @@ class Losses:
         return lines
 
     def require_used_bits(self, where: str) -> None:
-        """Nothing, unless the files of 16 bits use 8 of them, so that nothing would be left.
+        """Raise when the files of 16 bits use 8 of them, so that nothing would be left.
 
         Raises:
             ModelError: they do.

@@ -19,7 +19,7 @@ ByClass = dict[str | None, list[Path]]
 
 
 @dataclass
-class Found:
+class ImagesBelow:
     """The image files below a folder, and what was passed over.
 
     ``files`` has the files by split and class folder, each list sorted; class ``None`` where they lie flat, without labels. ``others``
@@ -81,7 +81,7 @@ class Found:
                 yield f"{split} has no image that is read, and is left out"
 
 
-def find(folder: Path, *, nested: bool = True) -> Found:
+def find(folder: Path, *, nested: bool = True) -> ImagesBelow:
     """The image files of a folder.
 
     It is read as splits when it has a ``train`` folder (``Train`` and ``training`` mean the same); else as class folders when any of its
@@ -95,7 +95,7 @@ def find(folder: Path, *, nested: bool = True) -> Found:
         ModelError: two folders are the same split, or a folder cannot be read.
     """
     places = _split_folders(folder)
-    found = Found(folder, places["train"])
+    found = ImagesBelow(folder, places["train"])
     for split, place in places.items():
         _sort_into(found, split, place, nested)
     if places == {"train": folder}:
@@ -123,7 +123,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     return named if "train" in named else {"train": folder}
 
 
-def _sort_into(found: Found, split: str, place: Path, nested: bool) -> None:
+def _sort_into(found: ImagesBelow, split: str, place: Path, nested: bool) -> None:
     """Add the files of one split."""
     flat: list[Path] = []
     by_class: dict[str, list[Path]] = {name: [] for name in _subfolders(place)}
@@ -145,7 +145,7 @@ def _sort_into(found: Found, split: str, place: Path, nested: bool) -> None:
         found.empty = tuple(name for name in by_class if name not in labelled)
 
 
-def _count(found: Found, split: str, name: str, path: Path) -> None:
+def _count(found: ImagesBelow, split: str, name: str, path: Path) -> None:
     found.others.setdefault((split, name), Counter())[_kind(path) or ""] += 1
 
 
@@ -194,8 +194,8 @@ def _files(
             yield from _files(path, levels=None if levels is None else levels - 1, above=above)
 
 
-def check(found: Found, *, are_named: bool = False) -> None:
-    """Nothing, when the folders are what they seem to be: classes with images, and no splits among them.
+def check(found: ImagesBelow, *, are_named: bool = False) -> None:
+    """Raise unless the folders are what they seem to be: classes with images, and no splits among them.
 
     Args:
         found: what was found.
@@ -232,7 +232,7 @@ def check(found: Found, *, are_named: bool = False) -> None:
         )
 
 
-def _hidden_train(found: Found, classes: list[str]) -> Path | None:
+def _hidden_train(found: ImagesBelow, classes: list[str]) -> Path | None:
     """The folder of the split ``train`` that the only class is, or holds; a class of trains has other classes beside it."""
     if len(classes) != 1:
         return None

@@ -221,7 +221,7 @@ def _confirmed_size(seen: DataLook, ask: Ask | None) -> DataLook:
 
 
 def _confirm_task(seen: DataLook, ask: Ask | None) -> None:
-    """Nothing, where the data has labels, or the user says that the model is a classifier."""
+    """Raise unless the data has labels, or the user says that the model is a classifier."""
     if ask is None or seen.is_labelled:
         return
     answer = ask("task of the model (the data has no labels that show it)", TASK).strip()

@@ -28,7 +28,7 @@ SAME_ANSWER = 1e-3  # of the range of the answers: float32 sums in another order
 
 
 def check(model: nn.Module, first: Split, preprocess: Preprocess, settings: Recovery) -> None:
-    """Nothing, when a model answers for itself, alike each time, one sample at a time as in a batch, and can be healed.
+    """Raise unless a model answers for itself, alike each time, one sample at a time as in a batch, and can be healed.
 
     Args:
         model: in eval mode; neither its weights nor its statistics are changed.
@@ -108,7 +108,7 @@ def _layer(name: str, module: nn.Module) -> str:
 
 
 def _require_own_answer(model: nn.Module, batch: Tensor) -> None:
-    """Nothing, when the answer to a sample is the same each time, and whatever else is in its batch."""
+    """Raise unless the answer to a sample is the same each time, and whatever else is in its batch."""
     pair = _unlike(batch)
     asked = eval_copy(model)
     together, again, alone = (one_pass(asked, x) for x in (pair, pair, pair[:1]))
@@ -151,7 +151,7 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _LayerCall:
     """One layer at work on the first sample."""
 
     name: str
@@ -177,10 +177,10 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return _difference(one, other) <= SAME_ANSWER
 
 
-def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
+def _calls(model: nn.Module, batch: Tensor) -> list[_LayerCall]:
     """Every call of every module that gives a tensor, in the order they finish."""
     watched = eval_copy(model)
-    found: list[_Call] = []
+    found: list[_LayerCall] = []
     entered: list[list[Tensor]] = []
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -190,7 +190,7 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
     def leave(name: str, module: nn.Module, output: Any) -> None:
         given = entered.pop()
         if isinstance(output, Tensor) and output.ndim and output.numel():
-            found.append(_Call(name, module, given, output[:1].clone()))
+            found.append(_LayerCall(name, module, given, output[:1].clone()))
 
     for name, module in watched.named_modules():
         module.register_forward_pre_hook(enter)

@@ -17,7 +17,7 @@ def share_to_draw(samples: int, splits: int) -> int:
 
 
 def require_enough(dataset: Dataset) -> None:
-    """Nothing, when every split has the samples that a plan needs.
+    """Raise unless every split has the samples that a plan needs.
 
     Raises:
         ModelError: one has too few; has all counts.

@@ -40,7 +40,7 @@ def ask(model: nn.Module, data: Data) -> torch.Tensor:
 
 
 def check_is_classifier(said: torch.Tensor, data: Data, task: str | None, size: int) -> None:
-    """Nothing, when something says that the outputs are one score a class.
+    """Raise unless something says that the outputs are one score a class.
 
     Args:
         said: answers to real samples, ``[n, K]``.

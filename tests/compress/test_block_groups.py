@@ -19,7 +19,7 @@ from zoo import conv_bn, head
 
 from edgeprune import formats
 from edgeprune.compress.groups.find import ChannelGroup, find_groups, mask_identity, remove_channels
-from edgeprune.compress.groups.surgery import Block, Removed
+from edgeprune.compress.groups.surgery import RemovableBlock, Removed
 from edgeprune.compress.plain_source import model_source
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
 from edgeprune.compress.repair.compensate import repaired
@@ -334,7 +334,7 @@ def test_a_file_is_written_without_a_whole_block_only(files, precision) -> None:
 
 def tied_groups() -> tuple[ChannelGroup, ...]:
     """The groups of the clock's net, of which the first two lie in one block."""
-    block = Block(("x",), "x", ("a", "b"))
+    block = RemovableBlock(("x",), "x", ("a", "b"))
     return tuple(replace(g, block=block) if g.name in block.groups else g for g in groups())
 
 

@@ -15,7 +15,7 @@ from zoo import ZOO, conv_bn, head, make
 
 from edgeprune import formats
 from edgeprune.compress.groups.find import find_groups, mask_identity, remove_channels
-from edgeprune.compress.groups.surgery import Block, Removed
+from edgeprune.compress.groups.surgery import RemovableBlock, Removed
 from edgeprune.compress.plain_source import model_source
 from edgeprune.compress.pruned_file import load_pruned, save_pruned
 from edgeprune.compress.repair.compensate import compensate, repaired
@@ -31,16 +31,16 @@ from edgeprune.workload.answers import logits
 from examples.fashion_mnist.net import build
 
 FOUND = {
-    "residual": {"b1.0": Block(("b1.0", "b1.1", "b2"), "b2")},
+    "residual": {"b1.0": RemovableBlock(("b1.0", "b1.1", "b2"), "b2")},
     "inverted": {
-        "expand.0": Block(
+        "expand.0": RemovableBlock(
             ("expand.0", "expand.1", "depth.0", "depth.1", "project.0", "project.1"), "project.1"
         )
     },
-    "attention": {"up": Block(("n2", "up", "down"), "down")},
+    "attention": {"up": RemovableBlock(("n2", "up", "down"), "down")},
     "squeeze-excite": dict.fromkeys(
         ("expand", "squeeze"),
-        Block(
+        RemovableBlock(
             ("expand", "depth", "squeeze", "excite", "project"), "project", ("expand", "squeeze")
         ),
     ),
@@ -62,14 +62,12 @@ class Branching(nn.Module):
         return self.head(self.next(self.block(self.stem(x) - 0.5)))
 
     def block(self, x: Tensor) -> Tensor:
-        if (
-            self.kind == "pre-norm"
-        ):  # an activation in place right behind the first layer of the branch
+        # An activation in place right behind the first layer of the branch.
+        if self.kind == "pre-norm":
             return x + self.b(self.relu(self.a(self.relu(self.norm(x)))))
         inner = self.relu(self.a(x))
-        if (
-            self.kind == "one-activation"
-        ):  # that is used inside and behind the block, as torchvision does
+        # That is used inside and behind the block, as torchvision does.
+        if self.kind == "one-activation":
             return self.relu(self.norm(self.b(inner)) + x)
         if self.kind == "views":
             return x + self.b(inner).permute(0, 2, 3, 1).permute(0, 3, 1, 2)
@@ -309,9 +307,8 @@ def test_one_block_goes_and_everything_else_is_narrower(files, precision) -> Non
         found = run(file.resized(widths), files.form.info.name, files.x[:1].numpy())
         assert found.shape == (1, 5)
         assert np.isfinite(found).all()
-    assert file.resized(half) == files.resizable(precision).resized(
-        half
-    )  # nothing was changed in place
+    # Nothing was changed in place.
+    assert file.resized(half) == files.resizable(precision).resized(half)
 
 
 def test_the_kernels_of_a_block_are_its_layers_and_the_addition(files) -> None:

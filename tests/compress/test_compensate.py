@@ -150,12 +150,8 @@ def test_a_pass_ends_behind_the_last_layer_that_is_watched_and_leaves_no_hook() 
 
 def test_channels_that_others_repeat_cost_nothing_after_compensation() -> None:
     dense = dense_net()
-    twins = {
-        1: 0,
-        4: 3,
-        8: 7,
-        10: 11,
-    }  # each removed channel says what a kept one says, twice as loud
+    # Each removed channel says what a kept one says, twice as loud.
+    twins = {1: 0, 4: 3, 8: 7, 10: 11}
     with torch.no_grad():
         for gone, twin in twins.items():
             for layer in (dense.stem, dense.norm1, dense.depthwise):
@@ -250,9 +246,8 @@ def test_linear_layers_over_tokens_are_fitted_with_their_bias() -> None:
     dense, pruned = Tokens(16), Tokens(10)
     with torch.no_grad():
         dense.head.weight.mul_(10)
-        dense.up.bias.add_(
-            2
-        )  # removed neurons leave a mean behind, which only the bias can replace
+        # Removed neurons leave a mean behind, which only the bias can replace.
+        dense.up.bias.add_(2)
     kept = tuple(range(10))
     state = dense.state_dict()
     state["up.weight"], state["up.bias"] = state["up.weight"][:10], state["up.bias"][:10]

@@ -38,9 +38,8 @@ class Padded(nn.Module):
         x = self.stem(x)
         short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))
         y = self.out(self.last(F.relu(self.norm(self.two(self.one(x))) + short)).mean((2, 3)))
-        if (
-            self.ending == "in float32"
-        ):  # as attention is often written; such a model does not run in float64
+        # As attention is often written; such a model does not run in float64.
+        if self.ending == "in float32":
             y = F.linear(y, torch.eye(WIDE)).softmax(1)
         return {"probabilities": y.softmax(1), "tiny": 1e-6 * y}.get(self.ending, y)
 

@@ -244,9 +244,8 @@ def test_raising_a_filter_that_is_too_faint_for_int8_keeps_the_pattern() -> None
         nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 4)
     ).eval()  # fmt: skip
     with torch.no_grad():
-        model[0].weight[:, :2] *= (
-            0.1  # so that the first input channel is not among those that stay
-        )
+        # So that the first input channel is not among those that stay.
+        model[0].weight[:, :2] *= 0.1
         model[0].weight[2] *= 1e-9
         model[0].bias[2] = 0.0
         model[1].bias[2] = 3.0

@@ -127,9 +127,8 @@ def here(form: formats.Format) -> str:
 
 def test_suffixes_tell_the_formats_apart() -> None:
     suffixes = {name: formats.load(name).info.suffix for name in formats.names()}
-    assert (
-        suffixes.pop("tensorrt") == suffixes["onnx"]
-    )  # it ships ONNX, and the board builds its engine
+    # It ships ONNX, and the board builds its engine.
+    assert suffixes.pop("tensorrt") == suffixes["onnx"]
     assert len(set(suffixes.values())) == len(suffixes)
 
 

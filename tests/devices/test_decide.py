@@ -39,10 +39,8 @@ def test_the_interval_is_that_of_the_signed_rank_test():
     # Five subsets of 1 to 10 have a sum under 4: {}, {1}, {2}, {3} and {1, 2}.
     assert signed_rank(10, 0.99) == (4, 1 - 2 * 5 / 1024)
     assert signed_rank(8, 0.99) == (1, 1 - 2 / 256)
-    assert signed_rank(7, 0.99) == (
-        1,
-        1 - 2 / 128,
-    )  # all there is, and it says that it is too little
+    # All there is, and it says that it is too little.
+    assert signed_rank(7, 0.99) == (1, 1 - 2 / 128)
     for n in LOOKS:
         rank, coverage = signed_rank(n, 0.99)
         assert coverage >= 0.99
@@ -124,10 +122,8 @@ def looked(log_ratios: Sequence[float]) -> tuple[str, int]:
     return "undecided", LOOKS[-1]
 
 
-QUIET, NOISY = (
-    (0.006, 0.06),
-    (0.012, 0.2),
-)  # spread of a block, share of blocks before which the speed jumps
+# Spread of a block, share of blocks before which the speed jumps.
+QUIET, NOISY = ((0.006, 0.06), (0.012, 0.2))
 
 
 def shared_machine(

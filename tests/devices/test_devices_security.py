@@ -319,9 +319,8 @@ def test_no_traceback_holds_a_secret_even_with_its_variables(server, tmp_path, m
         auth = {"method": "key", "key_file": str(key_file), "passphrase_ref": "env:THE_SECRET"}
     with FaultProxy(server.port) as proxy:
         seen_host_key("127.0.0.1", proxy.port, 5)
-        before_login = (
-            proxy.bytes["down"] + 20
-        )  # the exchange of keys, and part of the first answer
+        # The exchange of keys, and part of the first answer.
+        before_login = proxy.bytes["down"] + 20
         if fault == "reset":
             proxy.reset(after=before_login, way="down")
         if fault == "hang":

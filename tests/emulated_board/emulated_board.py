@@ -23,9 +23,8 @@ from edgeprune.records.device import Device
 USER = "edgeprune-board"
 COMMENT = "emulated board of the edgeprune tests"
 WORKDIR = ".local/share/edgeprune"  # below the home of the user
-BARE_PYTHON = (
-    f"/{HOME}/bin/python3"  # Debian's, without numpy, pip or a runtime, on the usual processor
-)
+# Debian's, without numpy, pip or a runtime, on the usual processor.
+BARE_PYTHON = f"/{HOME}/bin/python3"
 PYTHONS = {
     "litert": "/opt/litert/bin/python",
     "tflite-runtime": "/opt/tflite/bin/python",

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from edgeprune.formats.coreml.evaluate import Unknown, evaluate
-from edgeprune.formats.coreml.program import Operation, Program, dequantized
+from edgeprune.formats.coreml.program import MilOperation, MilProgram, dequantized
 
 X = np.random.default_rng(1).standard_normal((1, 4, 7, 6)).astype(np.float32)
 T = torch.from_numpy(X)
@@ -20,15 +20,15 @@ DW = torch.from_numpy(np.random.default_rng(3).standard_normal((4, 1, 3, 3)).ast
 
 def program(
     kind: str, dtype: str = "float32", inputs: dict | None = None, **constants: Any
-) -> Program:
+) -> MilProgram:
     """One operation on the input ``x``; whole numbers, flags and tensors become arrays."""
     arrays = {
         key: value if isinstance(value, str) else np.asarray(value)
         for key, value in constants.items()
     }
     names = inputs or {"x": ("x",)}
-    operation = Operation(kind, names, arrays, ("y",), (dtype,), ((),))
-    return Program((operation,), {}, ("x",), ("y",))
+    operation = MilOperation(kind, names, arrays, ("y",), (dtype,), ((),))
+    return MilProgram((operation,), {}, ("x",), ("y",))
 
 
 def answer(kind: str, x: np.ndarray = X, **constants: Any) -> np.ndarray:
@@ -134,7 +134,7 @@ def test_stored_weights_come_back_by_their_channel() -> None:
         "axis": np.int32(0),
     }
     value, steps = dequantized(
-        Operation("constexpr_affine_dequantize", {}, constants, ("w",), ("float16",), ((2, 2),))
+        MilOperation("constexpr_affine_dequantize", {}, constants, ("w",), ("float16",), ((2, 2),))
     )
     assert value.tolist() == [[0, -1.5], [4, 6]]
     assert steps.tolist() == [0.5, 2]

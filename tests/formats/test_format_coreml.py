@@ -269,9 +269,8 @@ def test_the_pass_that_loses_a_scale_is_left_out_and_would_be_caught(tmp_path, m
     merged = program_of(found.get_spec(), convert.weight_bytes(found))
     by_name = {o.outputs[0]: o for o in merged.operations}
     reshape = next(o for o in merged.operations if o.type == "reshape")
-    assert (
-        by_name[reshape.inputs["x"][0]].type == "quantize"
-    )  # integers are reshaped: two scales meet
+    # Integers are reshaped: two scales meet.
+    assert by_name[reshape.inputs["x"][0]].type == "quantize"
 
 
 # Wrong inputs

@@ -196,9 +196,8 @@ def test_the_net_under_test_has_the_structures_that_matter(files) -> None:
     for op in ("PAD", "DEPTHWISE_CONV_2D", "CONCATENATION", "LOGISTIC", "RESHAPE", "ADD", "MEAN"):
         assert counts[op] >= 1, op
     found = {name: group.channels for name, group in groups_of(make()).items()}
-    assert (
-        found == FULL
-    )  # branches.1 is too narrow: it stays whole, and is joined with pruned channels
+    # branches.1 is too narrow: it stays whole, and is joined with pruned channels.
+    assert found == FULL
     joined = FULL["branches.0"] + 6, CHANGED["branches.0"] + 6
     assert joined == (FULL["block.conv_2"], CHANGED["block.conv_2"])  # sizes alone cannot tell
 

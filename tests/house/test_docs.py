@@ -263,9 +263,8 @@ def test_a_budget_row_holds_what_the_report_says():
     shared = found.stage_seconds["measuring"]
     later = achieved_from_fixture(is_first=False).stage_seconds["measuring"]
     stages = {s.name: s.seconds for s in make_report().stages if s.kind == "measuring"}
-    assert shared == pytest.approx(
-        sum(stages.values())
-    )  # kept or not: when they were run they took that
+    # Kept or not: when they were run they took that.
+    assert shared == pytest.approx(sum(stages.values()))
     assert later == pytest.approx(
         shared - sum(stages.get(n, 0) for n in budgets_script.SHARED_STAGES)
     )

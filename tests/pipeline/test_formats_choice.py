@@ -15,7 +15,7 @@ from edgeprune import formats
 from edgeprune.bundle.manifest import Manifest
 from edgeprune.errors import ModelError, SpecError, UnknownName
 from edgeprune.pipeline import format_choice
-from edgeprune.pipeline.context import Candidate
+from edgeprune.pipeline.context import FormatCandidate
 from edgeprune.pipeline.format_choice import decide
 from edgeprune.pipeline.options import Options, chosen_formats
 from edgeprune.pipeline.run_folder import StageRecord
@@ -187,7 +187,9 @@ def test_an_operator_that_one_converter_keeps_is_a_reason_against_that_format_on
     job: Any = SimpleNamespace(in_format=lambda _: None)
     made: Any = SimpleNamespace(runs_ship=True)
     run: Any = None
-    found = format_choice._tried(job, Candidate(target, "onnxruntime"), run, lambda _: made, None)
+    found = format_choice._tried(
+        job, FormatCandidate(target, "onnxruntime"), run, lambda _: made, None
+    )
     assert "layer_norm" in found.refused().reason
     assert found.refused().median_ms is None
 

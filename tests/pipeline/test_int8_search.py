@@ -118,7 +118,7 @@ def test_equal_quality_is_decided_by_the_loss_and_equal_loss_by_the_order(here, 
     search = search_of(int8_fixture.context_of(here, uneven()), tmp_path)
     first = search.found[0]
 
-    def rated(name: str, value: float, loss: float) -> int8.Candidate:
+    def rated(name: str, value: float, loss: float) -> int8.Int8Candidate:
         tried = int8.Int8Try(name=name, quality=value, loss_nats=loss)
         return int8.replace(first, tried=tried)
 

@@ -173,9 +173,8 @@ def test_the_bundle_is_of_the_file_that_was_measured(deployed, report):
     (model,) = (deployed.folder / "bundle" / "models").iterdir()
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
     assert digest == manifest.model.sha256
-    assert (
-        manifest.source_sha256 == shipped.artifact_sha256
-    )  # the same file without the texts at its end
+    # The same file without the texts at its end.
+    assert manifest.source_sha256 == shipped.artifact_sha256
     assert manifest.latency.median_ms == shipped.median_ms
     assert manifest.status == ("best-effort" if not report.passed else tinynet.kept_status(report))
 

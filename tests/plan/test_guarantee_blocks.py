@@ -93,9 +93,7 @@ def test_without_removals_a_problem_has_no_width_0_and_a_charge_leaves_all_else_
 
 def test_a_block_that_has_gone_before_stays_gone_where_no_removal_is_allowed():
     basis = removable_basis(Clock())
-    costs = {
-        **basis.curves,
-        "a": np.zeros(len(basis.model.grids["a"])),
-    }  # what is gone costs no more
+    # What is gone costs no more.
+    costs = {**basis.curves, "a": np.zeros(len(basis.model.grids["a"]))}
     basis = replace(basis, curves=costs, at_most={"a": 0})
     assert basis.problem(removal_charge=math.inf).grids["a"] == (0,)

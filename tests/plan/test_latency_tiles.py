@@ -47,9 +47,8 @@ def test_without_noise_the_first_five_widths_show_the_tile(step):
     found = read_tile(timed(first, step))
     assert found is not None
     assert found.step == step
-    assert found.is_clear == (
-        step > 8
-    )  # steps of 4 and 8 are told apart by 1 %: noise could do that
+    # Steps of 4 and 8 are told apart by 1 %: noise could do that.
+    assert found.is_clear == (step > 8)
 
 
 def test_cliffs_between_the_tiles_do_not_hide_them():

@@ -312,9 +312,8 @@ class Bench:
         pool = SimpleNamespace(boards=self.boards, scales={})
 
         def open_pool(*_: object, runtime: str, **__: object) -> Any:
-            assert (
-                runtime == self.stand.runtime.name
-            )  # that of the fingerprint the times are kept under
+            # That of the fingerprint the times are kept under.
+            assert runtime == self.stand.runtime.name
             return contextlib.nullcontext(pool)
 
         monkeypatch.setattr(kernels, "open_pool", open_pool)

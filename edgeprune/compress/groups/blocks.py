@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from edgeprune.compress.groups.surgery import Block, ChannelGroup
+from edgeprune.compress.groups.surgery import ChannelGroup, RemovableBlock
 
 # What autograd calls operations that only move values: zeros stay zeros.
 _VIEWS = ("Permute", "Transpose", "View", "UnsafeView", "ReshapeAlias", "T")
@@ -32,7 +32,7 @@ def with_blocks(
         graph: its trace, as :func:`edgeprune.compress.groups.coupling.trace` makes it.
         names: modules and parameters of the traced model -> their names.
     """
-    found: dict[str, Block] = {}
+    found: dict[str, RemovableBlock] = {}
     for block in sorted(_blocks(graph, names), key=lambda b: len(b.layers)):
         inside = set(block.layers)
         names_inside = tuple(g.name for g in groups if inside.issuperset(g.layers()))
@@ -42,7 +42,7 @@ def with_blocks(
     return [replace(g, block=found.get(g.name)) for g in groups]
 
 
-def _blocks(graph: Any, names: Mapping[Any, str]) -> list[Block]:
+def _blocks(graph: Any, names: Mapping[Any, str]) -> list[RemovableBlock]:
     """All branches that are added to what they read."""
     found = []
     for add in dict.fromkeys(graph.module2node.values()):
@@ -53,7 +53,7 @@ def _blocks(graph: Any, names: Mapping[Any, str]) -> list[Block]:
             members = _branch(add, skip, operand)
             if end is not None and members:
                 layers = [m for m in names if isinstance(m, nn.Module) and m in members]
-                found.append(Block(tuple(names[m] for m in layers), end))
+                found.append(RemovableBlock(tuple(names[m] for m in layers), end))
     return found
 
 

@@ -31,7 +31,7 @@ class Coupling:
 
 
 @dataclass(frozen=True)
-class Block:
+class RemovableBlock:
     """The branch of a residual block ``y = x + branch(x)`` whose skip hands ``x`` on as it is: without the branch, ``y = x``.
 
     ``layers`` are all its layers that have weights or statistics, in the order of the model; ``end`` is the one whose output is added.
@@ -67,7 +67,7 @@ class ChannelGroup:
     step: int
     kind: str
     couplings: tuple[Coupling, ...]
-    block: Block | None = None
+    block: RemovableBlock | None = None
 
     def layers(self) -> tuple[str, ...]:
         """All layers of the group, producers first, each once."""
@@ -181,7 +181,7 @@ def _silence(layer: nn.Module, given: object, output: torch.Tensor) -> torch.Ten
 
 def _whole_block(
     name: str, groups: Mapping[str, ChannelGroup], removed: Mapping[str, Sequence[int]]
-) -> Block | None:
+) -> RemovableBlock | None:
     """The block of a group, if it goes with these channels."""
     return None if _left_over(name, groups, removed) else groups[name].block
 

@@ -26,7 +26,13 @@ from edgeprune.compress.evaluate import run_once
 from edgeprune.compress.groups.surgery import Removed
 from edgeprune.compress.readings import Layer, as_positions, reading_of
 from edgeprune.compress.repair.least_squares import LayerFit, RowSums, best_ridge, refit
-from edgeprune.compress.repair.norm_statistics import HeldOut, Judged, best, held_back, judged
+from edgeprune.compress.repair.norm_statistics import (
+    HeldOut,
+    JudgedStatistics,
+    best,
+    held_back,
+    judged,
+)
 from edgeprune.compress.repair.relay import Relay
 from edgeprune.errors import ModelError
 from edgeprune.progress import Progress, Silent
@@ -47,7 +53,7 @@ class CompensationReport:
     """What the repair did, and what was kept. Divergences are KL(dense || model) in nats on held-out samples.
 
     ``kl_pruned`` is that of the model as cut; the others are without and with fitted weights, each with its best statistics. ``used`` says
-    whether the fitted weights were kept, ``statistics`` which statistics of batch norms were (see :class:`Judged`).
+    whether the fitted weights were kept, ``statistics`` which statistics of batch norms were (see :class:`JudgedStatistics`).
     """
 
     fitted: tuple[LayerFit, ...]
@@ -70,12 +76,12 @@ class _Site:
     taps: int
     outputs: tuple[int, ...]
     positions: int
-    seen: _Seen
+    seen: _TapsSeen
     centred: bool
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _TapsSeen:
     """What a probe run saw of one layer: output positions, input shape of one sample, and which batch norm reads its output."""
 
     positions: int
@@ -150,12 +156,12 @@ def repaired(
     kept_outputs: Mapping[str, tuple[int, ...]],
     fit: Tensor,
     held_out: HeldOut,
-) -> Judged:
+) -> JudgedStatistics:
     """The pruned model after the repair of :func:`compensate`, with its defaults, as it is best on the samples that a caller holds out."""
     solved, *_ = _solved(pruned, dense, kept_outputs, fit, MAX_INPUTS, POSITIONS, RIDGES, Silent())
     if solved is None:
         return best(judged(pruned, fit, held_out))
-    as_cut = Judged(pruned, "kept", held_out.nats(pruned))
+    as_cut = JudgedStatistics(pruned, "kept", held_out.nats(pruned))
     return best((as_cut, *judged(solved, fit, held_out)))
 
 
@@ -206,7 +212,7 @@ def _solved(
     return solved, fitted, [*skipped, *unsolved]
 
 
-def _note(any_fitted: bool, unfitted: Judged, refitted: Judged) -> str:
+def _note(any_fitted: bool, unfitted: JudgedStatistics, refitted: JudgedStatistics) -> str:
     used = refitted.nats < unfitted.nats
     statistics = f"batch-norm statistics are {(refitted if used else unfitted).statistics}"
     if not any_fitted:
@@ -286,7 +292,7 @@ def _narrowed(
             yield name, layer, original
 
 
-def _reason_to_skip(layer: Layer, seen: _Seen | None, max_inputs: int) -> str:
+def _reason_to_skip(layer: Layer, seen: _TapsSeen | None, max_inputs: int) -> str:
     if parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrisation"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
@@ -334,7 +340,7 @@ def _within_cache(sites: list[_Site], n_samples: int) -> list[_Site]:
     return [replace(site, positions=max(1, int(site.positions * share))) for site in sites]
 
 
-def _probe(model: nn.Module, x: Tensor) -> dict[str, _Seen]:
+def _probe(model: nn.Module, x: Tensor) -> dict[str, _TapsSeen]:
     """Layers that run exactly once, on one tensor of all samples, in the order they run."""
     outputs: dict[str, Tensor] = {}
     shapes: dict[str, torch.Size] = {}
@@ -366,7 +372,7 @@ def _probe(model: nn.Module, x: Tensor) -> dict[str, _Seen]:
     # All outputs are alive until here, so an id names one tensor.
     layers = dict(model.named_modules())
     return {
-        name: _Seen(
+        name: _TapsSeen(
             as_positions(layers[name], output).shape[1], shapes[name], norms.get(id(output), "")
         )
         for name, output in outputs.items()

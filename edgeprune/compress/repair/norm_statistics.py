@@ -43,7 +43,7 @@ def held_back(x: Tensor, dense: nn.Module) -> tuple[Tensor, HeldOut]:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedStatistics:
     """A model with one choice of statistics (``kept``, ``fresh`` or ``mixed``), and its divergence on held-out samples."""
 
     model: nn.Module
@@ -51,7 +51,7 @@ class Judged:
     nats: float
 
 
-def judged(model: nn.Module, fit: Tensor, held_out: HeldOut) -> tuple[Judged, ...]:
+def judged(model: nn.Module, fit: Tensor, held_out: HeldOut) -> tuple[JudgedStatistics, ...]:
     """The model with each choice of statistics, ``kept`` first; that alone where no batch norm has any.
 
     Args:
@@ -59,16 +59,16 @@ def judged(model: nn.Module, fit: Tensor, held_out: HeldOut) -> tuple[Judged, ..
         fit: ``[N, ...]`` prepared inputs that fresh statistics come from, at least 2.
         held_out: other samples.
     """
-    found = [Judged(model, "kept", held_out.nats(model))]
+    found = [JudgedStatistics(model, "kept", held_out.nats(model))]
     if not any(_has_statistics(module) for module in model.modules()):
         return tuple(found)
     fresh = recalibrate_batchnorm(model, fit)
     for name, other in (("mixed", _middle(model, fresh)), ("fresh", fresh)):
-        found.append(Judged(other, name, held_out.nats(other)))
+        found.append(JudgedStatistics(other, name, held_out.nats(other)))
     return tuple(found)
 
 
-def best(candidates: Sequence[Judged]) -> Judged:
+def best(candidates: Sequence[JudgedStatistics]) -> JudgedStatistics:
     """The candidate that diverges least; the first of equals."""
     return min(candidates, key=lambda found: found.nats)
 

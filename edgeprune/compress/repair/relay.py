@@ -25,7 +25,7 @@ MOST_TRIES = 4  # modules that are tried between two layers
 
 
 @dataclass(frozen=True)
-class _Call:
+class _ModuleCall:
     """A module that ran once and returned a tensor of all samples: its place in the order of starts and ends, and what it returned."""
 
     name: str
@@ -39,7 +39,7 @@ class _Call:
         return self.name.count("."), self.output.numel(), -self.end
 
 
-class _Reached(Exception):
+class _RelayDone(Exception):
     """A batch is where it was to run to."""
 
 
@@ -55,7 +55,7 @@ class Relay:
         self._x = x
         self._waiting: list[Tensor] = []  # one for each batch, once there is a waypoint
         self._replaced: tuple[
-            _Call, ...
+            _ModuleCall, ...
         ] = ()  # what is not run again; the last one is the waypoint
 
     def reach(self, name: str, look: Callable[[Tensor, slice], None]) -> None:
@@ -63,7 +63,7 @@ class Relay:
 
         def stop(part: slice, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             look(args[0], part)
-            raise _Reached
+            raise _RelayDone
 
         for number, part in enumerate(self._parts):
             hook = functools.partial(stop, part)
@@ -78,7 +78,7 @@ class Relay:
 
         def stop(layer: nn.Module, args: object, output: Tensor) -> None:
             arrived.append(output.clone())
-            raise _Reached
+            raise _RelayDone
 
         for number in range(len(self._parts)):
             self._run(number, self._modules[found.name].register_forward_hook(stop))
@@ -90,12 +90,12 @@ class Relay:
         given = self._waiting[number] if self._waiting else None
         x = self._x[self._parts[number]].to(device_of(self._model))
         try:
-            with torch.no_grad(), contextlib.suppress(_Reached), self._skipping(given):
+            with torch.no_grad(), contextlib.suppress(_RelayDone), self._skipping(given):
                 self._model(x)
         finally:
             handle.remove()
 
-    def _waypoint(self, behind: str, before: str) -> _Call | None:
+    def _waypoint(self, behind: str, before: str) -> _ModuleCall | None:
         first, last = self._calls[behind].end, self._calls[before].start
         fitting = MAX_WAITING_BYTES // max(1, 4 * len(self._x))
         between = [
@@ -108,14 +108,14 @@ class Relay:
                 return call
         return None
 
-    def _in_front(self, waypoint: _Call) -> tuple[_Call, ...]:
+    def _in_front(self, waypoint: _ModuleCall) -> tuple[_ModuleCall, ...]:
         """The outermost of the modules that have ended where the waypoint has, in their order."""
         ended = [call for call in self._calls.values() if call.end <= waypoint.end]
         names = {call.name for call in ended}
         outer = [c for c in ended if not any(parent in names for parent in _parents(c.name))]
         return tuple(sorted(outer, key=lambda c: c.end))
 
-    def _is_all_that_counts(self, waypoint: _Call) -> bool:
+    def _is_all_that_counts(self, waypoint: _ModuleCall) -> bool:
         """Whether the model answers as before when only this output is right and all before it is made up."""
         replaced = self._in_front(waypoint)
         if not replaced or replaced[-1] is not waypoint:
@@ -140,11 +140,11 @@ def _even_parts(n: int, fitting: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def _watched(model: nn.Module, x: Tensor) -> tuple[dict[str, _Call], Tensor, int]:
+def _watched(model: nn.Module, x: Tensor) -> tuple[dict[str, _ModuleCall], Tensor, int]:
     """Every module that ran once on all samples, the answer, and the largest output of one sample in numbers."""
     clock, largest = 0, x[0].numel()
     starts: dict[str, list[int]] = {}
-    calls: dict[str, _Call] = {}
+    calls: dict[str, _ModuleCall] = {}
 
     def begin(name: str, *_: object) -> None:
         nonlocal clock
@@ -156,7 +156,7 @@ def _watched(model: nn.Module, x: Tensor) -> tuple[dict[str, _Call], Tensor, int
         clock += 1
         if isinstance(output, Tensor) and output.ndim and len(output) == len(x):
             # A copy: what runs next may write into it.
-            calls[name] = _Call(name, starts[name][-1], clock, output.clone())
+            calls[name] = _ModuleCall(name, starts[name][-1], clock, output.clone())
             largest = max(largest, output[0].numel())
 
     handles = []
@@ -181,7 +181,7 @@ def _parents(name: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _replacing(
-    modules: dict[str, nn.Module], replaced: Sequence[_Call], given: Tensor
+    modules: dict[str, nn.Module], replaced: Sequence[_ModuleCall], given: Tensor
 ) -> Iterator[None]:
     """Modules do not run: the last one returns what is given, the others ones of the right shape."""
 

@@ -76,7 +76,7 @@ def obs(model: nn.Module, groups: Sequence[ChannelGroup], x: Tensor, seed: int) 
     layers = dict(model.named_modules())
     readers = sorted({c.layer for group in groups for c in group.consumers()})
     solvable = [name for name in readers if _is_solvable(layers[name])]
-    rows = {name: _Rows(layers[name], len(x), seed + i) for i, name in enumerate(solvable)}
+    rows = {name: _LayerRows(layers[name], len(x), seed + i) for i, name in enumerate(solvable)}
     moments = {name: _Moments() for name in readers}
 
     def look(name: str, given: Tensor) -> None:
@@ -156,7 +156,7 @@ def _is_solvable(layer: nn.Module) -> bool:
     )
 
 
-class _Rows:
+class _LayerRows:
     """The covariance of what a layer reads, from sampled output positions; ``None`` where the layer ran more than once a pass.
 
     There is none either where the layer computes something else than its weight says.

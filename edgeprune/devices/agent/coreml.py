@@ -33,7 +33,7 @@ MAX_FILES, MAX_BYTES = 1000, 2 << 30
 
 
 def check_system(runtime: str) -> None:
-    """Nothing, unless this runtime needs a Mac and this is none.
+    """Raise when this runtime needs a Mac and this is none.
 
     Raises:
         Refused: ``runtime``.

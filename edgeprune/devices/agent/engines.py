@@ -31,9 +31,8 @@ BASE_BYTES, COPIES = 768 << 20, 6
 MAX_WORKSPACE_BYTES, MIN_WORKSPACE_BYTES = 1 << 30, 64 << 20
 QUOTA_BYTES = 1 << 30
 BUILD_TIMEOUT_S = 1800.0
-HOLDS_RATIO = (
-    0.05  # of the largest value: how far an answer may be from that of the most exact build
-)
+# Of the largest value: how far an answer may be from that of the most exact build.
+HOLDS_RATIO = 0.05
 INT8_CANDIDATES, FLOAT_CANDIDATES = ("mixed", "int8"), ("fp16", "fp32")  # the most exact one last
 # The flags FP16 and INT8 are gone from BuilderFlag, and the docstring of STRONGLY_TYPED says "always enabled": NVIDIA's package
 # tensorrt-cu13-bindings 11.0.0.114 (read 2026-11-25).
@@ -297,9 +296,8 @@ def _build_here(content: bytes, precision: str, store: Store, room: int, *, spar
     """The same through the Python package, in this process, for boards without trtexec."""
     trt = package()
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    explicit = getattr(
-        trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None
-    )  # gone in TensorRT 10
+    # Gone in TensorRT 10.
+    explicit = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)
     network = builder.create_network(0 if explicit is None else 1 << int(explicit))
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
     if not parser.parse(content):

@@ -301,9 +301,8 @@ def _fill(place: str, files: Sequence[Any]) -> None:
         for wheel, path in files:
             _link(path, os.path.join(wheelhouse, wheel["file"]))
         pip_wheel, pip_path = files[-1]
-        if (
-            _sha256_of(pip_path) != pip_wheel["sha256"]
-        ):  # pip checks the others, and nobody checks pip
+        # pip checks the others, and nobody checks pip.
+        if _sha256_of(pip_path) != pip_wheel["sha256"]:
             raise wire.Refused("install", "the file of pip is not what its hash says")
         requirements = os.path.join(wheelhouse, "requirements.txt")
         with open(requirements, "w", encoding="utf-8") as stream:

@@ -167,9 +167,8 @@ class ExecutorchModel:
         module = importlib.import_module(RUNTIMES[runtime][0])
         binding = importlib.import_module("executorch.extension.pybindings.portable_lib")
         self._torch = importlib.import_module("torch")
-        with contextlib.suppress(
-            ImportError
-        ):  # registers operators that quantised programs may need
+        # Registers operators that quantised programs may need.
+        with contextlib.suppress(ImportError):
             importlib.import_module("executorch.kernels.quantized")
         if binding._threadpool_get_thread_count() != threads:
             binding._unsafe_reset_threadpool(threads)  # XNNPACK keeps the pool it finds on loading

@@ -21,7 +21,7 @@ from .journal import Journal
 from .lease import Lease
 from .machine import machine_facts, usable_cpus
 from .runtimes import LOAD_S, MODULES
-from .timing import Session, check_plan
+from .timing import TimedBlocks, check_plan
 from .wire import MAGIC, Message, Refused, error_frame, read_frame, write_frame
 from .workers import Cancelled, WorkerProcess, own_python
 
@@ -322,7 +322,7 @@ class Agent:
         models = {str(key): self._worker(str(key)) for key in request["keys"]}
         watch = validity.Watch("/", self._own_pids, self.client.limits)
         before = telemetry.snapshot()
-        session = Session(models, plan, watch.start, watch.lap)
+        session = TimedBlocks(models, plan, watch.start, watch.lap)
         try:
             stopped = session.run()
         except Refused as error:

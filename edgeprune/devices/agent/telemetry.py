@@ -22,9 +22,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from .machine import MAX_FILE_BYTES, read_text
 
-COMMAND_TIMEOUT_S = (
-    1.0  # both answer within milliseconds; one that hangs is killed with all it started
-)
+# Both answer within milliseconds; one that hangs is killed with all it started.
+COMMAND_TIMEOUT_S = 1.0
 MAX_CPUS = 4096
 CPU = "sys/devices/system/cpu"
 # Bits 0 to 3 of `vcgencmd get_throttled`; 16 to 19 say the same of the time since boot (or since the kernel last cleared them).

@@ -14,7 +14,7 @@ EXTRA_RATIO = 0.5  # rounds that may be added for rejected ones, against those a
 Blocks = Dict[str, List[Dict[str, Any]]]
 
 
-class Lap(Protocol):
+class LapReport(Protocol):
     """What a look at the board found; ``reasons`` is empty when nothing disturbed the blocks since the last look."""
 
     @property
@@ -26,7 +26,7 @@ class Lap(Protocol):
         """What is worth knowing and does not void them."""
 
 
-class Session:
+class TimedBlocks:
     """One timing request.
 
     Args:
@@ -42,7 +42,7 @@ class Session:
         models: Dict[str, WorkerProcess],
         plan: Dict[str, Any],
         start: Callable[[], Any],
-        look: Callable[[], Lap],
+        look: Callable[[], LapReport],
     ) -> None:
         self._models, self._plan, self._start, self._look = models, plan, start, look
         self.blocks: Blocks = {key: [] for key in models}

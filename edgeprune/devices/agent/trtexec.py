@@ -17,10 +17,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .wire import Refused
 
-PLACES = (
-    "/usr/src/tensorrt/bin/trtexec",
-    "/usr/local/tensorrt/bin/trtexec",
-)  # not on PATH on a Jetson
+# Not on PATH on a Jetson.
+PLACES = ("/usr/src/tensorrt/bin/trtexec", "/usr/local/tensorrt/bin/trtexec")
 PRECISIONS: Dict[str, Tuple[str, ...]] = {
     "fp32": (),
     "fp16": ("--fp16",),

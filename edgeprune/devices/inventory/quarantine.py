@@ -22,16 +22,16 @@ from edgeprune.records.paths import user_folder
 MAX_REASON = 300  # characters
 
 
-class Entry(Record):
+class QuarantineEntry(Record):
     """Why a device is in quarantine, and since when (UTC, ISO 8601)."""
 
     reason: str
     at: str
 
 
-class _File(Record):
+class _QuarantineFile(Record):
     schema_version: Literal[1] = 1
-    devices: dict[str, Entry] = {}
+    devices: dict[str, QuarantineEntry] = {}
 
 
 def path() -> Path:
@@ -39,7 +39,7 @@ def path() -> Path:
     return user_folder("XDG_STATE_HOME", ".local/state") / "quarantine.json"
 
 
-def entries() -> dict[str, Entry]:
+def entries() -> dict[str, QuarantineEntry]:
     """Every device in quarantine, by name.
 
     Raises:
@@ -48,7 +48,7 @@ def entries() -> dict[str, Entry]:
     if not path().exists():
         return {}
     try:
-        return dict(read_json(_File, path()).devices)
+        return dict(read_json(_QuarantineFile, path()).devices)
     except IntegrityError as error:
         raise IntegrityError(
             error.message, hint=f"remove {path()}: devices in quarantine are then trusted again"
@@ -71,7 +71,7 @@ def put(name: str, reason: str) -> None:
     line = "".join(c if c.isprintable() else " " for c in reason)[:MAX_REASON]
     at = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     with _locked():
-        _write({**entries(), name: Entry(reason=line, at=at)})
+        _write({**entries(), name: QuarantineEntry(reason=line, at=at)})
 
 
 def lift(name: str) -> bool:
@@ -84,8 +84,8 @@ def lift(name: str) -> bool:
         return True
 
 
-def _write(devices: dict[str, Entry]) -> None:
-    write_json(_File(devices=dict(sorted(devices.items()))), path())
+def _write(devices: dict[str, QuarantineEntry]) -> None:
+    write_json(_QuarantineFile(devices=dict(sorted(devices.items()))), path())
 
 
 @contextlib.contextmanager

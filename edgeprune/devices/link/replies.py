@@ -65,7 +65,7 @@ class RuntimeVersion(Record):
     version: Annotated[str, Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]{0,60}$")]
 
 
-class Tensor(Record):
+class TensorReply(Record):
     """One input or output."""
 
     name: Text
@@ -92,8 +92,8 @@ class LoadedModel(Record):
     load_ns: Nanoseconds
     first_ns: Nanoseconds
     compile_ns: Nanoseconds | None = None
-    inputs: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=256)]
-    outputs: Annotated[tuple[Tensor, ...], Field(min_length=1, max_length=256)]
+    inputs: Annotated[tuple[TensorReply, ...], Field(min_length=1, max_length=256)]
+    outputs: Annotated[tuple[TensorReply, ...], Field(min_length=1, max_length=256)]
     placement: Placement | None = None
 
 

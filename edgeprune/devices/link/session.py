@@ -40,9 +40,8 @@ from edgeprune.records.files import sha256_bytes
 LINK_S = 60.0  # for anything that mostly waits for the link
 BEAT_S = 5.0  # or a third of what the lease allows, where that is less
 NO_LIMIT = 1e6
-PATIENCE_S = (
-    30.0  # what a model may take over ten times the expected time before the board ends its process
-)
+# What a model may take over ten times the expected time before the board ends its process.
+PATIENCE_S = 30.0
 CHUNK_BYTES = 4 << 20
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0)
 RETURN_S = 600.0  # who had the board and let it go for a while waits for it at least that long
@@ -65,7 +64,7 @@ def allowed_load(foreign_cpu_ratio: float) -> float:
 
 
 @dataclass(frozen=True)
-class Lease:
+class LeaseTerms:
     """Whether a session holds the board alone, and how long it may wait for that. ``job`` tells others what it is for."""
 
     exclusive: bool = True
@@ -104,7 +103,7 @@ class Session:
         self,
         name: str,
         device: Device,
-        lease: Lease,
+        lease: LeaseTerms,
         *,
         restore: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda _: None,

@@ -138,7 +138,7 @@ def setup(
             f"no target of device {board.name!r} needs a runtime that edgeprune installs",
             hint=f"name one with --runtime: {', '.join(RUNTIME_PACKAGES)}",
         )
-    job = _Setup(board, progress, wheels, pins or load_pins(), cache or cache_folder())
+    job = _BoardSetup(board, progress, wheels, pins or load_pins(), cache or cache_folder())
     problems: list[DeviceError] = []
     done = []
     for name in names:
@@ -162,7 +162,7 @@ class _Unusable(DeviceError):
     """This runtime cannot be had on this board; others may."""
 
 
-class _Setup:
+class _BoardSetup:
     """One call of :func:`setup`."""
 
     def __init__(

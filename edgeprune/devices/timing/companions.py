@@ -108,7 +108,7 @@ def scale_of(
 def check_drift(
     before_ns: Mapping[str, float], after_ns: Mapping[str, float], limits: Limits
 ) -> None:
-    """Nothing, when a board's times of the same kernels are what they were before its work.
+    """Raise unless a board's times of the same kernels are what they were before its work.
 
     Raises:
         Unreliable: the median change is too large, or fewer than 8 kernels are in common.

@@ -131,7 +131,7 @@ class Pool:
         share = math.ceil(len(rest) / (TURNS * (1 + len(self._companions))))
         most = min(CHUNK_FILES, max(MIN_CHUNK, share))
         with progress.bar("timing kernels", len(files)) as bar:
-            call = _Call(plan, reference, deque(chunks(rest, most)), bar, len(self._companions))
+            call = _PoolCall(plan, reference, deque(chunks(rest, most)), bar, len(self._companions))
             self._together(call, progress)
         for name, times in call.found.items():
             self.boards[name] += len(times)
@@ -140,7 +140,7 @@ class Pool:
             raise DeviceError(f"no kernel could be timed: {call.problem}")
         return {name: everything[name] for name in files if name in everything}
 
-    def _together(self, call: _Call, progress: Progress) -> None:
+    def _together(self, call: _PoolCall, progress: Progress) -> None:
         """One thread for each companion; the primary works in this one, so that its errors and Ctrl-C end the call."""
         workers = [
             threading.Thread(target=self._accompany, args=(board, call), daemon=True)
@@ -159,7 +159,7 @@ class Pool:
         if call.faults:
             raise call.faults[0]
 
-    def _lead(self, call: _Call, progress: Progress) -> None:
+    def _lead(self, call: _PoolCall, progress: Progress) -> None:
         name = self._primary.name
         times: dict[str, float] = {}
         chunk: dict[str, bytes] | None = call.reference
@@ -174,7 +174,7 @@ class Pool:
             chunk = call.take_last()
         call.found[name] = times
 
-    def _accompany(self, board: Board, call: _Call) -> None:
+    def _accompany(self, board: Board, call: _PoolCall) -> None:
         """What a companion's thread does. Never raises; a fault of this program is kept for the thread of the caller."""
         mine = _Share()
         failure: DeviceError | None = None
@@ -208,7 +208,7 @@ class Pool:
         except EdgepruneError as error:
             self._say(f"the quarantine of {name} is not remembered: {error.message}")
 
-    def _work(self, board: Board, call: _Call, mine: _Share) -> None:
+    def _work(self, board: Board, call: _PoolCall, mine: _Share) -> None:
         """Calibrate, time chunks until none waits, and look whether the calibration still holds.
 
         Raises:
@@ -229,7 +229,7 @@ class Pool:
         if mine.times and not call.stopped:
             check_drift(before, self._time(board, call.reference, call).ns, self._limits)
 
-    def _time(self, board: Board, files: Mapping[str, bytes], call: _Call) -> TimedChunk:
+    def _time(self, board: Board, files: Mapping[str, bytes], call: _PoolCall) -> TimedChunk:
         return time_chunk(
             board, files, runtime=self._runtime, threads=self._threads, plan=call.plan
         )
@@ -250,7 +250,7 @@ class _Share:
         self.done.update({name: chunk[name] for name in times})
         self.chunk = None
 
-    def take_back(self, call: _Call) -> None:
+    def take_back(self, call: _PoolCall) -> None:
         """Nothing of it counts."""
         if self.done:
             call.advance(-len(self.done), "")
@@ -259,7 +259,7 @@ class _Share:
         self.times, self.done = {}, {}
 
 
-class _Call:
+class _PoolCall:
     """The work of one call: chunks that wait and times that were found. All its methods may be called from any thread.
 
     Args:

@@ -14,7 +14,7 @@ from edgeprune.errors import FormatError
 from edgeprune.formats.coreml.convert import LOGITS, Entry
 from edgeprune.formats.coreml.evaluate import Unknown, evaluate
 from edgeprune.formats.coreml.package import quiet
-from edgeprune.formats.coreml.program import Program
+from edgeprune.formats.coreml.program import MilProgram
 from edgeprune.workload.modes import eval_copy
 
 # Rounding to half precision: half a unit in the last place of 11 bits, and half of the smallest subnormal number.
@@ -27,7 +27,7 @@ INT8_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
-class Check:
+class PackageCheck:
     """What was compared. ``answers`` is the largest difference of logits over the largest logit; ``None`` where nothing was worked out."""
 
     weights: int
@@ -37,8 +37,14 @@ class Check:
 
 
 def check_file(
-    program: Program, model: nn.Module, asked: nn.Module, x: np.ndarray, entry: Entry, *, int8: bool
-) -> Check:
+    program: MilProgram,
+    model: nn.Module,
+    asked: nn.Module,
+    x: np.ndarray,
+    entry: Entry,
+    *,
+    int8: bool,
+) -> PackageCheck:
     """What was compared, when nothing differed.
 
     Args:
@@ -67,7 +73,7 @@ def check_file(
     try:
         answers = evaluate(program, raw_input(x, entry), LOGITS)
     except Unknown as error:
-        return Check(len(found), expected is not None, None, error.message)
+        return PackageCheck(len(found), expected is not None, None, error.message)
     error_ratio = float(np.abs(answers - wanted).max() / max(float(np.abs(wanted).max()), 1e-6))
     limit = INT8_TOLERANCE if int8 else FLOAT_TOLERANCE
     if not error_ratio <= limit:
@@ -76,7 +82,7 @@ def check_file(
             f" at most {limit:g} is allowed",
             hint="the converter changed the model; try a target with another format",
         )
-    return Check(len(found), expected is not None, error_ratio)
+    return PackageCheck(len(found), expected is not None, error_ratio)
 
 
 def raw_input(x: np.ndarray, entry: Entry) -> np.ndarray:
@@ -117,7 +123,7 @@ def folded_weights(model: nn.Module) -> list[tuple[str, np.ndarray]] | None:
     ]
 
 
-def _check_weights(program: Program, expected: list[tuple[str, np.ndarray]]) -> None:
+def _check_weights(program: MilProgram, expected: list[tuple[str, np.ndarray]]) -> None:
     """Every weight of the model is in the file, within its rounding; the file's order is another where branches meet."""
     free = [(o.outputs[0], value, step) for o, value, step in program.weights()]
     for name, wanted in expected:

@@ -99,7 +99,7 @@ class Dressed(nn.Module):
 
 
 def check_labels(labels: Sequence[str] | None, model: nn.Module, example: np.ndarray) -> None:
-    """Nothing, when there are no labels or one for each output.
+    """Raise unless there are no labels or one for each output.
 
     Raises:
         ModelError: there are more or fewer, or one stands twice: Core ML tells classes by their label.

@@ -17,7 +17,12 @@ import torch
 from torch.nn import functional
 
 from edgeprune.errors import FormatError
-from edgeprune.formats.coreml.program import DEQUANTIZED_WEIGHT, Operation, Program, dequantized
+from edgeprune.formats.coreml.program import (
+    DEQUANTIZED_WEIGHT,
+    MilOperation,
+    MilProgram,
+    dequantized,
+)
 
 SAME = 0.05  # of the largest value: sums in another order may round to another step; a mixed-up batch is far away
 Values = dict[str, Any]
@@ -27,7 +32,7 @@ class Unknown(FormatError):
     """The program has an operation that is not worked out here."""
 
 
-def evaluate(program: Program, x: np.ndarray, output: str) -> np.ndarray:
+def evaluate(program: MilProgram, x: np.ndarray, output: str) -> np.ndarray:
     """One output for every sample.
 
     Args:
@@ -60,7 +65,7 @@ def evaluate(program: Program, x: np.ndarray, output: str) -> np.ndarray:
     return np.concatenate([first, *rows])
 
 
-def _answer(program: Program, fixed: Values, x: np.ndarray, output: str) -> np.ndarray:
+def _answer(program: MilProgram, fixed: Values, x: np.ndarray, output: str) -> np.ndarray:
     values: Values = dict(fixed)
     values[program.inputs[0]] = torch.from_numpy(np.array(x, np.float32))
     for operation in program.operations:
@@ -79,7 +84,7 @@ def _tensor(value: Any) -> Any:
     return torch.from_numpy(np.array(wide))
 
 
-def _run(program: Program, operation: Operation, values: Values, fixed: Values) -> None:
+def _run(program: MilProgram, operation: MilOperation, values: Values, fixed: Values) -> None:
     if operation.type == "classify":
         return
     if operation.type == DEQUANTIZED_WEIGHT:
@@ -96,7 +101,7 @@ def _run(program: Program, operation: Operation, values: Values, fixed: Values) 
             hint="its answers can be checked on a Mac only",
         )
     try:
-        found = function(_Call(program, operation, values))
+        found = function(_Arguments(program, operation, values))
     except KeyError as error:
         raise FormatError(f"{operation.type} {operation.outputs[0]} lacks {error}") from error
     results = found if isinstance(found, (list, tuple)) else [found]
@@ -110,10 +115,10 @@ def _rounded(value: torch.Tensor, dtype: str) -> torch.Tensor:
     return value
 
 
-class _Call:
+class _Arguments:
     """The arguments of one operation."""
 
-    def __init__(self, program: Program, operation: Operation, values: Values) -> None:
+    def __init__(self, program: MilProgram, operation: MilOperation, values: Values) -> None:
         self.operation, self._values = operation, values
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -149,7 +154,9 @@ class _Call:
         return bool(self.get(name))
 
 
-def _padding(call: _Call, sizes: list[int], strides: list[int], dilations: list[int]) -> list[int]:
+def _padding(
+    call: _Arguments, sizes: list[int], strides: list[int], dilations: list[int]
+) -> list[int]:
     """Padding before and after each spatial axis, as ``functional.pad`` wants it: last axis first."""
     kind, spatial = call.get("pad_type", "valid"), len(sizes)
     if kind == "valid":
@@ -167,7 +174,7 @@ def _padding(call: _Call, sizes: list[int], strides: list[int], dilations: list[
     return [pad[2 * i + j] for i in reversed(range(spatial)) for j in (0, 1)]
 
 
-def _conv(call: _Call) -> torch.Tensor:
+def _conv(call: _Arguments) -> torch.Tensor:
     x, weight = call["x"], call["weight"].float()
     spatial = weight.ndim - 2
     strides = call.numbers("strides", [1] * spatial)
@@ -179,7 +186,7 @@ def _conv(call: _Call) -> torch.Tensor:
     return function(x, weight, bias, strides, 0, dilations, groups)
 
 
-def _pool(call: _Call, kind: str) -> torch.Tensor:
+def _pool(call: _Arguments, kind: str) -> torch.Tensor:
     x, sizes = call["x"], call.numbers("kernel_sizes")
     strides = call.numbers("strides", [1] * len(sizes))
     if call.flag("ceil_mode"):
@@ -195,7 +202,7 @@ def _pool(call: _Call, kind: str) -> torch.Tensor:
     return total / functional.avg_pool2d(functional.pad(torch.ones_like(x), pad), sizes, strides)
 
 
-def _repeat(call: _Call) -> Any:
+def _repeat(call: _Arguments) -> Any:
     """Every pixel so many times, along height and width, which are the last two axes."""
     scales = [call.number(f"scale_factor_{side}", 1.0) for side in ("height", "width")]
     if any(scale != int(scale) or scale < 1 for scale in scales):
@@ -204,13 +211,13 @@ def _repeat(call: _Call) -> Any:
     return high.repeat_interleave(int(scales[1]), dim=-1)
 
 
-def _reduce(call: _Call, function: Callable[..., Any]) -> Any:
+def _reduce(call: _Arguments, function: Callable[..., Any]) -> Any:
     x = call["x"]
     axes = call.numbers("axes", range(x.ndim))
     return function(x, dim=axes, keepdim=call.flag("keep_dims"))
 
 
-def _quantize(call: _Call) -> torch.Tensor:
+def _quantize(call: _Arguments) -> torch.Tensor:
     x = call["input"]
     scale, zero = _along(call, x, "scale"), _along(call, x, "zero_point")
     low, high = (0, 255) if call["output_dtype"] == "uint8" else (-128, 127)
@@ -218,13 +225,13 @@ def _quantize(call: _Call) -> torch.Tensor:
     return torch.clamp(steps, low, high)
 
 
-def _dequantize(call: _Call) -> torch.Tensor:
+def _dequantize(call: _Arguments) -> torch.Tensor:
     x = call["input"].float()
     scale, zero = _along(call, x, "scale"), _along(call, x, "zero_point")
     return (x if zero is None else x - zero) * scale  # type: ignore[no-any-return]
 
 
-def _along(call: _Call, x: torch.Tensor, name: str) -> Any:
+def _along(call: _Arguments, x: torch.Tensor, name: str) -> Any:
     found = call.get(name)
     if found is None or found.ndim == 0:
         return None if found is None else found.float()
@@ -232,7 +239,7 @@ def _along(call: _Call, x: torch.Tensor, name: str) -> Any:
     return found.float().reshape([-1 if i == axis else 1 for i in range(x.ndim)])
 
 
-def _batch_norm(call: _Call) -> torch.Tensor:
+def _batch_norm(call: _Arguments) -> torch.Tensor:
     found: torch.Tensor = functional.batch_norm(
         call["x"],
         call["mean"],
@@ -246,7 +253,7 @@ def _batch_norm(call: _Call) -> torch.Tensor:
     return found
 
 
-def _reshape(call: _Call) -> torch.Tensor:
+def _reshape(call: _Arguments) -> torch.Tensor:
     shape = call.numbers("shape")
     x: torch.Tensor = call["x"]
     shape = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
@@ -255,20 +262,20 @@ def _reshape(call: _Call) -> torch.Tensor:
     return x.reshape(shape)
 
 
-def _squeeze(call: _Call) -> torch.Tensor:
+def _squeeze(call: _Arguments) -> torch.Tensor:
     x: torch.Tensor = call["x"]
     axes = call.get("axes")
     return x.squeeze() if axes is None else x.squeeze(dim=tuple(call.numbers("axes")))
 
 
-def _expand(call: _Call) -> torch.Tensor:
+def _expand(call: _Arguments) -> torch.Tensor:
     x: torch.Tensor = call["x"]
     for axis in call.numbers("axes"):
         x = x.unsqueeze(axis)
     return x
 
 
-def _pad(call: _Call) -> torch.Tensor:
+def _pad(call: _Arguments) -> torch.Tensor:
     pad, mode = call.numbers("pad"), call.get("mode", "constant")
     if mode != "constant":
         raise Unknown(f"padding by {mode} is not worked out here")
@@ -278,7 +285,7 @@ def _pad(call: _Call) -> torch.Tensor:
     return found
 
 
-def _slice(call: _Call) -> torch.Tensor:
+def _slice(call: _Arguments) -> torch.Tensor:
     x: torch.Tensor = call["x"]
     begin, end = call.numbers("begin"), call.numbers("end")
     steps = call.numbers("stride", [1] * x.ndim)
@@ -298,7 +305,7 @@ def _slice(call: _Call) -> torch.Tensor:
     return x[tuple(index)]
 
 
-def _split(call: _Call) -> list[torch.Tensor]:
+def _split(call: _Arguments) -> list[torch.Tensor]:
     x: torch.Tensor = call["x"]
     axis = int(call.number("axis", 0))
     sizes = call.get("split_sizes")
@@ -307,7 +314,7 @@ def _split(call: _Call) -> list[torch.Tensor]:
     return list(torch.chunk(x, int(call.number("num_splits", 1)), axis))
 
 
-def _layer_norm(call: _Call) -> torch.Tensor:
+def _layer_norm(call: _Arguments) -> torch.Tensor:
     x: torch.Tensor = call["x"]
     axes = call.numbers("axes", range(x.ndim))
     mean = x.mean(axes, keepdim=True)
@@ -318,7 +325,7 @@ def _layer_norm(call: _Call) -> torch.Tensor:
     return y if beta is None else y + beta
 
 
-def _matmul(call: _Call) -> torch.Tensor:
+def _matmul(call: _Arguments) -> torch.Tensor:
     x, y = call["x"].float(), call["y"].float()
     x = x.transpose(-1, -2) if call.flag("transpose_x") else x
     y = y.transpose(-1, -2) if call.flag("transpose_y") else y
@@ -326,16 +333,16 @@ def _matmul(call: _Call) -> torch.Tensor:
     return found
 
 
-def _prelu(call: _Call) -> torch.Tensor:
+def _prelu(call: _Arguments) -> torch.Tensor:
     found: torch.Tensor = functional.prelu(call["x"], call["alpha"])
     return found
 
 
-def _clip(x: torch.Tensor, call: _Call) -> torch.Tensor:
+def _clip(x: torch.Tensor, call: _Arguments) -> torch.Tensor:
     return torch.clamp(x, call.number("alpha", -torch.inf), call.number("beta", torch.inf))
 
 
-def _gelu(call: _Call) -> torch.Tensor:
+def _gelu(call: _Arguments) -> torch.Tensor:
     mode = call.get("mode", "EXACT")
     if mode == "SIGMOID_APPROXIMATION":
         return call["x"] * torch.sigmoid(1.702 * call["x"])  # type: ignore[no-any-return]
@@ -343,15 +350,15 @@ def _gelu(call: _Call) -> torch.Tensor:
     return functional.gelu(call["x"], approximate=approximate)
 
 
-def _one(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[_Call], torch.Tensor]:
+def _one(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[_Arguments], torch.Tensor]:
     return lambda call: function(call["x"])
 
 
-def _two(function: Callable[[Any, Any], Any]) -> Callable[[_Call], Any]:
+def _two(function: Callable[[Any, Any], Any]) -> Callable[[_Arguments], Any]:
     return lambda call: function(call["x"], call["y"])
 
 
-_OPERATIONS: Mapping[str, Callable[[_Call], Any]] = {
+_OPERATIONS: Mapping[str, Callable[[_Arguments], Any]] = {
     "conv": _conv,
     "linear": lambda c: functional.linear(c["x"], c["weight"].float(), c.get("bias")),
     "matmul": _matmul,

@@ -40,7 +40,7 @@ from edgeprune.records.files import sha256_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgeprune.formats.coreml.check import Check
+    from edgeprune.formats.coreml.check import PackageCheck
     from edgeprune.formats.coreml.convert import Entry
 
 WEIGHT_ONLY = "weight-only-int8-per-channel"
@@ -260,7 +260,7 @@ def _describe(
     spec: Any,
     facts: AppFacts | None,
     entry: Entry,
-    check: Check,
+    check: PackageCheck,
     precision: str,
     scheme: str,
 ) -> None:
@@ -303,7 +303,7 @@ def _describe(
         output.shortDescription = texts.get(output.name, "")
 
 
-def _checked_text(check: Check) -> str:
+def _checked_text(check: PackageCheck) -> str:
     parts = [f"{check.weights} weights"]
     if check.weights_compared:
         parts.append("equal to torch within their rounding")

@@ -35,7 +35,7 @@ DEQUANTIZED_WEIGHT = "constexpr_affine_dequantize"
 
 
 @dataclass(frozen=True)
-class Operation:
+class MilOperation:
     """One operation. ``inputs`` names the values it reads, in order for a list of them; ``constants`` are those written into it."""
 
     type: str
@@ -47,22 +47,22 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Program:
+class MilProgram:
     """The operations of a program without its plain constants, which ``constants`` has by name."""
 
-    operations: tuple[Operation, ...]
+    operations: tuple[MilOperation, ...]
     constants: dict[str, Any]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    def argument(self, operation: Operation, name: str) -> Any:
+    def argument(self, operation: MilOperation, name: str) -> Any:
         """A constant argument of an operation, wherever it stands; ``None`` where it has none."""
         if name in operation.constants:
             return operation.constants[name]
         names = operation.inputs.get(name, ())
         return self.constants[names[0]] if names and names[0] in self.constants else None
 
-    def weights(self) -> Iterator[tuple[Operation, np.ndarray, np.ndarray | None]]:
+    def weights(self) -> Iterator[tuple[MilOperation, np.ndarray, np.ndarray | None]]:
         """Every operation with a weight: the weight as ``float32``, and the step of each output channel where it is stored in 8 bits."""
         made = {o.outputs[0]: o for o in self.operations if o.type == DEQUANTIZED_WEIGHT}
         for operation in self.operations:
@@ -87,11 +87,11 @@ class Program:
                 counts[f"int8:{operation.type}"] += 1
         return dict(sorted(counts.items()))
 
-    def _stored(self, operation: Operation) -> str:
+    def _stored(self, operation: MilOperation) -> str:
         return str(np.asarray(self.argument(operation, "weight")).dtype)
 
 
-def dequantized(operation: Operation) -> tuple[np.ndarray, np.ndarray]:
+def dequantized(operation: MilOperation) -> tuple[np.ndarray, np.ndarray]:
     """The values of a weight that is stored in 8 bits, ``scale * (stored - zero_point)`` along its axis, and the steps: ``float32``."""
     stored = np.asarray(operation.constants["quantized_data"], np.float32)
     axis = int(np.asarray(operation.constants.get("axis", 0)))
@@ -106,14 +106,14 @@ def dequantized(operation: Operation) -> tuple[np.ndarray, np.ndarray]:
     return centred * wide[0], steps
 
 
-def program_of(spec: Any, weights: bytes) -> Program:
+def program_of(spec: Any, weights: bytes) -> MilProgram:
     """The program of a message ``Model`` with its weight file.
 
     Raises:
         FormatError: a weight file that is not sound.
     """
     block = main_block(spec)
-    operations: list[Operation] = []
+    operations: list[MilOperation] = []
     constants: dict[str, Any] = {}
     for found in block.operations:
         attributes = {
@@ -133,7 +133,7 @@ def program_of(spec: Any, weights: bytes) -> Program:
                 attributes[key] = _value(argument.arguments[0].value, weights)
         kinds = [_tensor_type(output.type) for output in found.outputs]
         operations.append(
-            Operation(
+            MilOperation(
                 type=found.type,
                 inputs=inputs,
                 constants=attributes,
@@ -143,7 +143,7 @@ def program_of(spec: Any, weights: bytes) -> Program:
             )
         )
     function = spec.mlProgram.functions["main"]
-    return Program(
+    return MilProgram(
         tuple(operations),
         constants,
         tuple(value.name for value in function.inputs),

@@ -223,7 +223,7 @@ class ExecutorchFormat:
         changed: Mapping[str, int],
         model: nn.Module,
     ) -> Resizable:
-        """Nothing: a program is not rewritten, its twin is.
+        """Raise: a program is not rewritten, its twin is.
 
         Raises:
             FormatError: always; names the twin.

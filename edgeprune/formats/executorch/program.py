@@ -34,10 +34,8 @@ _CONVOLUTIONS = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d")
 _PRODUCTS = (*_CONVOLUTIONS, "FullyConnected", "BatchMatrixMultiply")
 _TENSOR, _KERNEL_CALL = 5, 1  # members of the unions KernelTypes and InstructionArguments
 _QUANTIZED_VALUE = 2  # member of XValueUnion
-_MAX_DELEGATES, _MAX_OPERATIONS = (
-    1000,
-    100_000,
-)  # delegates may share their data, so that a small file could take hours
+# Delegates may share their data, so that a small file could take hours.
+_MAX_DELEGATES, _MAX_OPERATIONS = 1000, 100_000
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def layers_line(model: Artifact, found: Anatomy, float_layers: Collection[str] =
 
 
 def require_eight_bits(model: Artifact, content: bytes, float_layers: Collection[str] = ()) -> None:
-    """Nothing, when a file that is named INT8 is one, as far as its format is read here; what its record says does not count.
+    """Raise unless a file that is named INT8 is one, as far as its format is read here; what its record says does not count.
 
     Args:
         model: the record of the file.

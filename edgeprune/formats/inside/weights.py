@@ -136,9 +136,8 @@ def _executorch(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _coreml(content: bytes) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Constants of an ML program that lie in its weight file. Field numbers of ``Model.proto`` and ``MIL.proto`` of coremltools 9.0."""
     model = memoryview(unpacked(content)[_COREML_MODEL])
-    for block in _at(
-        model, 502, 2, 2, 3, 2
-    ):  # mlProgram, functions, value, block_specializations, value
+    # mlProgram, functions, value, block_specializations, value.
+    for block in _at(model, 502, 2, 2, 3, 2):
         for operation in _at(block, 3):
             for value in _at(operation, 5, 2):  # attributes, value
                 if any(True for _ in _at(value, 5)):  # blobFileValue

@@ -31,9 +31,8 @@ def activations(content: bytes, x: np.ndarray) -> Iterator[dict[str, np.ndarray]
     model.graph.output.extend(value for value in floats if value.name in made)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = (
-        1  # waiting threads would spin: on a busy machine that takes most of the time
-    )
+    # Waiting threads would spin: on a busy machine that takes most of the time.
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

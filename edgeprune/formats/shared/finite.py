@@ -20,7 +20,7 @@ def require_finite(
     ends: Mapping[str, tuple[float, float]],
     makers: Mapping[str, tuple[str, str, tuple[str, ...]]],
 ) -> None:
-    """Nothing, when the values of every tensor of a file have an end.
+    """Raise unless the values of every tensor of a file have an end.
 
     Args:
         ends: smallest and largest value of each tensor.
@@ -46,7 +46,7 @@ def unbounded(operator: str, layer: str) -> FormatError:
 
 
 def require_bounded(prepared: nn.Module) -> None:
-    """Nothing, when all that the observers of torch in a calibrated module saw has an end; one that keeps no extremes is not asked.
+    """Raise unless all that the observers of torch in a calibrated module saw has an end; one that keeps no extremes is not asked.
 
     Raises:
         ArithmeticError: it has not; :func:`explained` finds the operator.
@@ -74,7 +74,7 @@ def explained(error: FormatError, model: nn.Module, samples: np.ndarray) -> Form
 
     found: list[Any] = []
 
-    class Watch(torch.fx.Interpreter):
+    class FiniteWatch(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             """The value of a node, which is noted where it has no end."""
             value = super().run_node(n)
@@ -87,7 +87,7 @@ def explained(error: FormatError, model: nn.Module, samples: np.ndarray) -> Form
     try:
         with torch.no_grad():
             program = torch.export.export(copy.deepcopy(model).eval(), (x[0],), strict=False)
-            watch = Watch(program.module(check_guards=False))
+            watch = FiniteWatch(program.module(check_guards=False))
             for sample in x:
                 watch.run(sample)
     except Exception:  # an error is being explained; failing to is no further error

@@ -10,7 +10,7 @@ from edgeprune.errors import FormatError, ModelError
 
 
 def check_calibration(calibration: np.ndarray, shape: Sequence[int]) -> None:
-    """Nothing, when the samples can calibrate a file.
+    """Raise unless the samples can calibrate a file.
 
     Args:
         calibration: ``float32 [N, ...]`` in the file's layout.

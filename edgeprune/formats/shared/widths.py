@@ -261,9 +261,8 @@ class Links:
         Raises:
             FormatError: a dimension fits no rule, or several; names the tensor.
         """
-        for _ in range(
-            2
-        ):  # what the first round learned may make sizes of the first joins ambiguous
+        # What the first round learned may make sizes of the first joins ambiguous.
+        for _ in range(2):
             solver = _Solver(self)
             for whole, parts, plus, where in self._joins:
                 self._decoder.learn(self._pair(whole), solver.total(parts, plus, where))

@@ -90,7 +90,7 @@ def readers(content: bytes) -> dict[str, tuple[str, str, tuple[str, ...]]]:
 
 
 def check_versions(content: bytes, runtime: str) -> None:
-    """Nothing, when the oldest supported version of a runtime can load every operator of a file.
+    """Raise unless the oldest supported version of a runtime can load every operator of a file.
 
     Args:
         content: a ``.tflite`` file.

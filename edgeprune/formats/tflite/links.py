@@ -28,12 +28,8 @@ ALIGNED = re.compile(
 )
 VIEWS = frozenset({"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS"})
 SHIFTS = frozenset({"PAD", "PADV2", "MIRROR_PAD", "SLICE", "STRIDED_SLICE"})
-SHAPE_SLOTS = {
-    "RESHAPE": 1,
-    "BROADCAST_TO": 1,
-    "SLICE": 2,
-    "TRANSPOSE_CONV": 0,
-}  # the output's shape
+# The output's shape.
+SHAPE_SLOTS = {"RESHAPE": 1, "BROADCAST_TO": 1, "SLICE": 2, "TRANSPOSE_CONV": 0}
 
 
 class Twins:

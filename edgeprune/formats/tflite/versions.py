@@ -35,7 +35,7 @@ class OperatorTable(Record):
         return f"{self.runtime} {self.version}"
 
     def check(self, schema_version: int, operators: Iterable[tuple[str, int]]) -> None:
-        """Nothing, when the runtime loads a file with this schema and these operators, each with its version.
+        """Raise unless the runtime loads a file with this schema and these operators, each with its version.
 
         Raises:
             FormatError: it does not; names what is too new, and what the runtime reads.

@@ -116,7 +116,7 @@ def _notes_of(context: Context, artifact: Artifact, name: str) -> tuple[str, ...
 
 
 def _check_operators(context: Context, artifact: Artifact) -> None:
-    """Nothing, when the runner that the target describes has every operator that the file needs beside its delegates.
+    """Raise unless the runner that the target describes has every operator that the file needs beside its delegates.
 
     Raises:
         FormatError: it has not; names them.
@@ -306,7 +306,7 @@ def refusal(context: Context, error: EdgepruneError) -> str:
 
 
 def require_int8(artifact: Artifact, file: Path, float_layers: tuple[str, ...] = ()) -> None:
-    """Nothing, when a file that ships as INT8 passes what a reader of its bundle asks of one.
+    """Raise unless a file that ships as INT8 passes what a reader of its bundle asks of one.
 
     Args:
         artifact: its record.

@@ -30,17 +30,13 @@ from edgeprune.workload.answers import logits
 from edgeprune.workload.dataset import model_input
 from edgeprune.workload.outputs import file_logits
 
-ALLOWED_DROP = (
-    0.003  # of the quality: what INT8 may cost before more than the format's own ranges is tried
-)
+# Of the quality: what INT8 may cost before more than the format's own ranges is tried.
+ALLOWED_DROP = 0.003
 JUDGED = 2000  # samples of the selection split
 SCANNED = 256  # samples for each layer of a scan
 MOST_LAYERS, MOST_TIMED = 16, 6
-TRAINING_SHARE, MOST_EPOCHS, TRAINING_RATE = (
-    0.2,
-    2.0,
-    0.1,
-)  # of the recovery's epochs and learning rate
+# Of the recovery's epochs and learning rate.
+TRAINING_SHARE, MOST_EPOCHS, TRAINING_RATE = 0.2, 2.0, 0.1
 CLIPPING = QuantizeOptions(ranges="percentile")
 LEAST_ERROR = QuantizeOptions(ranges="mse")
 
@@ -55,7 +51,7 @@ class Quantised:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Int8Candidate:
     """An INT8 file, what it was made from, and how."""
 
     tried: Int8Try
@@ -81,10 +77,10 @@ class Search:
     y: np.ndarray | None
     reference: torch.Tensor  # of the dense model
     exact: torch.Tensor  # of the FP32 file
-    found: list[Candidate] = field(default_factory=list)
+    found: list[Int8Candidate] = field(default_factory=list)
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> Int8Candidate:
         """The earliest of the candidates with the highest rank."""
         return max(self.found, key=lambda c: (c.rank, -self.found.index(c)))
 
@@ -119,7 +115,7 @@ class Search:
             return
         loss = self.loss_nats(found)
         tried = Int8Try(name=name, quality=self._quality(found), loss_nats=loss, note=note)
-        self.found.append(Candidate(tried, path, artifact, fp32, model, options))
+        self.found.append(Int8Candidate(tried, path, artifact, fp32, model, options))
 
     def export(self, name: str, model: nn.Module) -> Path:
         """The FP32 file of a changed model."""
@@ -263,7 +259,7 @@ def _try_float_layers(search: Search, limit_ms: float) -> tuple[LayerFallback, .
     return tuple(sorted(found_all, key=lambda item: -item.gain_nats))
 
 
-def layer_gains(search: Search, start: Candidate) -> dict[str, tuple[float, Path]]:
+def layer_gains(search: Search, start: Int8Candidate) -> dict[str, tuple[float, Path]]:
     """Nats of KL that each layer alone in float takes away from an INT8 file, and the file with that layer in float.
 
     Layers come in the order of the file, at most :data:`MOST_LAYERS`; the loss is that of the first :data:`SCANNED` samples. Empty for
@@ -292,7 +288,7 @@ def layer_gains(search: Search, start: Candidate) -> dict[str, tuple[float, Path
     return scanned
 
 
-def _heaviest(context: Context, start: Candidate) -> list[str]:
+def _heaviest(context: Context, start: Int8Candidate) -> list[str]:
     """Layers with weights in the order of the file; where there are too many, those with the most multiply-accumulates."""
     form = context.whole
     assert isinstance(form, Inspectable)

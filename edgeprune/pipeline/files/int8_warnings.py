@@ -18,12 +18,10 @@ from edgeprune.records.operators import word_of
 SAMPLES = 32
 HELD_OUT = 64
 MOST_WARNINGS = 2  # of each kind
-MIXED_RANGES = (
-    8.0  # between the inputs of a concatenation: three of eight bits are lost to the narrower one
-)
-HEAVY_TAIL = (
-    4.0  # the full range against the one that holds all but 0.1 % at each end: two bits are lost
-)
+# Between the inputs of a concatenation: three of eight bits are lost to the narrower one.
+MIXED_RANGES = 8.0
+# The full range against the one that holds all but 0.1 % at each end: two bits are lost.
+HEAVY_TAIL = 4.0
 UNEVEN_CHANNELS = 64.0  # the widest against the median channel of a depthwise layer
 # By their words in the traced net: a converter may write a gate as several plain operators.
 GATES = {

@@ -14,9 +14,8 @@ from edgeprune.records.names import Precision
 from edgeprune.records.report import Gate, VariantRow
 from edgeprune.records.statistics import Centre
 
-MIN_DEVICE_AGREEMENT = (
-    0.99  # of top classes between host and device; INT8 kernels may differ by one step
-)
+# Of top classes between host and device; INT8 kernels may differ by one step.
+MIN_DEVICE_AGREEMENT = 0.99
 MIN_BUILT_IN_AGREEMENT = 0.95  # between built-in and fast kernels on the same file
 
 

@@ -75,9 +75,8 @@ def dense_latency(context: Context, files: DenseFiles, folder: Path) -> DenseLat
     )
     allowed: list[Precision] = [p for p in ("int8", "fp32") if p in context.job.target.precisions]
     if files.int8_refused:
-        allowed = [
-            "fp32"
-        ]  # a refusal is only kept where FP32 may ship: the plan is made for what will
+        # A refusal is only kept where FP32 may ship: the plan is made for what will.
+        allowed = ["fp32"]
     faster = min(context.precisions(allowed), key=lambda p: found[p].median_ms)
     fingerprint = context.fingerprint(runtime)
     return DenseLatency.model_validate(

@@ -62,7 +62,7 @@ def _by_gates(context: Context, measured: gates.Measured) -> gates.Choice:
 
 
 def _require_int8(files: Stage[PrunedFiles]) -> None:
-    """Nothing, unless the INT8 file is one that a reader of the bundle would refuse."""
+    """Raise when the INT8 file is one that a reader of the bundle would refuse."""
     artifact, floats = files.result.shipped("int8"), files.result.float_layers("int8")
     export.require_int8(artifact, files.path(artifact.path), floats)
 

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from edgeprune import formats
 from edgeprune.compress.groups.find import ChannelGroup, find_groups
 from edgeprune.errors import EdgepruneError
-from edgeprune.pipeline.context import Candidate, Job
+from edgeprune.pipeline.context import FormatCandidate, Job
 from edgeprune.pipeline.files import operators
 from edgeprune.pipeline.options import check_format
 from edgeprune.plan import guarantee
@@ -58,7 +58,7 @@ def check(job: Job, *, for_planning: bool) -> HostSide | None:
         SpecError: a plan was given that the model cannot have.
     """
     found = HostSide(job)
-    candidates = job.candidates or (Candidate(job.target, job.for_runtime),)
+    candidates = job.candidates or (FormatCandidate(job.target, job.for_runtime),)
     errors = [_problem(found, candidate) for candidate in candidates]
     if all(errors):
         assert errors[0] is not None
@@ -72,7 +72,7 @@ def check(job: Job, *, for_planning: bool) -> HostSide | None:
     return found
 
 
-def _problem(found: HostSide, candidate: Candidate) -> EdgepruneError | None:
+def _problem(found: HostSide, candidate: FormatCandidate) -> EdgepruneError | None:
     """Why the model cannot be written or run in one format; other formats of a choice may still be."""
     target = candidate.target
     try:

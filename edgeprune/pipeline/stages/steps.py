@@ -41,13 +41,10 @@ from edgeprune.records.report import LedgerEntry
 from edgeprune.records.workload import Recovery
 from edgeprune.workload.answers import logits
 
-SHORT_SHARE = (
-    0.15  # of the epochs, for each step before the last; this project's design says 10 to 20 %
-)
-ONE_STEP, TWO_STEPS = (
-    1.5,
-    3.0,
-)  # speed-ups up to which ``auto`` takes one and two steps; same source
+# Of the epochs, for each step before the last; this project's design says 10 to 20 %.
+SHORT_SHARE = 0.15
+# Speed-ups up to which ``auto`` takes one and two steps; same source.
+ONE_STEP, TWO_STEPS = 1.5, 3.0
 COMPENSATION_SAMPLES = 1024
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -188,11 +185,11 @@ def earlier_steps(context: Context, run: RunFolder, planned: Planned) -> LastSte
     past = 0.0
     for number, limit_ms in enumerate(budgets(dense_ms, end_ms, steps)[:-1], start=1):
         say(f"      step {number} of {steps}: {limit_ms / dense_ms:.1%} of dense, predicted")
-        step = _Step(context, run, planned, current, number, trainings[number - 1])
+        step = _PruningStep(context, run, planned, current, number, trainings[number - 1])
         current, epochs_run = step.run_to(limit_ms, basis)
         past += epochs_run
     say(f"      step {steps} of {steps}: {job.budget.text}, checked on the device")
-    step = _Step(context, run, planned, current, steps, trainings[-1])
+    step = _PruningStep(context, run, planned, current, steps, trainings[-1])
     found = replace(planned, plan=step.measured_plan(basis))
     say_plan(context, found.plan.result)
     return LastStep(found, current, trainings[-1], steps, past)
@@ -218,7 +215,7 @@ def _training(recovery: Recovery, epochs: float) -> Recovery:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _PruningStep:
     """One step of several, on the net that the step before left."""
 
     context: Context

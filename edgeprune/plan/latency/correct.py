@@ -19,10 +19,8 @@ LEAST_SCALE = 0.05
 FEW = 6  # nets, below which there is no telling which of them is off
 OUTLIER = 2.5  # robust standard deviations from which on a timing counts less, in proportion (Huber's weights)
 REWEIGHTINGS = 4
-BENDS = (
-    0.1,
-    0.25,
-)  # times the slowest net: tried where a straight line does not do
+# Times the slowest net: tried where a straight line does not do.
+BENDS = (0.1, 0.25)
 MOST_ERROR_RATIO = 0.15  # what one net counts at most when fits are compared
 PRIOR_SPREAD = 0.5  # standard deviation of a scale, relative to what it is expected to be
 # Standard deviations of what a unit of these costs: a byte, in ns, and a call, in times of the quickest kernel. Both are expected to cost

@@ -41,7 +41,7 @@ class KernelTimes(Record):
     def check(
         self, fingerprint: Fingerprint, precision: Precision, form: FormatName, path: Path
     ) -> None:
-        """Nothing, when these are times of that very board, runtime, precision and format.
+        """Raise unless these are times of that very board, runtime, precision and format.
 
         Raises:
             SpecError: they are not; names the first difference.

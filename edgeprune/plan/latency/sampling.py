@@ -25,14 +25,12 @@ from edgeprune.plan.latency.tiles import (
     window,
 )
 
-LEAST_WEIGHT = (
-    0.01  # lighter ones are neither sniffed nor checked: all their error is less than this
-)
+# Lighter ones are neither sniffed nor checked: all their error is less than this.
+LEAST_WEIGHT = 0.01
 MISS_RATIO = 0.05  # a middle that is further off than this is looked at more closely
 LEAST_GAIN = 0.001  # ... if it is worth this much of the time of the whole net
-LEAST_VOICE = (
-    0.1  # of the time of all that a group touches: lighter kernels do not make its grid finer
-)
+# Of the time of all that a group touches: lighter kernels do not make its grid finer.
+LEAST_VOICE = 0.1
 MOST_DEPTH = 4  # halvings of a grid of 16 widths until no width lies between
 
 Slot = tuple[str, str]  # kind of kernel, and role of the slot
@@ -52,7 +50,7 @@ class KernelClass:
     key: int
 
 
-class Timer(Protocol):
+class KernelTimer(Protocol):
     """Times kernels, and remembers."""
 
     def take(self, wanted: Sequence[tuple[KernelClass, Point]], purpose: str) -> None:
@@ -86,7 +84,7 @@ def probe(
     classes: Sequence[KernelClass],
     channels: Mapping[str, int],
     steps: Mapping[str, int],
-    timer: Timer,
+    timer: KernelTimer,
     *,
     prior: Mapping[str, int] | None = None,
 ) -> SparseTable:
@@ -116,7 +114,7 @@ def probe(
     return SparseTable(tuple(by_name[c.name] for c in classes), candidates, tiles)
 
 
-def _weights(classes: Sequence[KernelClass], timer: Timer) -> dict[str, float]:
+def _weights(classes: Sequence[KernelClass], timer: KernelTimer) -> dict[str, float]:
     ns = {c.name: len(c.members) * timer.known(c)[c.full] for c in classes}
     total = sum(ns.values())
     return {name: value / total for name, value in ns.items()}
@@ -131,7 +129,7 @@ def _sniff(
     weights: Mapping[str, float],
     steps: Mapping[str, int],
     given: Mapping[str, int],
-    timer: Timer,
+    timer: KernelTimer,
 ) -> dict[Slot, Tile]:
     """The tile of every kind of kernel and role that weighs anything, each on one shape: the widest up to 64, then the heaviest.
 
@@ -179,7 +177,7 @@ class _Sniff:
     def points(self, widths: Iterable[int]) -> list[tuple[KernelClass, Point]]:
         return [(self.one, _at(self.one.full, self.slot, w)) for w in widths]
 
-    def read(self, power: int, timer: Timer) -> Tile | None:
+    def read(self, power: int, timer: KernelTimer) -> Tile | None:
         times, silent = timer.known(self.one), timer.silent(self.one)
         at = {w: _at(self.one.full, self.slot, w) for w in (*self.first, *self.rest)}
         return read_tile(
@@ -295,7 +293,7 @@ class Grid:
         """Every slot alone at its middle, the others full."""
         return [_at(self.kernels.full, s, self.widths[s][i]) for s, i in enumerate(middle)]
 
-    def times(self, timer: Timer) -> dict[Point, float]:
+    def times(self, timer: KernelTimer) -> dict[Point, float]:
         """What is known on the grid."""
         return {
             p: ns
@@ -303,13 +301,13 @@ class Grid:
             if all(w in g for w, g in zip(p, self.widths, strict=True))
         }
 
-    def table(self, timer: Timer) -> KernelTable:
+    def table(self, timer: KernelTimer) -> KernelTable:
         """The table from what is known by now."""
         one = self.kernels
         return tabulate(one.name, one.op, self.widths, self.times(timer), self.sizes)
 
 
-def _refine(grids: Sequence[Grid], weights: Mapping[str, float], timer: Timer) -> None:
+def _refine(grids: Sequence[Grid], weights: Mapping[str, float], timer: KernelTimer) -> None:
     """Time the middle of every cell; where the table misses it, cut the cell there and go on, what costs most first."""
     cells: list[tuple[float, Grid, Cell]] = [(weights[g.kernels.name], g, g.whole) for g in grids]
     for depth in range(MOST_DEPTH):

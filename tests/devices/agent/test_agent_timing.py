@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edgeprune.devices.agent import timing
-from edgeprune.devices.agent.timing import Session, check_plan
+from edgeprune.devices.agent.timing import TimedBlocks, check_plan
 
 PLAN = {
     "rounds": 30, "block_ns": 1, "min_runs": 1, "max_runs": 1, "warmup_runs": 0, "warmup_ns": 0, "seed": 0, "reload": True,
@@ -51,18 +51,20 @@ class Quiet:
     notes: list[str] = []
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, block_ns: int, load_ns: int, **changes: Any) -> Session:
+def timed(
+    monkeypatch: pytest.MonkeyPatch, block_ns: int, load_ns: int, **changes: Any
+) -> TimedBlocks:
     """A request for two models that ran to its end."""
     clock = Clock()
     monkeypatch.setattr(timing, "time", clock)
     workers = {key: Worker(clock, block_ns, load_ns) for key in "ab"}
     plan = check_plan({**PLAN, **changes})
-    session = Session(workers, plan, lambda: None, Quiet)  # type: ignore[arg-type]
+    session = TimedBlocks(workers, plan, lambda: None, Quiet)  # type: ignore[arg-type]
     session.run()
     return session
 
 
-def loads(session: Session) -> list[int]:
+def loads(session: TimedBlocks) -> list[int]:
     """The number of the load in each round, which is the same for both models."""
     both = [[block["load"] for block in session.blocks[key]] for key in "ab"]
     assert both[0] == both[1]

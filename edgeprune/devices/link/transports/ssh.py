@@ -26,9 +26,8 @@ from edgeprune.errors import DeviceError, LinkLost
 from edgeprune.records.device import Device
 
 START_S = 15.0
-KEEPALIVE_S = (
-    3  # something must be in flight for a dead link to be noticed: with DEAD_LINK_MS, within 12 s
-)
+# Something must be in flight for a dead link to be noticed: with DEAD_LINK_MS, within 12 s.
+KEEPALIVE_S = 3
 STALL_S = 30.0  # a transfer may take long, but not stand still
 SLOWEST_BITS_PER_S = 10_000  # the total deadline of a transfer, for a far end that drips
 CHUNK_BYTES = 32 * 1024
