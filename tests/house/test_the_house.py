@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from repo import REPO
 
-ROOT = Path(__file__).parents[1]
+ROOT = REPO
 HOUSE = (ROOT / "docs" / "the-house.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def rooms() -> dict[str, str]:
     """The table that the imports are held to, as the test of the architecture has it."""
-    tree = ast.parse((ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8"))
+    tree = ast.parse(
+        (ROOT / "tests" / "house" / "test_architecture.py").read_text(encoding="utf-8")
+    )
     (table,) = (
         node.value
         for node in tree.body
