@@ -18,7 +18,8 @@ from edgeprune.errors import SpecError
 from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.base import Record
 from edgeprune.records.files import sha256_bytes, to_json_text
-from edgeprune.records.names import SPDX, FormatName, Name, Sha256, Stamp
+from edgeprune.records.formats import RuntimeName, format_facts
+from edgeprune.records.names import SPDX, Name, Sha256, Stamp
 from edgeprune.records.sparsity import SparseWeights
 from edgeprune.records.workload import Preprocess
 
@@ -43,14 +44,6 @@ REQUIRED = (
 )
 NOT_STATED = "not stated"
 
-# Suffix and runtimes of each format: what is called by another name would pass by checks of what it is.
-FORMS: dict[FormatName, tuple[str, tuple[str, ...]]] = {
-    "tflite": (".tflite", ("litert", "tflite-runtime")),
-    "onnx": (".onnx", ("onnxruntime",)),
-    "tensorrt": (".onnx", ("tensorrt", "onnxruntime")),
-    "executorch": (".pte", ("executorch",)),
-    "coreml": (".mlpackage", ("coreml",)),
-}
 MIN_GOLDEN = 8
 MAX_PATH = 240
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
@@ -125,7 +118,7 @@ class BundleFile(Record):
 class RuntimeNeed(Record):
     """What must be installed on the board to run the model. ``min_version`` is the oldest one that was tried."""
 
-    name: Literal["litert", "tflite-runtime", "onnxruntime", "tensorrt", "executorch", "coreml"]
+    name: RuntimeName
     min_version: Line
     threads: Annotated[int, Field(ge=1, le=64)] = 1
 
@@ -300,7 +293,8 @@ class Manifest(Facts):
     @classmethod
     def _check_model(cls, model: Artifact) -> Artifact:
         check_path(model.path)
-        suffix, _ = FORMS[model.format]
+        # What is called by another name would pass by checks of what it is.
+        suffix = format_facts(model.format).suffix
         if not model.path.endswith(suffix):
             raise ValueError(
                 f"a model of the format {model.format} must be a {suffix}, not {model.path!r}"
@@ -329,7 +323,7 @@ class Manifest(Facts):
             raise ValueError("status must be best-effort exactly when failed_gates is not empty")
         if self.status != status_of(self):
             raise ValueError(f"status must be {status_of(self)} by latency.unreliable")
-        _, runtimes = FORMS[self.model.format]
+        runtimes = format_facts(self.model.format).runs_in()
         if self.runtime.name not in runtimes:
             raise ValueError(
                 f"a model of the format {self.model.format} must run in {' or '.join(runtimes)}, not {self.runtime.name}"

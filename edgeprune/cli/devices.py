@@ -106,12 +106,12 @@ def _stamp(device: Device) -> str:
 def _runtimes_of(device: Device) -> list[str]:
     """Runtimes that the targets of a device need, and that this version can run on a board."""
     from edgeprune.records import catalog
+    from edgeprune.records.formats import stand_in
 
-    wanted = [str(catalog.target(name).runtime.name) for name in device.targets]
+    wanted = [catalog.target(name).runtime.name for name in device.targets]
     # Where LiteRT and onnxruntime run the files of runtimes for boards.
     if device.transport == "local":
-        here = {"tflite-runtime": "litert", "tensorrt": "onnxruntime"}
-        wanted = [here.get(name, name) for name in wanted]
+        wanted = [stand_in(name) or name for name in wanted]
     return [name for name in dict.fromkeys(wanted) if name in (*RUNTIMES, "tensorrt")]
 
 

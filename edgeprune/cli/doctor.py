@@ -19,14 +19,12 @@ def doctor() -> None:
     from importlib import metadata
 
     from edgeprune.records import catalog
+    from edgeprune.records.formats import all_facts
 
     click.echo(f"edgeprune {VERSION}, Python {sys.version.split()[0]}")
     wanted = {
         "core": ("torch", "torch-pruning", "paramiko", "numpy"),
-        "tflite": ("litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
-        "onnx": ("onnx", "onnxruntime", "onnxscript"),
-        "executorch": ("executorch", "torchao"),
-        "coreml": ("coremltools",),
+        **{facts.name: facts.tools for facts in all_facts() if facts.tools},
     }
     for extra, packages in wanted.items():
         found = []

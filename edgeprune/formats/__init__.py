@@ -13,33 +13,12 @@ import numpy as np
 
 from edgeprune.errors import FormatError, MissingTool, UnknownName
 from edgeprune.records.artifact import Artifact
-from edgeprune.records.names import ComputeUnits, FormatName
+from edgeprune.records.formats import FormatFacts, folders, format_facts
+from edgeprune.records.names import ComputeUnits
 from edgeprune.records.workload import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-@dataclass(frozen=True)
-class FormatInfo:
-    """Facts about a format: its file suffix, the runtimes that can run it, and the extra that installs its toolchain.
-
-    A file of some formats cannot be cut to other widths in place. ``twin`` names the format with the same kernels whose files are cut and
-    timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.pipeline.files.reconverted.Converted`).
-    Without a twin it is ``""``. ``system`` is the only kind of computer that runs its files, in words (``Mac``).
-    ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
-    ``int8_options`` says whether INT8 files can have other ranges than the format's own, and layers in float.
-    """
-
-    name: FormatName
-    suffix: str
-    runtimes: tuple[str, ...]
-    extra: str
-    layout: str  # layout of image inputs inside the file: NHWC or NCHW
-    twin: str = ""
-    system: str = ""
-    built_in_kernels: bool = True
-    int8_options: bool = True
 
 
 @dataclass(frozen=True)
@@ -162,7 +141,7 @@ class ShowsSparsity(Protocol):
 class Format(Protocol):
     """What a format module offers; ends with ``FORMAT: Format = ...``."""
 
-    info: FormatInfo
+    info: FormatFacts
 
     def export(self, model: nn.Module, example: np.ndarray, path: Path) -> Artifact:
         """Write the FP32 file of ``model``.
@@ -247,7 +226,7 @@ class Evaluated(Protocol):
         ...
 
 
-def cut_in_place_of(info: FormatInfo) -> FormatError:
+def cut_in_place_of(info: FormatFacts) -> FormatError:
     """The error of :meth:`Format.resizable` of a format with a twin."""
     return FormatError(
         f"files of {info.name} cannot be cut to other widths",
@@ -278,12 +257,8 @@ def check_runtime(form: Format, path: Path, runtime: str) -> tuple[str, ...]:
 
 
 def names() -> list[str]:
-    """Names of the formats that have a folder with a ``format.py`` here."""
-    import edgeprune.formats as package
-
-    folders = [Path(folder) for folder in package.__path__]
-    found = (path.parent.name for folder in folders for path in folder.glob("*/format.py"))
-    return sorted(found)
+    """Names of the formats that have a folder here, sorted."""
+    return sorted(folders())
 
 
 def load(name: str) -> Format:
@@ -299,24 +274,15 @@ def load(name: str) -> Format:
     return found
 
 
-# What writes, reads and tries files of a format on this computer, by the names of the imports.
-TOOLS = {
-    "tflite": ("litert_torch", "ai_edge_quantizer", "ai_edge_litert"),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "executorch": ("executorch", "torchao"),
-    "coreml": ("coremltools",),
-}
-
-
 def require_tools(name: str) -> None:
     """Raise unless the packages of a format are installed; none is imported.
 
     Raises:
         MissingTool: one is not.
     """
-    for tool in TOOLS.get(name, ()):
-        if importlib.util.find_spec(tool) is None:
-            raise MissingTool(tool.replace("_", "-"), name)
+    for tool in format_facts(name).tools:
+        if importlib.util.find_spec(tool.replace("-", "_")) is None:
+            raise MissingTool(tool, name)
 
 
 def golden_file(
@@ -346,7 +312,7 @@ __all__ = [
     "Evaluated",
     "ForApps",
     "Format",
-    "FormatInfo",
+    "FormatFacts",
     "Inspectable",
     "Kernel",
     "QuantizeOptions",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from edgeprune.records.artifact import Artifact
 from edgeprune.records.budget import Budget
 from edgeprune.records.device import Device
 from edgeprune.records.files import sha256_file
+from edgeprune.records.formats import stand_in
 from edgeprune.records.measurement import Fingerprint, Measurement
 from edgeprune.records.names import Precision
 from edgeprune.records.plan import FrozenGroup, Scope
@@ -41,12 +42,6 @@ from edgeprune.workload.trace import traced
 INFER_CHUNK, INFER_NUMBERS = 256, 1 << 22
 NOT_RUN = "not run"
 AUTO = Int8()
-# tflite-runtime needs numpy 1 and belongs on boards; LiteRT runs the same files on this machine. TensorRT needs a GPU; onnxruntime runs
-# the files that its engines are built from.
-STAND_IN_RUNTIMES: dict[str, Literal["litert", "onnxruntime"]] = {
-    "tflite-runtime": "litert",
-    "tensorrt": "onnxruntime",
-}
 
 
 @dataclass(frozen=True)
@@ -190,7 +185,7 @@ class Context:
     def kernel_runtime_on(self, board: Board) -> Runtime:
         """What runs the files that single kernels are cut from."""
         if self.has_twin:
-            name, threads = self.form.info.runtimes[0], self.job.target.runtime.threads
+            name, threads = next(iter(self.form.info.runtimes)), self.job.target.runtime.threads
             return Runtime.model_validate({"name": name, "threads": threads})
         return stand_in_runtime(self.job.target.runtime, board.device)
 
@@ -328,7 +323,7 @@ class Context:
 
 def stand_in_runtime(runtime: Runtime, device: Device) -> Runtime:
     """The runtime for a device: another one for the same files where this machine stands in and cannot have it."""
-    name = STAND_IN_RUNTIMES.get(runtime.name)
+    name = stand_in(runtime.name)
     if name is None or device.transport not in ("local", "replay") or not device.stand_in:
         return runtime
     return runtime.model_copy(update={"name": name})

@@ -21,7 +21,6 @@ from edgeprune.compress.heal.recover import STATE_VERSION
 from edgeprune.devices.board import Board, open_board
 from edgeprune.devices.store import MeasurementStore
 from edgeprune.errors import Busy, DeviceError, LinkLost, SpecError, Unreachable
-from edgeprune.formats import FormatInfo
 from edgeprune.pipeline import allocator, format_choice
 from edgeprune.pipeline.app import for_app
 from edgeprune.pipeline.context import Context, Job
@@ -42,6 +41,7 @@ from edgeprune.records.artifact import Artifact
 from edgeprune.records.base import Record
 from edgeprune.records.device import Device
 from edgeprune.records.files import digest_of, sha256_file, write_json
+from edgeprune.records.formats import FormatFacts
 from edgeprune.records.version import VERSION
 from edgeprune.workload.sample_counts import require_enough
 
@@ -215,7 +215,7 @@ def _context(
     return context
 
 
-def _require(device: Board, job: Job, info: FormatInfo) -> None:
+def _require(device: Board, job: Job, info: FormatFacts) -> None:
     """Raise unless a board that was named for a target runs its files; a board that cannot must not be taken for a stand-in in silence.
 
     Raises:

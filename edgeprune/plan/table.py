@@ -16,7 +16,7 @@ from edgeprune.plan.latency.sampling import KernelClass
 from edgeprune.plan.latency.table import LatencyTable
 from edgeprune.plan.measured import MeasuredTable, Staircase
 from edgeprune.progress import Progress
-from edgeprune.records.names import FormatName
+from edgeprune.records.formats import FormatName
 from edgeprune.records.target import ChannelSteps
 
 MOST_KERNELS = 250  # timed for one table

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from edgeprune.records.base import Record
-from edgeprune.records.names import FilePrecision, FormatName, Sha256
+from edgeprune.records.formats import FilePrecision, FormatName
+from edgeprune.records.names import Sha256
 
 
 class TensorSpec(Record):

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from edgeprune.records.base import Record
-from edgeprune.records.names import FilePrecision, Sha256, Stamp
+from edgeprune.records.formats import FilePrecision
+from edgeprune.records.names import Sha256, Stamp
 from edgeprune.records.statistics import percentile_overs
 
 P99_SAMPLES = 1000

@@ -9,10 +9,7 @@ from pydantic import Field
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}$"  # of a licence, such as Apache-2.0
-FormatName = Literal["tflite", "onnx", "tensorrt", "executorch", "coreml"]
 Precision = Literal["fp32", "int8"]
-# What a file stores: in the "fp32" place of a target for Apple devices stands a file in half precision.
-FilePrecision = Literal["fp32", "fp16", "int8"]
 Line = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Stamp = Literal["measured", "stand-in", "emulated"]
 BundleKind = Literal["python", "android", "ios"]

@@ -8,9 +8,10 @@ from typing import Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from edgeprune.records.base import Located, Record
+from edgeprune.records.formats import FormatName
 from edgeprune.records.int8 import Int8Report
 from edgeprune.records.measurement import Comparison, Fingerprint, Measurement, SustainedRun
-from edgeprune.records.names import FormatName, Precision, Stamp
+from edgeprune.records.names import Precision, Stamp
 from edgeprune.records.plan import LatencyModelQuality, PlanCheck, PruningPlan
 from edgeprune.records.sparsity import SparseWeights
 

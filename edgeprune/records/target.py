@@ -14,7 +14,8 @@ from pydantic import (
 
 from edgeprune.records.base import Record
 from edgeprune.records.budget import BudgetText, DropText
-from edgeprune.records.names import BundleKind, ComputeUnits, FormatName, Name, Precision
+from edgeprune.records.formats import FormatName, RuntimeName, format_facts
+from edgeprune.records.names import BundleKind, ComputeUnits, Name, Precision
 from edgeprune.records.operators import WORDS
 
 
@@ -87,18 +88,8 @@ class Profile(Record):
 class Runtime(Record):
     """How the shipped file is run and timed."""
 
-    name: Literal["litert", "tflite-runtime", "onnxruntime", "tensorrt", "executorch", "coreml"]
+    name: RuntimeName
     threads: Annotated[int, Field(ge=1, le=64)] = 1
-
-
-# What runs the files of each format.
-RUNTIMES: dict[str, tuple[str, ...]] = {
-    "tflite": ("litert", "tflite-runtime"),
-    "onnx": ("onnxruntime",),
-    "tensorrt": ("tensorrt",),
-    "executorch": ("executorch",),
-    "coreml": ("coreml",),
-}
 
 
 class Alternative(Record):
@@ -109,7 +100,7 @@ class Alternative(Record):
 
     @model_validator(mode="after")
     def _check_runtime(self) -> Alternative:
-        known = RUNTIMES[self.format]
+        known = format_facts(self.format).runtimes
         if self.runtime.name not in known:
             raise ValueError(
                 f"files of {self.format} are run by {' or '.join(known)}, not by {self.runtime.name}"

@@ -19,7 +19,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from edgeprune.bundle import outside
 from edgeprune.bundle.integrity import sums_text
 from edgeprune.bundle.load import load
-from edgeprune.bundle.manifest import FORMS, MANIFEST, SUMS
+from edgeprune.bundle.manifest import MANIFEST, SUMS
 from edgeprune.bundle.outside import check_self_contained
 from edgeprune.bundle.verify import verify
 from edgeprune.errors import IntegrityError
@@ -28,12 +28,13 @@ from edgeprune.formats import names
 from edgeprune.formats.shared.model_bytes import packed
 from edgeprune.formats.shared.protobuf import field_bytes
 from edgeprune.records.artifact import Artifact
+from edgeprune.records.formats import format_facts, format_names
 
 ONNX = "models/model.fp32.onnx"
 
 
 def artifact(form: str) -> Artifact:
-    suffix = FORMS[form][0]  # type: ignore[index]
+    suffix = format_facts(form).suffix
     return Artifact(
         path=f"m{suffix}", format=form, precision="fp32", sha256="0" * 64, size_bytes=0,
         inputs=(), outputs=(),
@@ -202,14 +203,10 @@ def test_garbage_is_one_line(form: str) -> None:
 
 
 def test_the_formats_of_a_manifest_are_those_that_there_are() -> None:
-    assert sorted(FORMS) == names()
-    assert set(outside._READERS) == set(FORMS) - {"tensorrt"}
-    for name, (suffix, runtimes) in FORMS.items():
-        info = load_format(name).info
-        assert (info.suffix, set(info.runtimes)) == (
-            suffix,
-            {*runtimes} - {"onnxruntime"} or {*runtimes},
-        )
+    assert sorted(format_names()) == names()
+    assert set(outside._READERS) == set(names()) - {"tensorrt"}
+    for name in names():
+        assert load_format(name).info == format_facts(name)
 
 
 @pytest.mark.parametrize(

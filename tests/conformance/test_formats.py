@@ -17,9 +17,9 @@ from edgeprune.devices.board import Board, open_board
 from edgeprune.errors import EdgepruneError, FormatError, UnknownName
 from edgeprune.formats import Format
 from edgeprune.formats.shared.model_bytes import files_of, model_bytes
-from edgeprune.pipeline.context import STAND_IN_RUNTIMES
 from edgeprune.records.device import Device
 from edgeprune.records.files import sha256_bytes
+from edgeprune.records.formats import stand_in
 from edgeprune.workload.dataset import to_layout
 
 SHAPE = (3, 12, 12)
@@ -121,8 +121,8 @@ def test_a_twin_is_a_format_whose_own_files_are_cut(name: str) -> None:
 
 def here(form: formats.Format) -> str:
     """The runtime that runs a format's files on this machine."""
-    name = form.info.runtimes[0]
-    return STAND_IN_RUNTIMES.get(name, name)
+    name = next(iter(form.info.runtimes))
+    return stand_in(name) or name
 
 
 def test_suffixes_tell_the_formats_apart() -> None:

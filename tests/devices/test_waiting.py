@@ -27,6 +27,7 @@ from edgeprune.pipeline import api
 from edgeprune.pipeline import run as pipeline
 from edgeprune.pipeline.options import Options
 from edgeprune.records.device import Device
+from edgeprune.records.formats import all_facts, format_facts
 
 ANNA = {"user": "anna", "host": "laptop", "job": "deploy for rpi4", "since_s": 300.0, "pid": 4711}
 
@@ -334,9 +335,9 @@ def test_a_model_that_cannot_run_there_is_refused_before_the_board(
 
 
 @pytest.mark.usefixtures("no_board")
-@pytest.mark.parametrize("extra", sorted(formats.TOOLS))
+@pytest.mark.parametrize("extra", [f.name for f in all_facts() if f.tools])
 def test_a_missing_package_of_an_extra_is_found_before_the_board(extra, project, monkeypatch):
-    monkeypatch.setitem(sys.modules, formats.TOOLS[extra][-1], None)
+    monkeypatch.setitem(sys.modules, format_facts(extra).tools[-1].replace("-", "_"), None)
     with pytest.raises(MissingTool, match=rf"edgeprune\[{extra}\]"):
         formats.require_tools(extra)
     if extra == "onnx":  # the format of this machine

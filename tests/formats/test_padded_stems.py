@@ -127,7 +127,7 @@ def settled(kind: type[nn.Module], x: np.ndarray) -> nn.Module:
 
 
 def answers(form: Format, file: Path, x: np.ndarray) -> np.ndarray:
-    model = open_model(file.read_bytes(), form.info.runtimes[0], 1, True)
+    model = open_model(file.read_bytes(), next(iter(form.info.runtimes)), 1, True)
     return np.asarray(infer(model, np.ascontiguousarray(to_layout(x, form.info.layout))))
 
 

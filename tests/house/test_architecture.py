@@ -141,7 +141,7 @@ PLAIN_PLACES = (
     "formats/shared/model_bytes.py",
     "cli/console.py",
 )
-PLAIN = {"numpy", "pydantic", "yaml", "edgeprune"}
+PLAIN = {"numpy", "pydantic", "pydantic_core", "yaml", "edgeprune"}
 # PIL opens image files, where it is used; click writes to the terminal.
 ALSO_PLAIN = {
     ("workload/image_files.py", "PIL"),

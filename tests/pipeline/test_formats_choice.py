@@ -22,9 +22,10 @@ from edgeprune.pipeline.run_folder import StageRecord
 from edgeprune.records import catalog
 from edgeprune.records.base import parse, read_json
 from edgeprune.records.files import digest_of, to_json_text
+from edgeprune.records.formats import format_facts, format_names
 from edgeprune.records.measurement import Comparison
 from edgeprune.records.report import FormatChoice, FormatRow, Report
-from edgeprune.records.target import RUNTIMES, Target
+from edgeprune.records.target import Target
 from edgeprune.records.workload import Workload
 from edgeprune.report import render_html, render_terminal
 
@@ -74,7 +75,7 @@ def test_a_wrong_list_of_formats_is_told(listed, said):
 
 def test_the_runtimes_of_a_format_are_those_of_its_module():
     assert {n: set(formats.load(n).info.runtimes) for n in formats.names()} == {
-        n: set(found) for n, found in RUNTIMES.items()
+        n: set(format_facts(n).runtimes) for n in format_names()
     }
 
 

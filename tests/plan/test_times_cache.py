@@ -37,8 +37,9 @@ from edgeprune.plan.latency.times_cache import (
     open_cache,
 )
 from edgeprune.plan.measured import MeasuredTable
+from edgeprune.records.formats import FormatName
 from edgeprune.records.measurement import Fingerprint
-from edgeprune.records.names import FormatName, Precision
+from edgeprune.records.names import Precision
 from edgeprune.records.target import Runtime
 from edgeprune.report.search_page import render_search, render_search_html
 

@@ -17,8 +17,8 @@ from edgeprune.devices.board import MAX_REJECTED_RATIO, Board
 from edgeprune.devices.plans import KERNEL, Loaded, Timing, TimingPlan
 from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.progress import Progress
+from edgeprune.records.formats import FilePrecision
 from edgeprune.records.measurement import Block, Comparison, Fingerprint, Measurement
-from edgeprune.records.names import FilePrecision
 from edgeprune.records.statistics import CONFIDENCE, centre
 
 CHUNK_FILES = 64

@@ -19,7 +19,6 @@ from edgeprune.formats import (
     DEFAULT_OPTIONS,
     AppFacts,
     Format,
-    FormatInfo,
     QuantizeOptions,
     Resizable,
     cut_in_place_of,
@@ -36,6 +35,7 @@ from edgeprune.formats.shared.inputs import check_calibration
 from edgeprune.formats.shared.model_bytes import model_bytes, write_folder
 from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.files import sha256_bytes
+from edgeprune.records.formats import FormatFacts, format_facts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,17 +46,7 @@ if TYPE_CHECKING:
 WEIGHT_ONLY = "weight-only-int8-per-channel"
 SCHEMES = ("static-int8-per-channel", "static-int8-per-tensor", WEIGHT_ONLY)
 CHECKED_SAMPLES = 4
-INFO = FormatInfo(
-    name="coreml",
-    suffix=".mlpackage",
-    runtimes=("coreml",),
-    extra="coreml",
-    layout="NCHW",
-    twin="onnx",
-    system="Mac",
-    built_in_kernels=False,
-    int8_options=False,
-)
+INFO = format_facts("coreml")
 
 
 @dataclass
@@ -64,7 +54,7 @@ class CoremlFormat:
     """See :class:`edgeprune.formats.Format`. With ``facts`` files are made for an app: image input, labels, and what Xcode shows."""
 
     facts: AppFacts | None = None
-    info: FormatInfo = INFO
+    info: FormatFacts = INFO
 
     def for_app(self, facts: AppFacts) -> CoremlFormat:
         """The same format, for one app."""
@@ -180,7 +170,7 @@ class CoremlFormat:
         changed: Mapping[str, int],
         model: nn.Module,
     ) -> Resizable:
-        """Core ML packages cannot be cut; see :attr:`FormatInfo.twin`."""
+        """Core ML packages cannot be cut; see :attr:`FormatFacts.twin`."""
         raise cut_in_place_of(self.info)
 
     def _labels(self, model: nn.Module, example: np.ndarray) -> tuple[str, ...] | None:

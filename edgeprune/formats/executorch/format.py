@@ -18,7 +18,6 @@ from edgeprune.errors import FormatError, MissingTool
 from edgeprune.formats import (
     DEFAULT_OPTIONS,
     Format,
-    FormatInfo,
     QuantizeOptions,
     Resizable,
     cut_in_place_of,
@@ -29,6 +28,7 @@ from edgeprune.formats.shared.inputs import check_calibration
 from edgeprune.formats.shared.quiet import MAX_REASON, quiet
 from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.files import sha256_bytes, write_bytes
+from edgeprune.records.formats import format_facts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,16 +95,7 @@ def _tools() -> _Tools:
 class ExecutorchFormat:
     """See :class:`edgeprune.formats.Format`."""
 
-    info = FormatInfo(
-        name="executorch",
-        suffix=".pte",
-        runtimes=("executorch",),
-        extra="executorch",
-        layout="NCHW",
-        twin="tflite",
-        built_in_kernels=False,
-        int8_options=False,
-    )
+    info = format_facts("executorch")
 
     def export(self, model: nn.Module, example: np.ndarray, path: Path) -> Artifact:
         """Lower the model to XNNPACK; what XNNPACK does not take runs in the portable operators, and the record says so.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import EdgepruneError, FormatError, MissingTool
-from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
+from edgeprune.formats import DEFAULT_OPTIONS, Format, QuantizeOptions
 from edgeprune.formats.onnx import inspect as inspection
 from edgeprune.formats.onnx.blocks import drop_zero_additions
 from edgeprune.formats.onnx.links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
@@ -29,6 +29,7 @@ from edgeprune.formats.shared.ranges import ends
 from edgeprune.formats.shared.widths import WidthDecoder
 from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.files import sha256_bytes, write_bytes
+from edgeprune.records.formats import format_facts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,9 +60,7 @@ class OnnxFormat:
     def __init__(self, types: OnnxTypes | None = None) -> None:
         self.types = types or OnnxTypes()
 
-    info = FormatInfo(
-        name="onnx", suffix=".onnx", runtimes=("onnxruntime",), extra="onnx", layout="NCHW"
-    )
+    info = format_facts("onnx")
 
     def export(self, model: nn.Module, example: np.ndarray, path: Path) -> Artifact:
         """Export with torch: static shapes, one file, input ``input``, output ``output``; batch norms are folded."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import FormatError
-from edgeprune.formats import Format, FormatInfo
+from edgeprune.formats import Format
 from edgeprune.formats.onnx.format import OnnxFormat
 from edgeprune.formats.onnx.links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
 from edgeprune.formats.onnx.quantize import OnnxTypes
@@ -34,6 +34,7 @@ from edgeprune.formats.onnx.resize import encode
 from edgeprune.formats.onnx.sparsity import sparse_layers
 from edgeprune.records.artifact import Artifact
 from edgeprune.records.files import write_bytes
+from edgeprune.records.formats import format_facts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,9 +62,7 @@ TYPES = OnnxTypes(
 class TensorrtFormat(OnnxFormat):
     """See :class:`edgeprune.formats.Format`."""
 
-    info = FormatInfo(
-        name="tensorrt", suffix=".onnx", runtimes=("tensorrt",), extra="onnx", layout="NCHW"
-    )
+    info = format_facts("tensorrt")
 
     def __init__(self) -> None:
         super().__init__(TYPES)

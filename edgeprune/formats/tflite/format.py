@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from edgeprune.errors import EdgepruneError, FormatError, MissingTool
-from edgeprune.formats import DEFAULT_OPTIONS, Format, FormatInfo, QuantizeOptions
+from edgeprune.formats import DEFAULT_OPTIONS, Format, QuantizeOptions
 from edgeprune.formats.shared.calibration import calibrated
 from edgeprune.formats.shared.finite import require_finite
 from edgeprune.formats.shared.inputs import check_calibration
@@ -42,6 +42,7 @@ from edgeprune.formats.tflite.tensor_names import (
 from edgeprune.formats.tflite.transposes import drop_flattened_transposes
 from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.files import sha256_bytes, write_bytes
+from edgeprune.records.formats import format_facts
 from edgeprune.workload.dataset import to_layout
 from edgeprune.workload.memory import runs_channels_last
 from edgeprune.workload.modes import in_eval
@@ -84,13 +85,7 @@ def _quantizer() -> tuple[Any, Any]:
 class TfliteFormat:
     """See :class:`edgeprune.formats.Format`."""
 
-    info = FormatInfo(
-        name="tflite",
-        suffix=".tflite",
-        runtimes=("litert", "tflite-runtime"),
-        extra="tflite",
-        layout="NHWC",
-    )
+    info = format_facts("tflite")
 
     def export(self, model: nn.Module, example: np.ndarray, path: Path) -> Artifact:
         """Convert with litert-torch; images become channels-last inputs."""

@@ -6,7 +6,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from edgeprune.errors import ModelError
-from edgeprune.records.names import FormatName
+from edgeprune.records.formats import FormatName
 from edgeprune.records.operators import word_of
 from edgeprune.records.target import Profile
 

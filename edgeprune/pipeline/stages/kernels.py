@@ -24,8 +24,9 @@ from edgeprune.plan.latency.times_cache import SWITCH, TimesCache, now_text, ope
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
 from edgeprune.plan.net_model import check_budget, measure_nets
 from edgeprune.plan.table import measure_table, prior_steps
+from edgeprune.records.formats import FormatName
 from edgeprune.records.measurement import Fingerprint
-from edgeprune.records.names import FormatName, Precision
+from edgeprune.records.names import Precision
 from edgeprune.records.plan import PlanResult
 
 

@@ -10,8 +10,9 @@ from pydantic import Field
 from edgeprune.errors import IntegrityError, SpecError
 from edgeprune.records.base import Record, read_json
 from edgeprune.records.files import write_json
+from edgeprune.records.formats import FormatName
 from edgeprune.records.measurement import Fingerprint
-from edgeprune.records.names import FormatName, Precision
+from edgeprune.records.names import Precision
 
 KernelKey = tuple[str, tuple[int, ...]]  # signature of the computation, and a width for each slot
 

@@ -13,7 +13,8 @@ import numpy as np
 from edgeprune.errors import SpecError, UnknownName
 from edgeprune.plan.latency.fill import Point, fit_terms, leave_out_error
 from edgeprune.records.base import Record
-from edgeprune.records.names import FormatName, Precision
+from edgeprune.records.formats import FormatName
+from edgeprune.records.names import Precision
 
 
 class ProbeTime(Record):

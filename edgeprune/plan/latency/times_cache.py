@@ -17,8 +17,9 @@ from pathlib import Path
 
 from edgeprune.errors import EdgepruneError, IntegrityError
 from edgeprune.plan.latency.kernel_times import KernelTime, KernelTimes, read_times, write_times
+from edgeprune.records.formats import FormatName
 from edgeprune.records.measurement import Fingerprint
-from edgeprune.records.names import FormatName, Precision
+from edgeprune.records.names import Precision
 from edgeprune.records.paths import user_folder
 from edgeprune.records.version import VERSION
 

@@ -1,0 +1,124 @@
+"""What is known of every format without its toolchain: ``facts.yaml`` in the folder of each, and the runtimes that run its files."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, GetJsonSchemaHandler
+from pydantic_core import PydanticCustomError
+
+from edgeprune.records.base import Record, read_yaml
+
+# What a file stores: in the "fp32" place of a target for Apple devices stands a file in half precision.
+FilePrecision = Literal["fp32", "fp16", "int8"]
+FACTS = "facts.yaml"
+# What the agent on a board can run; each needs an engine in :mod:`edgeprune.devices.agent`.
+RuntimeName = Literal["litert", "tflite-runtime", "onnxruntime", "tensorrt", "executorch", "coreml"]
+
+
+class RuntimeFacts(Record):
+    """Facts about a runtime of a format: what runs in its place on this machine, where it cannot run here."""
+
+    stand_in: RuntimeName | None = None
+
+
+class FormatFacts(Record):
+    """Facts about a format: its file suffix, the runtimes that can run it, and the extra that installs its toolchain.
+
+    A file of some formats cannot be cut to other widths in place. ``twin`` names the format with the same kernels whose files are cut and
+    timed in its place; the model itself is converted anew for every structure (:class:`edgeprune.pipeline.files.reconverted.Converted`).
+    Without a twin it is ``""``. ``system`` is the only kind of computer that runs its files, in words (``Mac``).
+    ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
+    ``int8_options`` says whether INT8 files can have other ranges than the format's own, and layers in float.
+    ``layout`` is that of image inputs inside the file. ``tools`` are the packages that write, read and try its files on this computer.
+    ``order`` is where the format stands in lists that people read.
+    """
+
+    name: str
+    suffix: Annotated[str, Field(pattern=r"^\.[a-z]+$")]
+    runtimes: Annotated[dict[RuntimeName, RuntimeFacts], Field(min_length=1)]
+    extra: str
+    layout: Literal["NHWC", "NCHW"]
+    order: int = 100
+    tools: tuple[str, ...] = ()
+    twin: str = ""
+    system: str = ""
+    built_in_kernels: bool = True
+    int8_options: bool = True
+
+    def runs_in(self) -> tuple[RuntimeName, ...]:
+        """Every runtime that runs its files, on a board or in place of one that cannot run here."""
+        others = (found.stand_in for found in self.runtimes.values())
+        return tuple(dict.fromkeys([*self.runtimes, *(name for name in others if name)]))
+
+
+def folders() -> dict[str, Path]:
+    """The folder of every format, by its name; none is imported."""
+    return {path.parent.name: path.parent for root in _roots() for path in root.glob(f"*/{FACTS}")}
+
+
+def format_names() -> list[str]:
+    """The names of all formats, in the order of lists that people read."""
+    return sorted(folders(), key=lambda name: (format_facts(name).order, name))
+
+
+def format_facts(name: str) -> FormatFacts:
+    """The facts of a format.
+
+    Raises:
+        KeyError: there is no format of that name.
+    """
+    for root in _roots():
+        path = root / name / FACTS
+        if path.is_file():
+            return _read(path)
+    raise KeyError(name)
+
+
+def all_facts() -> Iterator[FormatFacts]:
+    """The facts of every format, in the order of :func:`format_names`."""
+    return map(format_facts, format_names())
+
+
+def stand_in(runtime: RuntimeName) -> RuntimeName | None:
+    """What runs the files of a runtime on this machine, where the runtime itself cannot run here."""
+    found = (facts.runtimes[runtime] for facts in all_facts() if runtime in facts.runtimes)
+    return next((facts.stand_in for facts in found), None)
+
+
+def _roots() -> list[Path]:
+    spec = importlib.util.find_spec("edgeprune.formats")
+    assert spec is not None
+    return [Path(root) for root in spec.submodule_search_locations or ()]
+
+
+@functools.cache
+def _read(path: Path) -> FormatFacts:
+    return read_yaml(FormatFacts, path)
+
+
+def _known(name: str) -> str:
+    if not any((root / name / FACTS).is_file() for root in _roots()):
+        raise PydanticCustomError("literal_error", "Input should be {expected}", _expected())
+    return name
+
+
+def _expected() -> dict[str, Any]:
+    *others, last = map(repr, format_names())
+    return {"expected": f"{', '.join(others)} or {last}"}
+
+
+class _OneOfThem:
+    """In a JSON schema, the names of the formats that there are."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: Any, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": format_names(), "type": "string"}
+
+
+FormatName = Annotated[str, AfterValidator(_known), _OneOfThem()]
