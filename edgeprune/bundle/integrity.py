@@ -20,8 +20,8 @@ from edgeprune.bundle.manifest import (
     Manifest,
     Recipe,
 )
-from edgeprune.bundle.outside import check_self_contained
 from edgeprune.errors import DeviceError, IntegrityError
+from edgeprune.formats.inside.outside import check_self_contained
 from edgeprune.formats.shared.model_bytes import packed
 from edgeprune.records.base import read_json
 from edgeprune.records.files import sha256_bytes, sha256_file

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from edgeprune.bundle.device_check import Check
@@ -11,12 +9,16 @@ from edgeprune.bundle.integrity import labels_text
 from edgeprune.bundle.manifest import Manifest, identity
 from edgeprune.bundle.write import model_texts
 from edgeprune.errors import FormatError, IntegrityError
-from edgeprune.formats.executorch.program import read_program
-from edgeprune.formats.inside.anatomy import Anatomy, anatomy
+from edgeprune.formats import reader
+from edgeprune.formats.inside.anatomy import (
+    Anatomy,
+    CountsOperators,
+    KnowsVersions,
+    anatomy,
+    check_counts,
+)
 from edgeprune.formats.inside.eight_bits import file_kind, layers_line
 from edgeprune.formats.shared.metadata import carrier
-from edgeprune.formats.tflite.versions import oldest
-from edgeprune.records.artifact import Artifact
 from edgeprune.records.files import sha256_bytes
 
 _OWN_TEXTS = {
@@ -77,8 +79,10 @@ def operators_check(manifest: Manifest, content: bytes) -> Check:
     Raises:
         IntegrityError: they are not.
     """
-    if file_kind(manifest.model) == "executorch":
-        return _program_check(manifest.model, content)
+    form = reader(file_kind(manifest.model))
+    if isinstance(form, CountsOperators):
+        detail = form.operators_line(manifest.model, content)
+        return Check(name="operators", status="passed", detail=detail)
     found = anatomy(file_kind(manifest.model), content)
     if found is None:
         return Check(
@@ -88,7 +92,7 @@ def operators_check(manifest: Manifest, content: bytes) -> Check:
         )
     wanted = {op: n for op, n in manifest.model.op_counts.items() if ":" not in op}
     if wanted and found.names:
-        _check_counts(wanted, found.operators)
+        check_counts(wanted, found.operators)
     detail = layers_line(manifest.model, found, manifest.float_layers)
     return Check(name="operators", status="passed", detail=detail)
 
@@ -139,7 +143,11 @@ def versions_check(manifest: Manifest, content: bytes) -> Check | None:
     Raises:
         IntegrityError: it does not; names the operator, its version and the runtime's.
     """
-    table, found = oldest(manifest.runtime.name), anatomy(file_kind(manifest.model), content)
+    form, found = (
+        reader(file_kind(manifest.model)),
+        anatomy(file_kind(manifest.model), content),
+    )
+    table = form.oldest(manifest.runtime.name) if isinstance(form, KnowsVersions) else None
     if table is None or found is None:
         return None
     if not found.names:
@@ -154,37 +162,3 @@ def versions_check(manifest: Manifest, content: bytes) -> Check | None:
         raise IntegrityError(str(error)) from error
     detail = f"{table.name} loads every operator in its version"
     return Check(name="versions", status="passed", detail=detail)
-
-
-def _check_counts(wanted: Mapping[str, int], found: Mapping[str, int]) -> None:
-    """Raise unless a file has as many of everything as its manifest says.
-
-    Raises:
-        IntegrityError: it has not; names the first that differs.
-    """
-    differ = sorted(op for op in {*wanted, *found} if wanted.get(op, 0) != found.get(op, 0))
-    if differ:
-        raise IntegrityError(
-            f"the model must have {wanted.get(differ[0], 0)} {differ[0]}, but has {found.get(differ[0], 0)}"
-        )
-
-
-def _program_check(model: Artifact, content: bytes) -> Check:
-    """Whether an ExecuTorch program has all that its record counts; the conversion fixed who computes what, so that it is in the file."""
-    try:
-        program = read_program(content)
-    except (struct.error, IndexError, KeyError, ValueError) as error:
-        raise IntegrityError(f"the model is not a sound executorch file: {error}") from error
-    _check_counts(model.op_counts, program.op_counts())
-    if program.operators != model.operators:
-        needed, named = (", ".join(ops) or "none" for ops in (program.operators, model.operators))
-        raise IntegrityError(
-            f"the model needs the runtime's operators {needed}, but the manifest names {named}"
-        )
-    nodes, every = len(program.nodes), len(program.nodes) + len(program.calls)
-    macs = max(1, program.macs)
-    detail = (
-        f"XNNPACK has {nodes} of {every} operations and {program.delegated_macs / macs:.0%} of the multiply-accumulates,"
-        f" {program.int8_macs / macs:.0%} are in 8 bits"
-    )
-    return Check(name="operators", status="passed", detail=detail)

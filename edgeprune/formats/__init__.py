@@ -274,6 +274,14 @@ def load(name: str) -> Format:
     return found
 
 
+def reader(name: str) -> object | None:
+    """The module that reads files of a format without its toolchain; ``None`` where there is none, or no such format."""
+    folder = folders().get(name)
+    if folder is None or not (folder / "reader.py").is_file():
+        return None
+    return importlib.import_module(f"edgeprune.formats.{name}.reader")
+
+
 def require_tools(name: str) -> None:
     """Raise unless the packages of a format are installed; none is imported.
 
@@ -324,4 +332,5 @@ __all__ = [
     "golden_file",
     "load",
     "names",
+    "reader",
 ]

@@ -35,7 +35,7 @@ class FormatFacts(Record):
     ``built_in_kernels`` says whether a file can also be run without the fast kernels, to compare the two.
     ``int8_options`` says whether INT8 files can have other ranges than the format's own, and layers in float.
     ``layout`` is that of image inputs inside the file. ``tools`` are the packages that write, read and try its files on this computer.
-    ``order`` is where the format stands in lists that people read.
+    ``read_as`` names the format that its files are of, where that is another. ``order`` is its place in lists that people read.
     """
 
     name: str
@@ -49,6 +49,12 @@ class FormatFacts(Record):
     system: str = ""
     built_in_kernels: bool = True
     int8_options: bool = True
+    read_as: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The format whose reader reads its files."""
+        return self.read_as or self.name
 
     def runs_in(self) -> tuple[RuntimeName, ...]:
         """Every runtime that runs its files, on a board or in place of one that cannot run here."""

@@ -25,8 +25,10 @@ from edgeprune.bundle.manifest import Manifest, identity
 from edgeprune.bundle.verify import verify
 from edgeprune.bundle.write import model_texts
 from edgeprune.errors import IntegrityError
-from edgeprune.formats.shared import metadata, protobuf
+from edgeprune.formats.onnx.texts import OnnxProps
+from edgeprune.formats.shared import protobuf
 from edgeprune.formats.shared.metadata import PREFIX, carrier
+from edgeprune.formats.tflite import texts as tflite_texts
 from edgeprune.records.base import read_json
 from edgeprune.records.files import sha256_bytes
 
@@ -166,7 +168,7 @@ def test_a_manifest_cannot_hide_that_its_model_carries_texts_or_take_another_ide
 
 
 def test_a_bundle_without_texts_in_its_model_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(metadata, "_CARRIERS", {})
+    monkeypatch.delattr("edgeprune.formats.onnx.reader.CARRIER")
     folder = make_bundle(tmp_path / "bundle")
     manifest = read_json(Manifest, folder / "manifest.json")
     assert manifest.embedded == ()
@@ -201,7 +203,7 @@ def test_a_bomb_behind_a_tflite_model_is_never_unpacked():
     bomb = _zip(_entries(labels=bytes(50_000_000)), zipfile.ZIP_DEFLATED)
     assert len(bomb) < 100_000
     with pytest.raises(IntegrityError, match="stored plainly"):
-        metadata.ZipTail().read(bomb)
+        tflite_texts.ZipTail().read(bomb)
 
 
 @pytest.mark.parametrize(
@@ -220,12 +222,12 @@ def test_a_bomb_behind_a_tflite_model_is_never_unpacked():
 )
 def test_a_hostile_zip_behind_a_model_is_an_integrity_error(tail: bytes, message: str):
     with pytest.raises(IntegrityError, match=message):
-        metadata.ZipTail().read(tail)
+        tflite_texts.ZipTail().read(tail)
 
 
 def test_huge_or_repeated_texts_in_an_onnx_file_are_refused(tmp_path):
     onnx_file(tmp_path / "m")
-    source, props = (tmp_path / "m").read_bytes(), metadata.OnnxProps()
+    source, props = (tmp_path / "m").read_bytes(), OnnxProps()
     with pytest.raises(IntegrityError, match="at most"):
         props.read(props.attach(source, {"edgeprune.name": "x" * 300_000}, b""))
     with pytest.raises(IntegrityError, match="too large"):

@@ -114,6 +114,6 @@ def test_verify_fails_a_model_that_the_oldest_runtime_cannot_load(tmp_path):
 def test_without_the_names_of_operators_nothing_is_claimed(tmp_path, monkeypatch):
     folder = tflite_bundle(tmp_path)
     manifest = read_json(Manifest, folder / "manifest.json")
-    monkeypatch.setattr("edgeprune.formats.inside.anatomy._tflite_names", dict)
+    monkeypatch.setattr("edgeprune.formats.tflite.reader.operator_names", dict)
     found = versions_check(manifest, (folder / manifest.model.path).read_bytes())
     assert found.status == "not-run"

@@ -74,12 +74,12 @@ INSIDE = {
     "formats": {
         "__init__": "",
         "shared": "__init__",
-        "onnx": "shared __init__",
+        "inside": "shared __init__",
+        "onnx": "inside shared __init__",
         "tensorrt": "onnx __init__",
-        "tflite": "shared __init__",
-        "executorch": "shared __init__",
-        "coreml": "shared __init__",
-        "inside": "executorch shared",
+        "tflite": "inside shared __init__",
+        "executorch": "inside shared __init__",
+        "coreml": "inside shared __init__",
     },
     "plan": {
         "latency": "",

@@ -6,20 +6,19 @@ Layers that the maker left in float on purpose count in neither share. They are 
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import PurePosixPath
 
 from edgeprune.errors import IntegrityError
 from edgeprune.formats.inside.anatomy import Anatomy, Layer, anatomy
 from edgeprune.formats.inside.weights import eight_bit_ratio, weight_elements
 from edgeprune.records.artifact import Artifact
+from edgeprune.records.formats import format_facts
 
 MIN_EIGHT_BIT_OPS = MIN_EIGHT_BIT_RATIO = 0.9
-_KINDS = {".tflite": "tflite", ".onnx": "onnx"}
 
 
 def file_kind(model: Artifact) -> str:
-    """How a model file is read: by its suffix, so that an ONNX file for TensorRT is read as ONNX."""
-    return _KINDS.get(PurePosixPath(model.path).suffix, model.format)
+    """The format as which a model file is read: a runtime may take files of another one."""
+    return format_facts(model.format).kind
 
 
 def weights_line(model: Artifact, content: bytes, float_layers: Collection[str] = ()) -> str:

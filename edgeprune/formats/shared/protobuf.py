@@ -5,7 +5,11 @@ Source: https://protobuf.dev/programming-guides/encoding (read 2026-11-25).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+# Which fields of a message hold messages, and of which kind.
+Kinds = Mapping[str, Mapping[int, str]]
+_MAX_DEPTH = 100  # what protobuf's own parsers allow
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview, int]]:
@@ -73,3 +77,19 @@ def _varint_bytes(value: int) -> bytes:
         value >>= 7
     found.append(value)
     return bytes(found)
+
+
+def messages(kinds: Kinds, content: bytes | memoryview, wanted: str) -> Iterator[memoryview]:
+    """Every message of a kind, however deep, in a ``model``."""
+    todo = [("model", memoryview(content), 0)]
+    while todo:
+        kind, message, depth = todo.pop()
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it nests more than {_MAX_DEPTH} levels")
+        if kind == wanted:
+            yield message
+            continue
+        for number, value, _ in fields(message):
+            inner = kinds[kind].get(number)
+            if inner is not None and not isinstance(value, int):
+                todo.append((inner, value, depth + 1))
