@@ -14,6 +14,7 @@ from edgeprune.devices.link.frames import Refusal
 from edgeprune.devices.plans import Loaded, TimingPlan
 from edgeprune.errors import Busy, NotReady, Unreliable
 from edgeprune.records.base import Record
+from edgeprune.records.formats import format_facts
 from edgeprune.records.statistics import centre
 
 Status = Literal["passed", "failed", "not-run"]
@@ -52,13 +53,13 @@ def delegate_check(board: Board, manifest: Manifest, loaded: Loaded, *, must: bo
         loaded: what the board said of it.
         must: whether a delegate that is not there at all is a failure; on stand-ins it says nothing about the target.
     """
-    if manifest.runtime.name == "onnxruntime" and manifest.model.format == "tensorrt":
-        why = "onnxruntime stands in for TensorRT and computes its INT8 graph in float"
-        return _not_run("delegate", why)
+    known = format_facts(manifest.model.format)
+    if known.stand_in_computes and manifest.runtime.name not in known.runtimes:
+        return _not_run("delegate", known.stand_in_computes)
     if manifest.runtime.name == "onnxruntime":
         return _onnxruntime_check(board, manifest)
-    if manifest.runtime.name == "executorch":
-        return _executorch_check(manifest)
+    if known.counts_delegate:
+        return _counts_check(manifest)
     if loaded.delegated is None or loaded.delegated[1] == 0:
         return _not_run("delegate", f"{manifest.runtime.name} does not tell who computes what")
     taken, operators = loaded.delegated
@@ -73,7 +74,7 @@ def delegate_check(board: Board, manifest: Manifest, loaded: Loaded, *, must: bo
     )
 
 
-def _executorch_check(manifest: Manifest) -> Check:
+def _counts_check(manifest: Manifest) -> Check:
     """The conversion fixed what XNNPACK runs, so that its counts hold on every board; level 3 compared them with the file."""
     counts = manifest.model.op_counts
     if not counts.get("macs") or "macs:xnnpack" not in counts:

@@ -13,6 +13,7 @@ from edgeprune.bundle.manifest import MIN_GOLDEN, Manifest, Tolerance
 from edgeprune.errors import IntegrityError, ModelError
 from edgeprune.records.arrays import npy_array
 from edgeprune.records.artifact import Artifact, TensorSpec
+from edgeprune.records.formats import format_facts
 from edgeprune.records.workload import Preprocess
 from edgeprune.workload.dataset import model_input, to_layout
 
@@ -80,7 +81,7 @@ def default_tolerance(
         runtime: what runs the file on the board.
         answers: ``logits``, or ``probabilities``, which may all be far below 1.
     """
-    is_half = model.format == "tensorrt"
+    is_half = format_facts(model.format).half_engines
     if model.precision == "fp32":
         ratio = FP16_ATOL_RATIO if is_half else FP32_ATOL_RATIO
         atol = ratio * _largest(outputs)

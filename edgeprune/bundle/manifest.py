@@ -18,7 +18,7 @@ from edgeprune.errors import SpecError
 from edgeprune.records.artifact import Artifact, TensorSpec
 from edgeprune.records.base import Record
 from edgeprune.records.files import sha256_bytes, to_json_text
-from edgeprune.records.formats import RuntimeName, format_facts
+from edgeprune.records.formats import RuntimeName, all_facts, format_facts
 from edgeprune.records.names import SPDX, Name, Sha256, Stamp
 from edgeprune.records.sparsity import SparseWeights
 from edgeprune.records.workload import Preprocess
@@ -32,7 +32,7 @@ GOLDEN_INPUTS = "golden/inputs.npy"
 GOLDEN_OUTPUTS = "golden/outputs.npy"
 FLOAT_OUTPUTS = "golden/float-outputs.npy"  # of the float model
 TOLERANCE = "golden/tolerance.json"
-JETSON_SAMPLE = "samples/jetson/build_engine.py"  # of bundles for TensorRT
+JETSON_SAMPLE = "samples/jetson/build_engine.py"
 SIGNATURE = "manifest.sig"
 CARD = "MODEL_CARD.md"
 LICENSE = "LICENSE"
@@ -294,13 +294,15 @@ class Manifest(Facts):
     def _check_model(cls, model: Artifact) -> Artifact:
         check_path(model.path)
         # What is called by another name would pass by checks of what it is.
-        suffix = format_facts(model.format).suffix
+        known = format_facts(model.format)
+        suffix = known.suffix
         if not model.path.endswith(suffix):
             raise ValueError(
                 f"a model of the format {model.format} must be a {suffix}, not {model.path!r}"
             )
-        if model.precision == "fp16" and model.format != "coreml":
-            raise ValueError(f"a model in fp16 must be of the format coreml, not {model.format}")
+        if model.precision == "fp16" and known.float_precision != "fp16":
+            halves = " or ".join(f.name for f in all_facts() if f.float_precision == "fp16")
+            raise ValueError(f"a model in fp16 must be of the format {halves}, not {model.format}")
         if len(model.inputs) != 1 or len(model.outputs) != 1:
             raise ValueError("a classification model must have one input and one output")
         return model
@@ -346,10 +348,14 @@ class Manifest(Facts):
             if paths:
                 raise ValueError(f"float_model must describe {paths[0]}")
             return self
-        if (self.model.format, self.model.precision) != ("tensorrt", "int8"):
-            raise ValueError("float_model needs a model in INT8 for tensorrt beside it")
-        if (found.model.format, found.model.precision) != ("tensorrt", "fp32"):
-            raise ValueError("float_model must be a file in FP32 for tensorrt")
+        twins = [facts.name for facts in all_facts() if facts.half_engines]
+        if self.model.format not in twins or self.model.precision != "int8":
+            raise ValueError(
+                f"float_model needs a model in INT8 for {' or '.join(twins)} beside it"
+            )
+        wanted = self.model.format, "fp32"
+        if (found.model.format, found.model.precision) != wanted:
+            raise ValueError(f"float_model must be a file in FP32 for {self.model.format}")
         if (found.model.inputs, found.model.outputs) != (self.model.inputs, self.model.outputs):
             raise ValueError("float_model must have the inputs and outputs of the model")
         listed = {file.path: file.sha256 for file in self.files}

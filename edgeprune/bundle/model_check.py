@@ -20,11 +20,7 @@ from edgeprune.formats.inside.anatomy import (
 from edgeprune.formats.inside.eight_bits import file_kind, layers_line
 from edgeprune.formats.shared.metadata import carrier
 from edgeprune.records.files import sha256_bytes
-
-_OWN_TEXTS = {
-    "coreml": "the package carries texts of its own (description, author, license, keys), which are not compared here",
-    "executorch": "a .pte carries no texts",
-}
+from edgeprune.records.formats import format_facts
 
 
 def metadata_check(manifest: Manifest, content: bytes) -> Check:
@@ -46,7 +42,7 @@ def _texts_check(manifest: Manifest, content: bytes) -> Check:
             raise IntegrityError(
                 "source_sha256 must be the model's own digest where it carries no texts"
             )
-        detail = _OWN_TEXTS.get(manifest.model.format, "the model file carries no texts")
+        detail = format_facts(manifest.model.format).own_texts
         return Check(name="metadata", status="not-run", detail=detail)
     if inside is None:
         raise IntegrityError(

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from edgeprune.bundle.card import STAMPS, judged_text
 from edgeprune.bundle.manifest import Manifest
-
-_PACKAGES = {
-    "litert": "ai-edge-litert",
-    "tflite-runtime": "tflite-runtime 'numpy<2'",
-    "onnxruntime": "onnxruntime",
-    "executorch": "executorch",
-}
-_IOS_TEXT = """1. Drag `{model}` into your Xcode project, and tick your target. Xcode shows its inputs, outputs, labels and
-   metadata, compiles it, and makes the Swift class `Classifier`. iOS 17 or newer.
-2. Add `samples/ios/GoldenCheck.swift`, `labels.txt`, `preprocess.json` and the files in `golden/` to the app (a debug target
-   is enough), and call `try GoldenCheck(bundle: .main).run()` once on the device: it says whether Core ML there gives the golden answers.
-3. Choose the processors by `{units}`. The note `edgeprune.compute_units` of the model says which the target asks for;
-   `GoldenCheck` takes those unless it is told others.
-"""
+from edgeprune.records.formats import format_facts, runtime_facts
 
 
 def readme_text(manifest: Manifest) -> bytes:
@@ -109,34 +98,9 @@ def _not_run(manifest: Manifest) -> list[tuple[str, str]]:
     return [("not run", text + sources[manifest.golden_source])]
 
 
-_JETSON = """On the Jetson (JetPack 5.1 or newer; not yet run on one by this version), with the system's python3:
-
-```sh
-scp -r . USER@JETSON:{name} && ssh USER@JETSON
-cd {name} && python3 samples/jetson/build_engine.py
-```
-
-It builds {which}, times each, asks each the golden
-samples, and keeps the fastest that answers as its file does as `../{name}-engine/model.engine`. It builds again when
-JetPack or a file changes. An engine fits one TensorRT and one GPU: ship the bundle, not the engine.
-"""
-_BUILDS = {
-    "both": "FP16 from `{float_path}`, and INT8 and mixed (INT8 with FP16) from `{path}`",
-    "int8": "INT8 and mixed (INT8 with FP16) from `{path}`; there is no FP32 file to build FP16 from",
-    "fp32": "FP16 and FP32 from `{path}`",
-}
-
-
-_OWN_TEXTS = {
-    "coreml": "The package itself carries its description, labels, author, license and version as far as they were stated, and keys\n"
-    "that begin with `edgeprune.`; Xcode shows them.",
-    "executorch": "A `.pte` carries no texts: without this folder nothing tells what it is.",
-}
-
-
 def _embedded(manifest: Manifest) -> str:
     if not manifest.embedded:
-        return _OWN_TEXTS.get(manifest.model.format, "The model file itself carries no texts.")
+        return format_facts(manifest.model.format).readme.own_texts
     return "The model file itself carries its name, preprocessing and labels, so that it can be told apart without this folder."
 
 
@@ -148,6 +112,7 @@ def _how_to_run(manifest: Manifest) -> str:
 
 def _android_text(manifest: Manifest) -> str:
     runtime = manifest.runtime
+    package = runtime_facts(runtime.name).install
     return f"""1. Copy `models/`, `golden/`, `preprocess.json` and `labels.txt` into `app/src/main/assets/edgeprune/`.
 2. Take the lines of `samples/android/build.gradle.kts` into the app's; this file was tried with
    release {runtime.min_version}.
@@ -157,31 +122,29 @@ def _android_text(manifest: Manifest) -> str:
 The tests of edgeprune compile the sample against Android's API level 23 and declarations of ExecuTorch's API, and run its golden check on a
 desktop JVM with a stand-in for the model. Nobody built it into an app, and nothing here was run on a phone unless the stamp below says so.
 `golden/` also holds the model with its samples inside, for ExecuTorch's own `executor_runner` built with bundled programs.
-On a computer with Python, `pip install numpy pillow executorch` and `python samples/python/predict.py --check` run the same file.
+On a computer with Python, `pip install numpy pillow {package}` and `python samples/python/predict.py --check` run the same file.
 """
 
 
 def _run_text(manifest: Manifest) -> str:
-    if manifest.model.format != "tensorrt":
+    facts, twin = format_facts(manifest.model.format), manifest.float_model
+    if not facts.readme.run:
         return _python_text(manifest)
-    twin = manifest.float_model
-    which = _BUILDS["both" if twin else "int8" if manifest.model.precision == "int8" else "fp32"]
-    float_path = twin.model.path if twin else ""
-    built = which.format(path=manifest.model.path, float_path=float_path)
-    text = _JETSON.format(name=manifest.name, which=built)
-    if manifest.runtime.name not in _PACKAGES:
+    path, float_path = manifest.model.path, twin.model.path if twin else ""
+    which: Literal["both", "int8", "fp32"] = (
+        "both" if twin else "int8" if manifest.model.precision == "int8" else "fp32"
+    )
+    built = facts.readme.builds.get(which, "").format(path=path, float_path=float_path)
+    text = facts.readme.run.format(name=manifest.name, model=path, built=built)
+    if manifest.runtime.name in facts.runtimes:
         return text
-    return f"{text}\nThe same ONNX file on any other computer:\n\n{_python_text(manifest)}"
+    return f"{text}\n{facts.readme.elsewhere}\n\n{_python_text(manifest)}"
 
 
 def _python_text(manifest: Manifest) -> str:
     runtime = manifest.runtime
-    if runtime.name == "coreml":
-        return _IOS_TEXT.format(
-            model=manifest.model.path, units="MLModelConfiguration.computeUnits"
-        )
-    package = _PACKAGES.get(runtime.name)
-    if package is None:
+    package = runtime_facts(runtime.name).install
+    if not package:
         return (
             f"The model runs with {runtime.name} {runtime.min_version} or newer; "
             "`samples/python/predict.py` shows the preprocessing.\n"

@@ -10,14 +10,9 @@ from typing import Any
 
 from edgeprune.bundle.manifest import Manifest, Quality
 from edgeprune.records.files import to_json_text
+from edgeprune.records.formats import runtime_facts
 
 _NAMESPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")  # of URLs, RFC 9562
-_PACKAGES = {  # how a package manager names the runtime
-    "litert": "pkg:pypi/ai-edge-litert",
-    "tflite-runtime": "pkg:pypi/tflite-runtime",
-    "onnxruntime": "pkg:pypi/onnxruntime",
-    "executorch": "pkg:pypi/executorch",
-}
 
 
 def bom_text(manifest: Manifest) -> bytes:
@@ -29,7 +24,7 @@ def bom_text(manifest: Manifest) -> bytes:
         "name": runtime.name,
         "version": runtime.min_version,
     }
-    if package := _PACKAGES.get(runtime.name):
+    if package := runtime_facts(runtime.name).purl:
         needed["purl"] = f"{package}@{runtime.min_version}"
     tool = {"type": "application", "name": "edgeprune", "version": manifest.edgeprune_version}
     value = {

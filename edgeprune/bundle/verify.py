@@ -56,6 +56,7 @@ from edgeprune.formats.inside.eight_bits import weights_line
 from edgeprune.records.base import Record
 from edgeprune.records.device import Device
 from edgeprune.records.files import sha256_bytes
+from edgeprune.records.formats import format_facts
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -306,8 +307,7 @@ class _Subject:
         checks = [golden, *self._float_golden(board)]
         checks.append(delegate_check(board, manifest, loaded, must=False))
         detail = golden.detail
-        if manifest.model.format == "tflite" and golden.status == "passed":
-            # ARM64 runs some INT8 graphs on the built-in kernels, which refuse files that XNNPACK takes.
+        if format_facts(manifest.model.format).built_in_may_refuse and golden.status == "passed":
             content = read_model(self._folder, manifest)
             load_model(board, manifest, content, key="built-in", delegate=False)
             raw, _ = read_golden(self._folder, manifest)
@@ -321,7 +321,7 @@ class _Subject:
         content = read_model(self._folder, manifest)
         try:
             with self.open_device(name, device) as board:
-                if manifest.runtime.name == "coreml":
+                if format_facts(manifest.model.format).compute_units:
                     return self._on_each_processor(board, content), ()
                 loaded = load_model(board, manifest, content)
                 golden = golden_check(board, self._folder, manifest)

@@ -24,7 +24,6 @@ from edgeprune.bundle.manifest import (
     FLOAT_OUTPUTS,
     GOLDEN_INPUTS,
     GOLDEN_OUTPUTS,
-    JETSON_SAMPLE,
     LABELS,
     LICENSE,
     MANIFEST,
@@ -53,6 +52,7 @@ from edgeprune.formats.shared.metadata import PREFIX, carrier
 from edgeprune.formats.shared.model_bytes import model_bytes, unpacked
 from edgeprune.records.artifact import Artifact
 from edgeprune.records.files import is_full, sha256_bytes, to_json
+from edgeprune.records.formats import format_facts
 from edgeprune.records.names import ComputeUnits
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ PACKAGE_STEM = "Classifier"
 REPORT_HTML = "report/report.html"
 REPORT_JSON = "report/report.json"
 ALWAYS = ("python", "cpp")  # samples of every platform
-_CPP = "samples/cpp/"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Payload:
         repro: files of ``repro/`` by path; see :func:`~edgeprune.bundle.repro.repro_files`.
         golden_model: a model file with the golden samples inside, and its suffix, if the format has such files.
         compute_units: what the sample of a Core ML bundle asks for by default.
-        float_twin: of an INT8 file for TensorRT, if there is one.
+        float_twin: of an INT8 file whose board builds half precision from it, if there is one.
     """
 
     model: Artifact
@@ -178,8 +177,6 @@ def _assemble(facts: Facts, payload: Payload) -> tuple[Manifest, dict[str, bytes
         **{path: ("sample", content) for path, content in _samples(facts, payload, model).items()},
         **{path: ("repro", content) for path, content in payload.repro.items()},
     }
-    if model.format == "tensorrt":
-        files[JETSON_SAMPLE] = ("sample", sample_files("jetson")[JETSON_SAMPLE])
     if payload.float_twin is not None and shipped.float_model is not None:
         files[shipped.float_model.model.path] = ("float_model", shipped.float_file)
         files[FLOAT_OUTPUTS] = ("golden", npy_bytes(payload.float_twin.golden_outputs))
@@ -320,18 +317,16 @@ def _manifest(
 
 
 def _samples(facts: Facts, payload: Payload, model: Artifact) -> dict[str, bytes]:
-    """The sample programs that can run the model: on Apple devices those of the app alone; the C++ one has no runtime for a ``.pte``."""
-    if model.format == "coreml":
-        chosen = f"MLComputeUnits = .{_SWIFT_UNITS[payload.compute_units]}".encode()
-        return {
-            path: content.replace(b"MLComputeUnits = .all", chosen)
-            for path, content in sample_files("ios").items()
-            if path.startswith("samples/ios/")
-        }
-    found = sample_files(facts.kind)
-    if model.format == "executorch":
-        return {p: c for p, c in found.items() if not p.startswith(_CPP)}
-    return found
+    """The sample programs that can run the model, those of Apple devices with the processors that the app asks for."""
+    known = format_facts(model.format)
+    kinds = dict.fromkeys(facts.kind if kind == "target" else kind for kind in known.samples)
+    chosen = f"MLComputeUnits = .{_SWIFT_UNITS[payload.compute_units]}".encode()
+    return {
+        path: content.replace(b"MLComputeUnits = .all", chosen) if known.compute_units else content
+        for kind in kinds
+        for path, content in sample_files(kind).items()
+        if path.startswith(f"samples/{kind}/")
+    }
 
 
 def _model_bytes(model: Artifact, file: Path) -> bytes:

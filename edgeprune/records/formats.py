@@ -13,17 +13,37 @@ from pydantic_core import PydanticCustomError
 
 from edgeprune.records.base import Record, read_yaml
 
+FACTS = "facts.yaml"
 # What a file stores: in the "fp32" place of a target for Apple devices stands a file in half precision.
 FilePrecision = Literal["fp32", "fp16", "int8"]
-FACTS = "facts.yaml"
 # What the agent on a board can run; each needs an engine in :mod:`edgeprune.devices.agent`.
 RuntimeName = Literal["litert", "tflite-runtime", "onnxruntime", "tensorrt", "executorch", "coreml"]
 
 
 class RuntimeFacts(Record):
-    """Facts about a runtime of a format: what runs in its place on this machine, where it cannot run here."""
+    """Facts about a runtime of a format.
+
+    ``stand_in`` runs in its place on this machine, where it cannot run here. ``install`` is what ``pip install`` is told, and ``purl`` how
+    a package manager names it; ``""`` where there is no such package.
+    """
 
     stand_in: RuntimeName | None = None
+    install: str = ""
+    purl: str = ""
+
+
+class ReadmeFacts(Record):
+    """What a bundle's README says of a format, where that is not what it says of every other.
+
+    ``run`` says how to run the model, with ``{name}`` of the bundle, path of the ``{model}`` and what is ``{built}`` of it, by ``builds``;
+    ``elsewhere`` leads to how a stand-in of the runtime runs it.
+    ``own_texts`` are what the file says of itself.
+    """
+
+    run: str = ""
+    builds: dict[Literal["both", "int8", "fp32"], str] = {}
+    elsewhere: str = ""
+    own_texts: str = "The model file itself carries no texts."
 
 
 class FormatFacts(Record):
@@ -36,6 +56,13 @@ class FormatFacts(Record):
     ``int8_options`` says whether INT8 files can have other ranges than the format's own, and layers in float.
     ``layout`` is that of image inputs inside the file. ``tools`` are the packages that write, read and try its files on this computer.
     ``read_as`` names the format that its files are of, where that is another. ``order`` is its place in lists that people read.
+
+    ``float_precision`` is what the file in the place of ``fp32`` stores. ``half_engines``: the board builds its own program from a file,
+    in half precision where that is float; then an FP32 file goes beside an INT8 one. ``stand_in_computes`` says what a stand-in of its
+    runtime does otherwise. ``counts_delegate``: the conversion fixes which operations the fast kernels run, and the record counts them.
+    ``built_in_may_refuse``: the built-in kernels do not take every file. ``compute_units``: an app chooses among kinds of processors.
+    ``samples`` are the folders of sample programs that a bundle takes, ``target`` that of its target. ``own_texts`` says why the texts in
+    a file are not compared with its manifest.
     """
 
     name: str
@@ -50,6 +77,15 @@ class FormatFacts(Record):
     built_in_kernels: bool = True
     int8_options: bool = True
     read_as: str = ""
+    float_precision: FilePrecision = "fp32"
+    half_engines: bool = False
+    stand_in_computes: str = ""
+    counts_delegate: bool = False
+    built_in_may_refuse: bool = False
+    compute_units: bool = False
+    samples: tuple[str, ...] = ("python", "cpp", "target")
+    own_texts: str = "the model file carries no texts"
+    readme: ReadmeFacts = ReadmeFacts()
 
     @property
     def kind(self) -> str:
@@ -90,10 +126,15 @@ def all_facts() -> Iterator[FormatFacts]:
     return map(format_facts, format_names())
 
 
+def runtime_facts(runtime: RuntimeName) -> RuntimeFacts:
+    """The facts of a runtime; without any where no format names it."""
+    found = (facts.runtimes[runtime] for facts in all_facts() if runtime in facts.runtimes)
+    return next(found, RuntimeFacts())
+
+
 def stand_in(runtime: RuntimeName) -> RuntimeName | None:
     """What runs the files of a runtime on this machine, where the runtime itself cannot run here."""
-    found = (facts.runtimes[runtime] for facts in all_facts() if runtime in facts.runtimes)
-    return next((facts.stand_in for facts in found), None)
+    return runtime_facts(runtime).stand_in
 
 
 def _roots() -> list[Path]:

@@ -14,7 +14,7 @@ from pydantic import (
 
 from edgeprune.records.base import Record
 from edgeprune.records.budget import BudgetText, DropText
-from edgeprune.records.formats import FormatName, RuntimeName, format_facts
+from edgeprune.records.formats import FormatName, RuntimeName, all_facts, format_facts
 from edgeprune.records.names import BundleKind, ComputeUnits, Name, Precision
 from edgeprune.records.operators import WORDS
 
@@ -143,8 +143,9 @@ class Target(Record):
     @model_validator(mode="after")
     def _check_formats(self) -> Target:
         names = [self.format, *(other.format for other in self.formats)]
-        if self.compute_units is not None and "coreml" not in names:
-            raise ValueError(f"compute_units is for coreml files, not for {' or '.join(names)}")
+        if self.compute_units is not None and not any(format_facts(n).compute_units for n in names):
+            wanted = " or ".join(facts.name for facts in all_facts() if facts.compute_units)
+            raise ValueError(f"compute_units is for {wanted} files, not for {' or '.join(names)}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(

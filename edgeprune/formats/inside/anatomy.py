@@ -115,7 +115,7 @@ def elements(shape: tuple[int, ...]) -> int:
 
 
 def check_counts(wanted: Mapping[str, int], found: Mapping[str, int]) -> None:
-    """Nothing, when a file has as many of everything as its manifest says.
+    """Raise unless a file has as many of everything as its manifest says.
 
     Raises:
         IntegrityError: it has not; names the first that differs.

@@ -25,7 +25,7 @@ class NamesOutside(Protocol):
 
 
 def check_self_contained(model: Artifact, content: bytes) -> None:
-    """Nothing, when no value of a model file lies outside it.
+    """Raise when a value of a model file lies outside it.
 
     Raises:
         IntegrityError: one does, or the file is not of its format.
