@@ -106,13 +106,13 @@ def _stamp(device: Device) -> str:
 def _runtimes_of(device: Device) -> list[str]:
     """Runtimes that the targets of a device need, and that this version can run on a board."""
     from edgeprune.records import catalog
-    from edgeprune.records.formats import stand_in
+    from edgeprune.records.formats import runtime_facts, stand_in
 
     wanted = [catalog.target(name).runtime.name for name in device.targets]
     # Where LiteRT and onnxruntime run the files of runtimes for boards.
     if device.transport == "local":
         wanted = [stand_in(name) or name for name in wanted]
-    return [name for name in dict.fromkeys(wanted) if name in (*RUNTIMES, "tensorrt")]
+    return [n for n in dict.fromkeys(wanted) if n in RUNTIMES or runtime_facts(n).of_system]
 
 
 def _open(name: str, *, exclusive: bool, wait: float | None = None) -> Board:

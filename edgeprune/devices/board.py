@@ -26,6 +26,7 @@ from edgeprune.errors import DeviceError, Unreliable
 from edgeprune.records.arrays import npy_array
 from edgeprune.records.device import Device
 from edgeprune.records.files import sha256_bytes
+from edgeprune.records.formats import runtime_facts
 from edgeprune.records.measurement import Fingerprint
 from edgeprune.records.names import Stamp
 
@@ -201,7 +202,7 @@ class Board:
             except Refusal as error:
                 package = RUNTIMES[runtime][1] if runtime in RUNTIMES else runtime
                 how = f"run: edgeprune devices setup {self.name}; or there: pip install {package}"
-                hint = None if package == "tensorrt" else how  # of JetPack; the message says how
+                hint = None if runtime_facts(runtime).of_system else how  # the message says how
                 raise DeviceError(error.message, hint=hint) from error
             version = replies.checked(replies.RuntimeVersion, reply, self.name).version
             self._versions[runtime] = version

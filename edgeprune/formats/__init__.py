@@ -204,6 +204,24 @@ class Format(Protocol):
         ...
 
 
+class Variant(Format, Protocol):
+    """A format whose INT8 files are of certain integer types; ``variant`` names them."""
+
+    @property
+    def variant(self) -> str:
+        """As ``U8S8 per channel``."""
+        ...
+
+
+@runtime_checkable
+class HasVariants(Protocol):
+    """A format whose INT8 files can be of several integer types, of which the fastest differs by processor."""
+
+    def variants(self) -> tuple[Variant, ...]:
+        """The same format with each of the types, its default first; empty where there is no choice."""
+        ...
+
+
 @runtime_checkable
 class ForApps(Protocol):
     """A format whose files carry what an app wants to know."""
@@ -321,11 +339,13 @@ __all__ = [
     "ForApps",
     "Format",
     "FormatFacts",
+    "HasVariants",
     "Inspectable",
     "Kernel",
     "QuantizeOptions",
     "Resizable",
     "Sequence",
+    "Variant",
     "Versioned",
     "check_runtime",
     "cut_in_place_of",

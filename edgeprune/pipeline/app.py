@@ -105,7 +105,7 @@ def worked_out(context: Context, file: Path) -> WorkedOut | None:
 def float_twin(
     context: Context, files: Stage[PrunedFiles], found: Report, x: np.ndarray
 ) -> FloatTwin | None:
-    """The pruned net in FP32 beside an INT8 file for TensorRT, whose board builds FP16 from it; else ``None``.
+    """The pruned net in FP32 beside an INT8 file, where the board builds FP16 from it; else ``None``.
 
     A target that allows no ``fp32`` gets none, nor one whose FP32 file loses more than the request allows: what the board keeps for its
     speed must be as good as what was promised.
@@ -117,7 +117,7 @@ def float_twin(
         x: the golden samples as the torch model sees them, ``float32 [n, ...]``.
     """
     job = context.job
-    wanted = context.ship.info.name == "tensorrt" and "fp32" in job.target.precisions
+    wanted = context.ship.info.half_engines and "fp32" in job.target.precisions
     if not wanted or found.shipped != "int8" or not context.runs_ship:
         return None
     rows = {(row.variant, row.precision): row.quality for row in found.variants}

@@ -24,7 +24,7 @@ from edgeprune.errors import (
     Unreachable,
 )
 from edgeprune.pipeline.context import Context, FormatCandidate, Job
-from edgeprune.pipeline.files.onnx_types import HOLDS, SAMPLES
+from edgeprune.pipeline.files.int8_types import HOLDS, SAMPLES
 from edgeprune.pipeline.files.records import DenseFiles
 from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.pipeline.stages.gates import MIN_BUILT_IN_AGREEMENT

@@ -23,6 +23,7 @@ from edgeprune.records.budget import (
     parse_duration,
 )
 from edgeprune.records.device import Device
+from edgeprune.records.formats import format_facts
 from edgeprune.records.paths import located
 from edgeprune.records.plan import PlanFile, Scope, check_widths
 from edgeprune.records.target import Target
@@ -80,7 +81,9 @@ def chosen_formats(options: Options, workload: Workload, target: Target) -> tupl
                 "format": other.format,
                 "runtime": other.runtime,
                 "operators": None,  # those are of the runner of the target's own format
-                "compute_units": target.compute_units if other.format == "coreml" else None,
+                "compute_units": target.compute_units
+                if format_facts(other.format).compute_units
+                else None,
             }
         )
         for other in target.formats

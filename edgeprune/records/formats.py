@@ -24,12 +24,16 @@ class RuntimeFacts(Record):
     """Facts about a runtime of a format.
 
     ``stand_in`` runs in its place on this machine, where it cannot run here. ``install`` is what ``pip install`` is told, and ``purl`` how
-    a package manager names it; ``""`` where there is no such package.
+    a package manager names it; ``""`` where there is no such package. ``sparse_kernels``: it is faster where weights are 2:4 sparse.
+    ``of_system``: it comes with the board's own system. ``wheels``: edgeprune puts it on boards.
     """
 
     stand_in: RuntimeName | None = None
     install: str = ""
     purl: str = ""
+    sparse_kernels: bool = False
+    of_system: bool = False
+    wheels: bool = True
 
 
 class ReadmeFacts(Record):
@@ -126,13 +130,13 @@ def all_facts() -> Iterator[FormatFacts]:
     return map(format_facts, format_names())
 
 
-def runtime_facts(runtime: RuntimeName) -> RuntimeFacts:
+def runtime_facts(runtime: str) -> RuntimeFacts:
     """The facts of a runtime; without any where no format names it."""
-    found = (facts.runtimes[runtime] for facts in all_facts() if runtime in facts.runtimes)
-    return next(found, RuntimeFacts())
+    pairs = (pair for facts in all_facts() for pair in facts.runtimes.items())
+    return next((found for name, found in pairs if name == runtime), RuntimeFacts())
 
 
-def stand_in(runtime: RuntimeName) -> RuntimeName | None:
+def stand_in(runtime: str) -> RuntimeName | None:
     """What runs the files of a runtime on this machine, where the runtime itself cannot run here."""
     return runtime_facts(runtime).stand_in
 

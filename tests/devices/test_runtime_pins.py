@@ -8,12 +8,12 @@ from pydantic import ValidationError
 from edgeprune.devices.agent.environments import RUNTIMES, env_name
 from edgeprune.devices.setup.runtime_pins import (
     RUNTIME_PACKAGES,
-    WITHOUT_WHEELS,
     RuntimePins,
     Wheel,
     load_pins,
 )
 from edgeprune.errors import DeviceError
+from edgeprune.records.formats import runtime_facts
 
 PINS = load_pins()
 CLASSES = [(board.python, board.machine) for board in PINS.classes]
@@ -76,7 +76,7 @@ def test_all_runtimes_of_a_board_share_one_numpy_so_that_it_is_sent_once():
 
 
 def test_host_and_agent_mean_the_same_runtimes_and_the_same_folders():
-    of_wheels = {n: package for n, (_, package) in RUNTIMES.items() if n not in WITHOUT_WHEELS}
+    of_wheels = {n: package for n, (_, package) in RUNTIMES.items() if runtime_facts(n).wheels}
     assert of_wheels == RUNTIME_PACKAGES
     for _, runtime, found in every():
         wheels = [{"sha256": wheel.sha256, "version": wheel.version} for wheel in found.wheels]

@@ -23,7 +23,7 @@ from edgeprune.formats.shared import calibration as shared
 from edgeprune.formats.shared.ranges import spreads
 from edgeprune.formats.tflite import inspect as tflite_inspect
 from edgeprune.pipeline.files import export as conversion
-from edgeprune.pipeline.files import onnx_types as int8_types
+from edgeprune.pipeline.files import int8_types
 from edgeprune.pipeline.files.records import TypesRow
 from edgeprune.records import catalog
 

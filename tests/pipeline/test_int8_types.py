@@ -12,7 +12,7 @@ from tinynet import images, trained
 from edgeprune.errors import FormatError
 from edgeprune.formats import load
 from edgeprune.formats.onnx.format import VARIANTS, OnnxFormat
-from edgeprune.pipeline.files import onnx_types
+from edgeprune.pipeline.files import int8_types
 from edgeprune.pipeline.files.records import TypesRow
 
 NAMES = ["U8S8 per channel", "S8S8 per channel", "U8S8 per tensor", "S8S8 per tensor"]
@@ -51,7 +51,7 @@ def choose(dense, folder, context=None):
     """The choice, of a folder with the dense file in the default types."""
     context, target = context or context_of(dense), folder / "dense.int8.onnx"
     context.form.quantize(dense[0], dense[1], target)
-    return onnx_types.choose(context, dense[0], target)
+    return int8_types.choose(context, dense[0], target)
 
 
 def types_of(path):
@@ -86,11 +86,11 @@ def test_every_variant_is_what_its_name_says(dense, tmp_path):
     ],
 )
 def test_the_fastest_that_holds_is_kept(dense, tmp_path, monkeypatch, rows, taken):
-    monkeypatch.setattr(onnx_types, "_rows", lambda *_: tuple(rows))
+    monkeypatch.setattr(int8_types, "_rows", lambda *_: tuple(rows))
     context = context_of(dense)
     chosen = choose(dense, tmp_path, context)
-    assert chosen.types.name == taken
-    assert context.form.types is chosen.types  # what is written from now on
+    assert chosen.form.variant == taken
+    assert context.form is chosen.form  # what is written from now on
     assert types_of(tmp_path / "dense.int8.onnx") == types_of_name(taken)
     assert [path.name for path in tmp_path.iterdir()] == ["dense.int8.onnx"]
     assert chosen.note().startswith(f"INT8 types by measurement: {taken}; time and agreement")
@@ -113,7 +113,7 @@ def test_a_variant_that_cannot_be_written_is_left_out_but_not_the_default(
 
     monkeypatch.setattr(OnnxFormat, "quantize", quantize)
     monkeypatch.setattr(
-        onnx_types, "_rows", lambda c, p, a: seen.extend(p) or (row(NAMES[0], 1, 1),)
+        int8_types, "_rows", lambda c, p, a: seen.extend(p) or (row(NAMES[0], 1, 1),)
     )
     broken = NAMES[3]
     choose(dense, tmp_path)
@@ -125,17 +125,17 @@ def test_a_variant_that_cannot_be_written_is_left_out_but_not_the_default(
 
 def test_a_finished_stage_sets_the_types_again_and_other_formats_have_no_choice(dense):
     context = context_of(dense)
-    onnx_types.restore(context, NAMES[3])
+    int8_types.restore(context, NAMES[3])
     assert context.form.types == VARIANTS[3]
-    onnx_types.restore(context, "")
+    int8_types.restore(context, "")
     assert context.form.types == VARIANTS[3]
-    assert onnx_types.is_open(context)
+    assert int8_types.is_open(context)
     for name in ("tensorrt", "tflite"):
         context.form = load(name)
-        assert not onnx_types.is_open(context)
+        assert not int8_types.is_open(context)
     only_float = context_of(dense)
     only_float.job.target.precisions = ("fp32",)
-    assert not onnx_types.is_open(only_float)
+    assert not int8_types.is_open(only_float)
 
 
 def test_the_board_times_all_variants_together(dense, tmp_path):

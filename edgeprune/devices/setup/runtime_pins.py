@@ -18,11 +18,10 @@ from pydantic import Field, model_validator
 from edgeprune.devices.agent.runtimes import RUNTIMES
 from edgeprune.errors import DeviceError
 from edgeprune.records.base import Record, read_yaml
+from edgeprune.records.formats import runtime_facts
 
 PINS_PATH = Path(__file__).with_name("runtime_pins.yaml")
-# TensorRT comes with the board's system. ExecuTorch for Python brings torch, too much for a small board: who wants it there installs it.
-WITHOUT_WHEELS = ("tensorrt", "executorch")
-RUNTIME_PACKAGES = {n: package for n, (_, package) in RUNTIMES.items() if n not in WITHOUT_WHEELS}
+RUNTIME_PACKAGES = {n: package for n, (_, package) in RUNTIMES.items() if runtime_facts(n).wheels}
 # PEP 425 and PEP 427: name-version(-build)?-python-abi-platform.whl; a platform may be several, joined by dots.
 _WHEEL = re.compile(
     r"^(?P<name>[A-Za-z0-9_.]+)-(?P<version>[0-9][A-Za-z0-9_.!+]*)-(?P<python>[a-z0-9.]+)"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import EdgepruneError, FormatError, MissingTool
-from edgeprune.formats import DEFAULT_OPTIONS, Format, QuantizeOptions
+from edgeprune.formats import DEFAULT_OPTIONS, Format, QuantizeOptions, Variant
 from edgeprune.formats.onnx import inspect as inspection
 from edgeprune.formats.onnx.blocks import drop_zero_additions
 from edgeprune.formats.onnx.links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
@@ -59,6 +59,15 @@ class OnnxFormat:
 
     def __init__(self, types: OnnxTypes | None = None) -> None:
         self.types = types or OnnxTypes()
+
+    @property
+    def variant(self) -> str:
+        """The integer types that :meth:`quantize` writes, by name."""
+        return self.types.name
+
+    def variants(self) -> tuple[Variant, ...]:
+        """See :class:`edgeprune.formats.HasVariants`."""
+        return tuple(OnnxFormat(types) for types in VARIANTS)
 
     info = format_facts("onnx")
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import FormatError
-from edgeprune.formats import Format
+from edgeprune.formats import Format, Variant
 from edgeprune.formats.onnx.format import OnnxFormat
 from edgeprune.formats.onnx.links import DEQUANTIZE, QUANTIZE, onnx_package, parse_model
 from edgeprune.formats.onnx.quantize import OnnxTypes
@@ -66,6 +66,10 @@ class TensorrtFormat(OnnxFormat):
 
     def __init__(self) -> None:
         super().__init__(TYPES)
+
+    def variants(self) -> tuple[Variant, ...]:
+        """None but its own: TensorRT takes no other types."""
+        return ()
 
     def export(self, model: nn.Module, example: np.ndarray, path: Path) -> Artifact:
         """As :meth:`OnnxFormat.export <edgeprune.formats.onnx.format.OnnxFormat.export>`, in opset 17.

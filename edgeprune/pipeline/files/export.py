@@ -23,7 +23,7 @@ from edgeprune.formats.inside.eight_bits import require_eight_bits
 from edgeprune.formats.shared.model_bytes import model_bytes
 from edgeprune.formats.shared.widths import distinct_widths
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files import onnx_types, operators
+from edgeprune.pipeline.files import int8_types, operators
 from edgeprune.pipeline.files.int8 import best_int8
 from edgeprune.pipeline.files.int8_warnings import warnings as int8_warnings
 from edgeprune.pipeline.files.reconverted import Converted
@@ -51,10 +51,10 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         context.progress.say(f"      warning: {line}")
     audible, notes = rescue_silent(context.model, torch.from_numpy(context.calibration))
     files = _net_files(context, audible, folder, "dense", cuttable=True)
-    chosen: onnx_types.Chosen | None = None
-    if onnx_types.is_open(context):
+    chosen: int8_types.Chosen | None = None
+    if int8_types.is_open(context):
         fp32_path, int8_path = (folder / files[p].path for p in ("fp32", "int8"))
-        chosen = onnx_types.choose(context, fp32_path, int8_path)
+        chosen = int8_types.choose(context, fp32_path, int8_path)
         files["int8"], notes = chosen.artifact, (*notes, chosen.note())
     shown = files.get("cuttable", files)["fp32"].path
     refused = _not_int8(context, files.get("shipping", files)["int8"], folder)
@@ -78,7 +78,7 @@ def dense_files(context: Context, folder: Path) -> DenseFiles:
         **{**files, "notes": (*slow, *notes, *doubts, *files["notes"])},
         parity_error_ratio=error,
         built_in_agreement=_built_in_agreement(context, folder / files["int8"].path, x),
-        int8_types="" if chosen is None else chosen.types.name,
+        int8_types="" if chosen is None else chosen.form.variant,
         types=() if chosen is None else chosen.rows,
         int8_refused="; ".join(refused),
     )

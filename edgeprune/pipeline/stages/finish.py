@@ -51,6 +51,7 @@ from edgeprune.plan.bench import Stand
 from edgeprune.plan.measured import MeasuredNets, MeasuredTable, ScoresResult
 from edgeprune.records.artifact import Artifact
 from edgeprune.records.files import digest_of, to_json, write_bytes, write_json
+from edgeprune.records.formats import all_facts, runtime_facts
 from edgeprune.records.measurement import SustainedRun
 from edgeprune.records.names import Precision
 from edgeprune.records.plan import PlanResult, PruningPlan
@@ -61,10 +62,7 @@ from edgeprune.workload.sample_counts import coarse_note
 
 GOLDEN_SAMPLES = 16
 PRUNED_FILE, SOURCE_FILE = "pruned.safetensors", "pruned.py"
-PACKAGES = (
-    "torch", "torch-pruning", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert",
-    "onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools", "paramiko", "pydantic", "safetensors",
-)  # fmt: skip
+PACKAGES = ("torch", "torch-pruning", "numpy", "paramiko", "pydantic", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -268,7 +266,8 @@ class Closing:
         if pattern == "none" or counts is None:
             return None
         runtime = context.runtime_on(context.board)
-        uses_it = runtime.name == "tensorrt" and context.fingerprint(runtime).stamp == "measured"
+        is_measured = context.fingerprint(runtime).stamp == "measured"
+        uses_it = is_measured and runtime_facts(runtime.name).sparse_kernels
         return SparseWeights(
             pattern=pattern,
             layers=counts[0],
@@ -474,7 +473,7 @@ def _settings(
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that shapes the result; absent ones are left out."""
     found = {"python": platform.python_version(), "edgeprune": VERSION}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *(tool for facts in all_facts() for tool in facts.tools)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

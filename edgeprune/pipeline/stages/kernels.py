@@ -12,7 +12,7 @@ from edgeprune.devices.timing.pool import open_pool
 from edgeprune.errors import DeviceError
 from edgeprune.formats import Resizable
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.files import export, onnx_types
+from edgeprune.pipeline.files import export, int8_types
 from edgeprune.pipeline.files.records import DenseFiles, DenseLatency, VariantFile
 from edgeprune.pipeline.run_folder import RunFolder, Stage
 from edgeprune.pipeline.stages import measure
@@ -109,7 +109,7 @@ def dense_stage(context: Context, run: RunFolder, *, title: str = "") -> Stage[D
         "avoid": job.profile.avoid_ops,
         "forbidden": job.profile.forbidden_ops,
     }
-    if onnx_types.is_open(context):  # then the board decides about the files
+    if int8_types.is_open(context):  # then the board decides about the files
         inputs["device"] = context.board_key()
     dense = run.stage(
         "dense",
@@ -119,7 +119,7 @@ def dense_stage(context: Context, run: RunFolder, *, title: str = "") -> Stage[D
         lambda f: export.dense_files(context, f),
         title=title,
     )
-    onnx_types.restore(context, dense.result.int8_types)
+    int8_types.restore(context, dense.result.int8_types)
     entry = context.entry("dense", context.reference)
     say(f"      dense: {entry.metric} {entry.value:.2%} of {entry.n} development samples")
     for line in (*context.prepared[1], *dense.result.notes, *data_notes(context)):

@@ -1,4 +1,4 @@
-"""Which integer types an ONNX file ships with: every variant of the dense net is timed on the board, and the fastest that holds is taken.
+"""Which integer types a file ships with: every variant of the dense net is timed on the board, and the fastest that holds is taken.
 
 Unsigned or signed activations, one weight scale or one for each channel: onnxruntime has kernels for all of them, and which are fast
 depends on the processor, so no rule of thumb decides.
@@ -15,8 +15,7 @@ import torch
 from edgeprune.devices.plans import SEARCH
 from edgeprune.devices.timing.measure import compare, measure
 from edgeprune.errors import FormatError
-from edgeprune.formats.onnx.format import VARIANTS, OnnxFormat
-from edgeprune.formats.onnx.quantize import OnnxTypes
+from edgeprune.formats import HasVariants, Variant
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.files.records import TypesRow
 from edgeprune.records.artifact import Artifact
@@ -28,9 +27,9 @@ HOLDS = 0.01  # how far below the best agreement of all variants one may be
 
 @dataclass(frozen=True)
 class Chosen:
-    """The types that ship, the file in them, and how every variant did."""
+    """The format with the types that ship, the file in them, and how every variant did."""
 
-    types: OnnxTypes
+    form: Variant
     artifact: Artifact
     rows: tuple[TypesRow, ...]
 
@@ -40,22 +39,24 @@ class Chosen:
             f"{row.name} {row.median_ms:.4g} ms, {row.agreement:.1%}{'' if row.holds else ' (does not hold)'}"
             for row in self.rows
         ]
-        return f"INT8 types by measurement: {self.types.name}; time and agreement with torch: {'; '.join(parts)}"
+        return f"INT8 types by measurement: {self.form.variant}; time and agreement with torch: {'; '.join(parts)}"
 
 
 def is_open(context: Context) -> bool:
-    """Whether there is something to choose: the files are for onnxruntime and may be INT8."""
-    form = context.form
-    is_plain = isinstance(form, OnnxFormat) and form.info.name == "onnx" and not context.has_twin
-    return is_plain and "int8" in context.job.target.precisions
+    """Whether there is something to choose: the files may be INT8, and their format leaves a choice."""
+    has_choice = bool(_variants(context)) and not context.has_twin
+    return has_choice and "int8" in context.job.target.precisions
+
+
+def _variants(context: Context) -> tuple[Variant, ...]:
+    return context.form.variants() if isinstance(context.form, HasVariants) else ()
 
 
 def restore(context: Context, name: str) -> None:
     """Let the context write files in the types that were chosen, which a finished stage names; nothing for an empty name."""
     if name:
-        context.form = context.ship = OnnxFormat(
-            next(types for types in VARIANTS if types.name == name)
-        )
+        form = next(form for form in _variants(context) if form.variant == name)
+        context.form = context.ship = form
 
 
 def choose(context: Context, fp32: Path, target: Path) -> Chosen:
@@ -66,27 +67,28 @@ def choose(context: Context, fp32: Path, target: Path) -> Chosen:
     Args:
         context: its board times the files, and its formats become those of the types that are chosen.
         fp32: the dense float file.
-        target: its INT8 file in the first of :data:`VARIANTS`. A variant that cannot be written is left out.
+        target: its INT8 file in the first variant. A variant that cannot be written is left out.
     """
-    paths = {VARIANTS[0].name: target}
-    artifacts = {VARIANTS[0].name: context.form.describe(target)}
-    for number, types in enumerate(VARIANTS[1:], 1):
+    variants = _variants(context)
+    paths = {variants[0].variant: target}
+    artifacts = {variants[0].variant: context.form.describe(target)}
+    for number, form in enumerate(variants[1:], 1):
         path = target.with_name(f"types-{number}{target.suffix}")
         with contextlib.suppress(FormatError):
-            artifacts[types.name] = OnnxFormat(types).quantize(fp32, context.calibration, path)
-            paths[types.name] = path
+            artifacts[form.variant] = form.quantize(fp32, context.calibration, path)
+            paths[form.variant] = path
     rows = _rows(context, paths, artifacts)
     default = rows[0]
     faster = [row for row in rows if row.holds and row.ratio_high < 1]
     best = min(faster, key=lambda row: row.ratio) if faster else default
     if not default.holds and not faster:
         best = max(rows, key=lambda row: row.agreement)
-    types = next(t for t in VARIANTS if t.name == best.name)
+    form = next(form for form in variants if form.variant == best.name)
     paths[best.name].replace(target)
     for path in {*paths.values()} - {target, paths[best.name]}:
         path.unlink()
-    context.form = context.ship = OnnxFormat(types)
-    return Chosen(types, context.ship.describe(target), rows)
+    context.form = context.ship = form
+    return Chosen(form, context.ship.describe(target), rows)
 
 
 def _rows(
