@@ -1,7 +1,7 @@
 """Write the sentinel models: ``python scripts/make_sentinels.py`` needs the extras ``tflite``, ``onnx`` and ``executorch``.
 
 All files are one small convolutional net of our own, in FP32, with weights drawn from a fixed seed. It never changes: the digests are
-pinned in ``edgeprune/devices/timing/sentinel.py``, and drift is only seen against the same work. A run prints the digests that it wrote.
+pinned in the ``facts.yaml`` beside each, and drift is only seen against the same work. A run prints the digests that it wrote.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = Path(__file__).parents[1] / "edgeprune" / "devices" / "timing" / "sentinels"
+FORMATS = Path(__file__).parents[1] / "edgeprune" / "formats"
 SEED = 20261122
 SIZE, CLASSES = 64, 8
 # (channels in, channels out, stride) of 3x3 convolutions: 4.1 million multiply-adds, about 1 ms at the 4 GMAC/s that one
@@ -92,14 +92,13 @@ def exported_file(format_name: str) -> bytes:
 
 def main() -> None:
     """Write the files and print their digests."""
-    FOLDER.mkdir(exist_ok=True)
     files = {
-        "sentinel.onnx": onnx_file(),
-        "sentinel.tflite": exported_file("tflite"),
-        "sentinel.pte": exported_file("executorch"),
+        "onnx/sentinel.onnx": onnx_file(),
+        "tflite/sentinel.tflite": exported_file("tflite"),
+        "executorch/sentinel.pte": exported_file("executorch"),
     }
     for name, content in files.items():
-        (FOLDER / name).write_bytes(content)
+        (FORMATS / name).write_bytes(content)
         print(f"{name}  {len(content)} bytes  {hashlib.sha256(content).hexdigest()}")
 
 

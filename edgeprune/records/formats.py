@@ -65,6 +65,7 @@ class FormatFacts(Record):
     in half precision where that is float; then an FP32 file goes beside an INT8 one. ``stand_in_computes`` says what a stand-in of its
     runtime does otherwise. ``counts_delegate``: the conversion fixes which operations the fast kernels run, and the record counts them.
     ``built_in_may_refuse``: the built-in kernels do not take every file. ``compute_units``: an app chooses among kinds of processors.
+    ``sentinel`` is the digest of the small net in its folder that is timed before and after the real ones, ``""`` where there is none.
     ``samples`` are the folders of sample programs that a bundle takes, ``target`` that of its target. ``own_texts`` says why the texts in
     a file are not compared with its manifest.
     """
@@ -82,6 +83,7 @@ class FormatFacts(Record):
     int8_options: bool = True
     read_as: str = ""
     float_precision: FilePrecision = "fp32"
+    sentinel: str = ""
     half_engines: bool = False
     stand_in_computes: str = ""
     counts_delegate: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from importlib import resources
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -19,12 +19,15 @@ from edgeprune.devices.plans import TimingPlan
 from edgeprune.devices.timing.measure import forget
 from edgeprune.errors import IntegrityError
 from edgeprune.records.files import sha256_bytes
+from edgeprune.records.formats import all_facts, folders
 
 # File by runtime, and what it must be. scripts/make_sentinels.py writes them; another file would be another yardstick.
-_TFLITE = ("sentinel.tflite", "85505d1c08a907b462837fdc972f19b3be371d192cbeba0307468b2871dd66fe")
-_ONNX = ("sentinel.onnx", "79dc74d403c5856f39083e111b91d9f14c2ac4ab754414f157da6fe8f088bf35")
-_PTE = ("sentinel.pte", "b44bcff4e9a79279c70f5a929cd07e8d67dcded3a69897664b40c791a3a71096")
-SENTINELS = {"litert": _TFLITE, "tflite-runtime": _TFLITE, "onnxruntime": _ONNX, "executorch": _PTE}
+SENTINELS: dict[str, tuple[Path, str]] = {
+    runtime: (folders()[facts.name] / f"sentinel{facts.suffix}", facts.sentinel)
+    for facts in all_facts()
+    if facts.sentinel
+    for runtime in facts.runtimes
+}
 
 PLAN = TimingPlan(rounds=3, block_ms=200, min_runs=5, max_runs=500, warmup_ms=200)
 CHECK_EVERY_S = 600.0
@@ -39,11 +42,11 @@ def sentinel_file(runtime: str) -> bytes:
         KeyError: there is none for this runtime; see :data:`SENTINELS`.
         IntegrityError: the file is not the one that this version was made with.
     """
-    name, digest = SENTINELS[runtime]
-    content = resources.files("edgeprune.devices.timing").joinpath("sentinels", name).read_bytes()
+    path, digest = SENTINELS[runtime]
+    content = path.read_bytes()
     if sha256_bytes(content) != digest:
         raise IntegrityError(
-            f"{name} is not the sentinel that its digest names",
+            f"{path.name} is not the sentinel that its digest names",
             hint="install edgeprune again",
         )
     return content
