@@ -1,0 +1,1 @@
+"""A throw-away format: one folder, and all else finds it."""
