@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import logging
 import os
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import FormatError, MissingTool
 from edgeprune.formats.shared.model_bytes import files_of
+from edgeprune.formats.shared.quiet import silent
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -37,20 +36,12 @@ def quiet() -> Iterator[None]:
 
     Its import warns of every library version that it was not tested with, and on Linux of the Apple libraries that it lacks.
     """
-    before, bars = logging.root.manager.disable, os.environ.get("TQDM_DISABLE")
-    logging.disable(logging.CRITICAL)
+    bars = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:
-        with (
-            warnings.catch_warnings(),
-            open(os.devnull, "w") as nowhere,  # noqa: PTH123
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            warnings.simplefilter("ignore")
+        with silent():
             yield
     finally:
-        logging.disable(before)
         if bars is None:
             os.environ.pop("TQDM_DISABLE", None)
         else:

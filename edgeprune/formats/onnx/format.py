@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
-import logging
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +21,7 @@ from edgeprune.formats.onnx.resize import OnnxResizable, encode
 from edgeprune.formats.shared.calibration import calibrated
 from edgeprune.formats.shared.finite import require_finite
 from edgeprune.formats.shared.inputs import check_calibration
+from edgeprune.formats.shared.quiet import silent
 from edgeprune.formats.shared.ranges import ends
 from edgeprune.formats.shared.widths import WidthDecoder
 from edgeprune.records.artifact import Artifact, TensorSpec
@@ -120,7 +117,7 @@ class OnnxFormat:
         check_calibration(calibration, _spec(proto.graph.input[0]).shape)
         floats = inspection.float_nodes(proto, options.float_layers)
         try:
-            with quiet():
+            with silent():
                 ranges = _ranges(content, np.asarray(calibration, np.float32), options)
                 quantized = quantised(proto, ranges, self.types, floats)
         except EdgepruneError:
@@ -193,23 +190,6 @@ class OnnxFormat:
         return OnnxResizable(dense.read_bytes(), variant.read_bytes(), decoder, leaves - {""})
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what the toolchain prints, logs and warns: progress marks, and hints for its own developers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _ranges(
     content: bytes, calibration: np.ndarray, options: QuantizeOptions
 ) -> dict[str, tuple[float, float]]:
@@ -236,7 +216,7 @@ def _export(model: nn.Module, example: np.ndarray) -> Any:
     sample = (torch.from_numpy(np.array(example, np.float32)),)
     program: Any = None
     try:
-        with quiet(), torch.no_grad():
+        with silent(), torch.no_grad():
             program = torch.export.export(model, sample, strict=False)
             exported = torch.onnx.export(
                 program,
@@ -274,7 +254,7 @@ def _reason(error: BaseException, program: Any) -> str:
 
 def _layer_of_node(program: Any, name: str) -> str:
     """The module in which a traced operation stands, ``""`` when it is not found or stands in the model itself."""
-    with quiet():
+    with silent():
         nodes = program.run_decompositions().graph.nodes
     stacks = [node.meta.get("nn_module_stack") or {} for node in nodes if node.name == name]
     paths = [str(path) for stack in stacks for path, _ in stack.values()]

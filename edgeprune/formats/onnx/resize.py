@@ -7,7 +7,7 @@ and in an INT8 file with the DequantizeLinear nodes in front of it and the Quant
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,16 @@ from edgeprune.formats.onnx.links import (
     onnx_package,
 )
 from edgeprune.formats.shared.branches import Bypass
-from edgeprune.formats.shared.widths import Pair, Place, Rules, WidthDecoder, kind_and_roles, slots
+from edgeprune.formats.shared.widths import (
+    Pair,
+    Place,
+    Rules,
+    WidthDecoder,
+    WidthRule,
+    kind_and_roles,
+    slots,
+    touched_by,
+)
 
 SHAPE_VALUE_LIMIT = 16  # int64 constants with at most this many entries may hold dimensions
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
@@ -145,23 +154,18 @@ class OnnxResizable:
         self.kernels: tuple[Kernel, ...] = tuple(
             self._describe(index, unit, layers) for index, unit in enumerate(self._units)
         )
-        self._bypasses = find_bypasses(self._graph, self._touched())
+        self._bypasses = find_bypasses(self._graph, touched_by(self._rules()))
         self.blocks: Mapping[str, frozenset[int]] = {
             group: frozenset(i for i, unit in enumerate(self._units) if unit.main in bypass.gone)
             for group, bypass in self._bypasses.items()
         }
 
-    def _touched(self) -> dict[str, set[int]]:
-        """Nodes whose tensors or attributes follow each group."""
-        touched: dict[str, set[int]] = {}
+    def _rules(self) -> Iterator[tuple[int, WidthRule]]:
+        """What the tensors and attributes of each node follow."""
         for index, node in enumerate(self._graph.nodes):
             names = [n for n in [*node.input, *node.output] if n]
-            found = [r for n in names for r in self._shapes[n]]
-            found += [r for rules in self._attributes[index].values() for r in rules]
-            for rule in found:
-                for group in rule.groups():
-                    touched.setdefault(group, set()).add(index)
-        return touched
+            followed = [*(self._shapes[n] for n in names), *self._attributes[index].values()]
+            yield from ((index, rule) for rules in followed for rule in rules)
 
     def resized(self, widths: Mapping[str, int]) -> bytes:
         """The whole file at these widths (groups not named keep their full width); width 0 leaves the group's block out.

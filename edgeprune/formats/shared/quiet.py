@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 MAX_REASON = 300  # characters of one line of a toolchain
 MAX_LOG_BYTES = 64 * 1024
@@ -25,6 +27,25 @@ class Log:
         lines = [line.strip() for line in self.text.splitlines()]
         found = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
         return found[-1][:MAX_REASON] if found else ""
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Silence what Python code prints, logs and warns: progress marks, and hints for its own developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            # A real file: what a toolchain starts may ask for its number.
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

@@ -93,6 +93,15 @@ def slots(rules: Rules, variables: list[str]) -> str:
     return ",".join(shown)
 
 
+def touched_by(rules: Iterable[tuple[int, WidthRule]]) -> dict[str, set[int]]:
+    """For each group the numbers of the operators with a dimension that follows it, from pairs of an operator's number and a rule."""
+    touched: dict[str, set[int]] = {}
+    for index, rule in rules:
+        for group in rule.groups():
+            touched.setdefault(group, set()).add(index)
+    return touched
+
+
 def kind_and_roles(
     op: str,
     variables: Sequence[str],

@@ -15,7 +15,15 @@ import numpy as np
 from edgeprune.errors import FormatError
 from edgeprune.formats import Kernel
 from edgeprune.formats.shared.branches import Bypass
-from edgeprune.formats.shared.widths import Place, Rules, WidthDecoder, kind_and_roles, slots
+from edgeprune.formats.shared.widths import (
+    Place,
+    Rules,
+    WidthDecoder,
+    WidthRule,
+    kind_and_roles,
+    slots,
+    touched_by,
+)
 from edgeprune.formats.tflite.blocks import bypassed, find_bypasses
 from edgeprune.formats.tflite.graph import (
     DTYPES,
@@ -74,7 +82,7 @@ class TfliteResizable:
             self._options[place.number][place.kind] = found[place]
         self._units = _fuse_padding(self._model)
         self.kernels = tuple(_named(self._describe(layers)))
-        self._bypasses = find_bypasses(self._model, self._touched())
+        self._bypasses = find_bypasses(self._model, touched_by(self._rules()))
         self.blocks: Mapping[str, frozenset[int]] = {
             group: frozenset(
                 i for i, u in enumerate(self._units) if u[-1] in bypass.gone | bypass.changed.keys()
@@ -82,16 +90,12 @@ class TfliteResizable:
             for group, bypass in self._bypasses.items()
         }
 
-    def _touched(self) -> dict[str, set[int]]:
-        """Operators whose tensors or options follow each group."""
-        touched: dict[str, set[int]] = {}
+    def _rules(self) -> Iterator[tuple[int, WidthRule]]:
+        """What the tensors and options of each operator follow."""
         for index, op in enumerate(self._model.subgraphs[0].operators):
-            found = [r for i in both_sides(op) if i >= 0 for r in self._shapes[i]]
-            found += [r for rules in self._options[index].values() for r in rules]
-            for rule in found:
-                for group in rule.groups():
-                    touched.setdefault(group, set()).add(index)
-        return touched
+            tensors = [self._shapes[i] for i in both_sides(op) if i >= 0]
+            followed = [*tensors, *self._options[index].values()]
+            yield from ((index, rule) for rules in followed for rule in rules)
 
     def _describe(self, layers: Collection[str]) -> Iterator[tuple[Kernel, str]]:
         graph = self._model.subgraphs[0]
