@@ -70,7 +70,7 @@ def opened(
 ) -> TimesCache:
     found = open_cache(board, precision, form, said.append)
     assert found is not None
-    return make_search_result
+    return found
 
 
 def test_every_board_set_up_precision_and_format_has_a_file_of_its_own(
