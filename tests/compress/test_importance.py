@@ -400,7 +400,9 @@ def diagonal_by_hand(model: nn.Module, group: ChannelGroup, x: Tensor) -> np.nda
     return (torch.diagonal(whole).double() / 2).numpy()
 
 
-@pytest.mark.parametrize("name", ["residual", "shared", "mlp"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("residual", "shared")), "mlp"]
+)
 def test_the_hessian_is_the_diagonal_written_out_by_hand(name: str) -> None:
     model, _ = make(ZOO[name])
     x = torch.randn(4, *ZOO[name].shape)
