@@ -127,6 +127,11 @@ def file_input(raw: np.ndarray, preprocess: Preprocess, spec: TensorSpec) -> np.
     Raises:
         ModelError: the samples do not fit the model.
     """
+    if not isinstance(raw, np.ndarray):
+        raise ModelError(
+            f"samples must be a numpy array with a batch dimension, but are {type(raw).__name__}",
+            hint="np.asarray(x) makes one of a tensor or of a list of arrays",
+        )
     fits_kind = raw.dtype == np.uint8 if preprocess.kind == "image" else raw.dtype.kind == "f"
     if not (fits_kind or raw.dtype.kind == "f") or raw.ndim < 2:
         raise ModelError(
@@ -137,15 +142,29 @@ def file_input(raw: np.ndarray, preprocess: Preprocess, spec: TensorSpec) -> np.
         raise ModelError(f"images must be [N, H, W] or [N, H, W, C], but are {list(raw.shape)}")
     channels = raw.shape[-1] if raw.ndim == 4 else 1
     if raw.dtype == np.uint8 and len(preprocess.mean) not in (1, channels):
-        raise ModelError(f"images must have {len(preprocess.mean)} channels, but have {channels}")
+        raise ModelError(
+            f"images must have {len(preprocess.mean)} channels, but have {channels}",
+            hint="one image has a batch dimension as well: image[None]" if raw.ndim == 3 else None,
+        )
     x = to_layout(model_input(raw, preprocess), spec.layout)
     if x.shape[1:] != spec.shape[1:]:
         raise ModelError(
-            f"samples must be {list(spec.shape[1:])} in {spec.layout} layout, but are {list(x.shape[1:])}"
+            f"samples must be {_wanted(raw, preprocess, spec)}, but are {list(raw.shape)}"
         )
     if not np.isfinite(x).all():
         raise ModelError("samples must be finite, but hold NaN or infinity")
     return x
+
+
+def _wanted(raw: np.ndarray, preprocess: Preprocess, spec: TensorSpec) -> str:
+    """The shape that samples must have as they are given: images channels last, floats as the torch model takes them."""
+    one = list(spec.shape[1:])
+    if len(one) == 3:
+        channels, *size = one if spec.layout != "NHWC" else (one[2], *one[:2])
+        one = [channels, *size]
+        if raw.dtype == np.uint8 and preprocess.kind == "image":
+            one = [*size, channels]
+    return f"[{', '.join(map(str, ['N', *one]))}]"
 
 
 def check_golden(raw: np.ndarray, outputs: np.ndarray, classes: int) -> None:

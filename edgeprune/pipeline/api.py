@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -221,6 +222,11 @@ def _loaded(
     """The workload of a module or of a factory that is named; what was given goes before the settings."""
     if not isinstance(model, str):
         return from_objects(model, data, settings=settings, **given)
+    if not isinstance(data, (str, os.PathLike)):
+        raise SpecError(
+            f"data must be a path where the model is named, as {model} is, but is {type(data).__name__}",
+            hint="give the module itself with arrays: deploy(build(), data, ...)",
+        )
     named = {"model": model, "data": str(data)}
     record = settings or parse(Workload, named, where="deploy()")
     changes = {"model": model, "weights": weights, "data": str(data), **given}

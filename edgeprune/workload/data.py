@@ -104,7 +104,8 @@ def _pair(value: Any, where: str) -> Split:
         y is None or hasattr(y, "__array__") or isinstance(y, (list, tuple))
     ):
         raise ModelError(
-            f"{where} must be an array x or a pair (x, y) of arrays, but is {type(value).__name__}"
+            f"{where} must be an array x or a pair (x, y) of arrays, but is {type(value).__name__}",
+            hint="of a DataLoader: x, y = map(torch.cat, zip(*loader)); images are uint8 [N, H, W, C], or floats as the model takes them",
         )
     try:
         return Split(np.asarray(x), None if y is None else np.asarray(y))

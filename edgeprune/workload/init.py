@@ -309,7 +309,7 @@ def _document(
         f"target: {_quoted(target)}  # see: edgeprune targets list",
         "# latency: 60%  # of the dense latency on the device; 15ms and 2x are read too",
         "# max_drop: 1%  # percentage points of accuracy that may be lost",
-        "# device: this-machine  # see: edgeprune devices",
+        "# device: this-machine  # see: edgeprune devices list",
         "",
         "recovery:  # the training that heals the pruned model",
         "  epochs: 5",

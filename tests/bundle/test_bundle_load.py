@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from bundle_fixture import LABELS, PREPROCESS, expected, facts, images, make_bundle, tflite_file
 
 from edgeprune.bundle.load import load
@@ -85,3 +86,23 @@ def test_a_missing_runtime_names_what_to_install(tmp_path: Path) -> None:
     folder = make_bundle(tmp_path / "bundle", runtime="tensorrt")
     with pytest.raises(RuntimeMissing, match=r"install tensorrt 1\.0 there"):
         load(folder)
+
+
+def test_what_is_no_batch_of_samples_is_one_line_with_the_shape_that_was_given(
+    folder: Path,
+) -> None:
+    raw = images()
+    side = list(raw.shape[1:3])
+    with load(folder) as bundle:
+        for wrong in (torch.from_numpy(raw), [list(image) for image in raw], "images"):
+            with pytest.raises(ModelError, match="numpy array with a batch dimension, but are"):
+                bundle.predict(wrong)
+        floats = model_input(raw, PREPROCESS)
+        with pytest.raises(ModelError) as error:
+            bundle.predict(floats.transpose(0, 2, 3, 1))
+        channels = floats.shape[1]
+        assert f"must be [N, {channels}, {side[0]}, {side[1]}]" in error.value.message
+        assert f"but are [{len(raw)}, {side[0]}, {side[1]}, {channels}]" in error.value.message
+        with pytest.raises(ModelError) as error:
+            bundle.predict(raw[0])
+        assert error.value.hint == "one image has a batch dimension as well: image[None]"

@@ -150,7 +150,7 @@ def test_files_of_a_bundle_can_be_read_by_everyone(tmp_path: Path) -> None:
         ({"golden_outputs": expected(images(9))}, "as many outputs"),
         ({"golden_outputs": expected(images())[:, :2]}, "one column a label"),
         ({"golden_outputs": expected(images()) * np.float32("nan")}, "finite"),
-        ({"golden_inputs": images()[:, :3]}, r"must be \[3, 4, 4\]"),
+        ({"golden_inputs": images()[:, :3]}, r"must be \[N, 4, 4, 3\]"),
         ({"golden_inputs": images()[..., :2]}, "must have 3 channels"),
         ({"golden_inputs": images().astype(np.int64)}, "uint8 images"),
     ],
@@ -238,6 +238,13 @@ def test_the_sample_program_prints_fail_when_the_answers_differ(tmp_path: Path) 
     )
     done = _predict(folder, "--check")
     assert (done.returncode, done.stdout[:5]) == (1, "FAIL,")
+
+
+def test_the_sample_program_says_in_one_line_that_a_file_is_not_there(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle", facts(), _payload(tmp_path))
+    done = _predict(folder, "nowhere.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == ["FAIL: there is no file nowhere.png"]
 
 
 def test_the_sample_program_is_short_and_speaks_python_3_8() -> None:

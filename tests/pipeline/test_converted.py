@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.onnx = formats.load("onnx")
-        self.info = replace(self.onnx.info, name="counted", twin="onnx")
+        self.info = self.onnx.info.model_copy(update={"name": "counted", "twin": "onnx"})
         self.exported = self.quantised = 0
 
     def export(self, model, example, path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import int8_fixture
@@ -23,7 +22,8 @@ class Ship:
 
     def __init__(self) -> None:
         self.twin = formats.load("onnx")
-        self.info = replace(self.twin.info, name="ship", suffix=".ship", int8_options=False)
+        changes = {"name": "ship", "suffix": ".ship", "int8_options": False}
+        self.info = self.twin.info.model_copy(update=changes)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.twin, name)

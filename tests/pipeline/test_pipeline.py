@@ -284,6 +284,22 @@ def test_a_budget_out_of_reach_is_refused_before_any_training(project):
     assert not (project / "run" / "bundle").exists()
 
 
+def test_arrays_beside_a_model_that_is_only_named_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tinynet.project(tmp_path / "project"))
+    data = {"train": tinynet.arrays()["train"]}
+    with pytest.raises(SpecError) as error:
+        edgeprune.deploy("net.py:build", data, target="this-machine")
+    assert (
+        error.value.message
+        == "data must be a path where the model is named, as net.py:build is, but is dict"
+    )
+    assert "deploy(build(), data, ...)" in (error.value.hint or "")
+
+
+def test_the_package_lists_what_it_offers():
+    assert {"deploy", "load", "load_pruned", "verify"} <= set(dir(edgeprune))
+
+
 @pytest.mark.slow  # all is measured anew; the API itself is met in the next test, live objects in those of workloads
 def test_the_python_api_takes_live_objects_and_returns_the_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tinynet.project(tmp_path / "project"))

@@ -52,10 +52,11 @@ GROUPS = ("0", "3", "6")  # of the tiny net
 # Settings
 
 
-def test_a_recovery_without_a_schedule_is_written_as_it_always_was() -> None:
-    assert set(Recovery().model_dump(mode="json")) == {
-        "epochs", "max_minutes", "batch_size", "learning_rate", "augment",
-    }  # fmt: skip
+def test_a_recovery_without_a_schedule_says_what_it_does_all_the_same() -> None:
+    plain = Recovery().model_dump(mode="json")
+    assert (plain["steps"], plain["start"], plain["sparsity"]) == (1, "kept", "none")
+    assert plain["rewind_weights"] is None
+    assert parse(Recovery, plain, where="there") == Recovery()
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def chosen(
     quality=(0.90, 0.89, 0.90, 0.89),
     built_in=1.0,
     agreement=1.0,
+    comparable=None,
     **changes,
 ):
     """What ships of the files of test_verdict, whose FP32 file takes 60 % of dense FP32, and what was said."""
@@ -57,7 +58,9 @@ def chosen(
     context = SimpleNamespace(
         job=SimpleNamespace(target=target, budget=parse_budget(budget), max_drop=0.02),
         progress=SimpleNamespace(say=said.append),
-        precisions=lambda wanted: tuple(wanted),
+        precisions=lambda wanted: tuple(comparable or wanted),
+        runtime_on=lambda board: SimpleNamespace(name="litert"),
+        board=None,
         runs_ship=True,
     )
     files = PrunedFiles(
@@ -147,6 +150,47 @@ def test_fp32_ships_where_the_int8_kernels_disagree_and_it_keeps_every_promise(
     for other in ({"budget": "55%"}, {"quality": (0.9, 0.9, 0.8, 0.9)}, {"precisions": INT8}):
         choice, _ = chosen(tmp_path, **changes, **other)
         assert choice.precision == "int8"  # as before: a marked best effort
+
+
+STANDS_IN = (
+    "litert on this machine stands in for the target, so its times do not rank the precisions"
+)
+
+
+@pytest.mark.parametrize(
+    ("quality", "precision", "reason", "refused"),
+    [
+        ((0.9, 0.9, 0.9, 0.89), "int8", STANDS_IN, ""),
+        # INT8 alone loses too much: FP32, and every page says why.
+        (
+            (0.9, 0.9, 0.9, 0.8),
+            "fp32",
+            "INT8 was refused: accuracy dropped 10.00 points, 2.00 are allowed",
+            "same",
+        ),
+        # Both lose too much: the file that the plan is for, however fast the other one is here.
+        (
+            (0.9, 0.9, 0.8, 0.7),
+            "int8",
+            f"{STANDS_IN}; int8, which the plan is for, misses accuracy",
+            "",
+        ),
+    ],
+    ids=["both hold", "int8 loses", "both lose"],
+)
+def test_times_of_a_stand_in_never_rank_the_precisions(
+    tmp_path, sound, quality, precision, reason, refused
+):
+    choice, _ = chosen(tmp_path, quality=quality, comparable=INT8)
+    assert choice.precision == precision
+    assert choice.reason.startswith(reason)
+    assert choice.refused.startswith(reason if refused else "")
+    assert bool(choice.refused) is bool(refused)
+
+
+def test_fp32_over_the_budget_is_no_way_out_of_a_stand_in(tmp_path, sound):
+    choice, _ = chosen(tmp_path, quality=(0.9, 0.9, 0.9, 0.8), comparable=INT8, budget="59%")
+    assert choice.precision == "int8"
 
 
 # The conversion itself

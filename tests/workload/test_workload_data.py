@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.records.workload import Preprocess
@@ -257,6 +259,16 @@ def test_a_data_factory_may_return_each_agreed_form(tmp_path: Path) -> None:
         load_data("d.py:text", tmp_path, preprocess=GREY, labels=None)
     with pytest.raises(ModelError, match="cannot become numpy arrays"):
         load_data("d.py:graph", tmp_path, preprocess=GREY, labels=None)
+
+
+def test_a_loader_is_refused_with_the_line_that_makes_arrays_of_it():
+    pairs = TensorDataset(torch.zeros(10, 3, 4, 4), torch.arange(10) % 2)
+    loader = DataLoader(pairs, batch_size=4)
+    with pytest.raises(ModelError, match=r"array.*is DataLoader") as error:
+        value(loader)
+    assert "x, y = map(torch.cat, zip(*loader))" in (error.value.hint or "")
+    x, y = map(torch.cat, zip(*loader, strict=True))
+    assert (x.shape, y.tolist()) == ((10, 3, 4, 4), [0, 1] * 5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -121,6 +121,7 @@ def main(argument):
         text = "%s, largest error %.3g, same class %.0f%%"
         print(text % ("PASS" if ok else "FAIL", error, 100 * same))
         return 0 if ok else 1
+    Path(argument).is_file() or sys.exit("FAIL: there is no file %s" % argument)
     labels = checked("labels.txt").decode("utf-8").splitlines()
     scores = run(preprocess(read_sample(argument, recipe), recipe))[0]
     for index in np.argsort(-scores)[:3]:
