@@ -106,7 +106,7 @@ class FormatFacts(Record):
 
 def folders() -> dict[str, Path]:
     """The folder of every format, by its name; none is imported."""
-    return {path.parent.name: path.parent for root in _roots() for path in root.glob(f"*/{FACTS}")}
+    return _folders_in(tuple(_roots()))
 
 
 def format_names() -> list[str]:
@@ -120,11 +120,7 @@ def format_facts(name: str) -> FormatFacts:
     Raises:
         KeyError: there is no format of that name.
     """
-    for root in _roots():
-        path = root / name / FACTS
-        if path.is_file():
-            return _read(path)
-    raise KeyError(name)
+    return _read(folders()[name] / FACTS)
 
 
 def all_facts() -> Iterator[FormatFacts]:
@@ -150,12 +146,18 @@ def _roots() -> list[Path]:
 
 
 @functools.cache
+def _folders_in(roots: tuple[Path, ...]) -> dict[str, Path]:
+    """A name is looked up here and never joined to a path: manifests and targets of strangers have names, too."""
+    return {path.parent.name: path.parent for root in roots for path in root.glob(f"*/{FACTS}")}
+
+
+@functools.cache
 def _read(path: Path) -> FormatFacts:
     return read_yaml(FormatFacts, path)
 
 
 def _known(name: str) -> str:
-    if not any((root / name / FACTS).is_file() for root in _roots()):
+    if name not in folders():
         raise PydanticCustomError("literal_error", "Input should be {expected}", _expected())
     return name
 
