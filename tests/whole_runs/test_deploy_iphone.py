@@ -59,6 +59,8 @@ def test_the_whole_way_ends_in_a_checked_package_that_was_not_run(tmp_path: Path
         done.stdout.split()
     )
     report = read_json(Report, home / "run" / "report.json")
+    assert done.returncode == (0 if report.passed else MISSED)
+    assert [g.name for g in report.gates if g.missed] == ([] if report.passed else ["latency"])
     assert report.stamp == "stand-in"
     assert [g.name for g in report.gates if g.not_run] == ["numerics"]
     (evidence,) = [note for note in report.notes if "worked out operation by operation" in note]
